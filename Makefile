@@ -1,0 +1,45 @@
+# Every target makes its own virtual environment first. PYTHON and VENV may be set: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV ?= .venv
+
+pip := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+stamp := $(VENV)/.installed
+benchmarks := $(sort $(wildcard benchmarks/[a-z]*.py))
+
+.PHONY: help demo test check bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    train the handwritten digits: 5 clients, 2 split servers, 1 aggregator, on this machine"
+	@echo "make test    all checks, then all tests"
+	@echo "make check   ruff, pyright, import-linter and the line budget"
+	@echo "make bench   every benchmark, one after the other"
+	@echo "make clean   remove the environment and the caches; runs/ stays"
+
+demo: $(stamp)
+	$(VENV)/bin/zsfl demo
+
+test: check
+	$(VENV)/bin/python -m pytest
+
+check: $(stamp)
+	VENV=$(VENV) tools/check
+
+bench: $(stamp)
+	@set -e; for file in $(benchmarks); do echo "+ $(VENV)/bin/python $$file"; $(VENV)/bin/python $$file; done
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so an interrupted installation is taken up again by the next make.
+# torch comes first and alone, so that no other requirement decides which build of it is taken.
+$(stamp): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "zsfl needs Python 3.11 or newer, and '$(PYTHON)' is not; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "installing into $(VENV): once, and it takes a few minutes"
+	@rm -f $@
+	$(PYTHON) -m venv $(VENV)
+	$(pip) torch
+	$(pip) -e ".[demo,test]"
+	@touch $@

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from zsfl.aggregator.run_folder import RunFolder
+from zsfl.errors import ConfigError, StorageError
+from zsfl.reports import RoundReport, WindowReport
+
+
+def round_report(number: int, *, loss: float | None = 0.5, accuracy: float | None = 0.9) -> RoundReport:
+    return RoundReport(
+        round=number,
+        rounds=9,
+        version=number * 10,
+        train_loss=1 / number,
+        loss=loss,
+        accuracy=accuracy,
+        steps=50,
+        samples=500,
+        seconds=1.0,
+        steps_per_s=50.0,
+        bytes_sent=1000,
+        serving={"client-0": {"server-0": 50}},
+        peers={},
+    )
+
+
+WINDOW = WindowReport(round=1, rounds=9, window=1, windows=10, version=1, loss=2.0, steps_per_s=5.0, serving={})
+
+
+def test_a_taken_name_gets_a_number(tmp_path: Path) -> None:
+    runs = tmp_path / "deep" / "runs"
+    names: list[str] = []
+    for _ in range(3):
+        with RunFolder.create(runs, "digits", resume=False) as folder:
+            names.append(folder.path.name)
+    assert names == ["digits", "digits-2", "digits-3"]
+
+
+def test_resume_takes_the_folder_of_that_name(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, "digits", resume=False) as folder:
+        folder.append_metrics(round_report(1))
+    with RunFolder.create(tmp_path, "digits", resume=True) as folder:
+        assert [report.round for report in folder.rounds()] == [1]
+
+
+def test_resume_without_a_folder_lists_the_runs_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no run yet"):
+        RunFolder.create(tmp_path / "none", "x", resume=True)
+    for name in ("b", "a"):
+        RunFolder.create(tmp_path, name, resume=False).close()
+    with pytest.raises(ConfigError, match=r"no run .*x to resume; .* has a, b"):
+        RunFolder.create(tmp_path, "x", resume=True)
+
+
+def test_one_folder_has_one_writer(tmp_path: Path) -> None:
+    first = RunFolder.create(tmp_path, "digits", resume=False)
+    with pytest.raises(ConfigError, match=r"another process is writing .*\.lock"):
+        RunFolder.create(tmp_path, "digits", resume=True)
+    first.close()
+    RunFolder.create(tmp_path, "digits", resume=True).close()
+
+
+def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"cannot write .*file"):
+        RunFolder.create(tmp_path / "file", "digits", resume=False)
+
+
+def test_what_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, "digits", resume=False) as folder:
+        for name in ("settings.json", "metrics.jsonl", "model.safetensors"):
+            (folder.path / name).mkdir()
+        with pytest.raises(StorageError, match=r"settings\.json"):
+            folder.write_settings({})
+        with pytest.raises(StorageError, match=r"metrics\.jsonl"):
+            folder.append_metrics(WINDOW)
+        with pytest.raises(StorageError, match=r"model\.safetensors"):
+            folder.write_model({"w": torch.zeros(1)}, "")
+
+
+def test_settings_are_plain_json(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, "digits", resume=False) as folder:
+        folder.write_settings({"runs": Path("runs"), "rounds": 3})
+        assert json.loads((folder.path / "settings.json").read_text()) == {"runs": "runs", "rounds": 3}
+
+
+def test_rounds_are_read_back_and_the_last_telling_of_a_round_counts(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, "digits", resume=False) as folder:
+        assert folder.rounds() == []
+        redone = round_report(2, accuracy=0.5)
+        for report in (round_report(1), WINDOW, round_report(2), redone):
+            folder.append_metrics(report)
+        assert folder.rounds() == [round_report(1), redone]
+
+
+def test_a_torn_last_line_is_not_read_and_not_appended_to(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, "digits", resume=False) as folder:
+        folder.append_metrics(round_report(1))
+        folder.append_commit({"version": 1})
+        for name in ("metrics.jsonl", "ledger.jsonl"):
+            with (folder.path / name).open("ab") as file:
+                file.write(b'{"event":"rou')
+        assert folder.rounds() == [round_report(1)]
+    with RunFolder.create(tmp_path, "digits", resume=True) as folder:
+        folder.append_metrics(round_report(2))
+        folder.append_commit({"version": 2})
+        assert folder.rounds() == [round_report(1), round_report(2)]
+        ledger = folder.ledger_path.read_text().splitlines()
+        assert [json.loads(line) for line in ledger] == [{"version": 1}, {"version": 2}]
+
+
+def test_the_model_loads_without_zsfl(tmp_path: Path) -> None:
+    weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    state = {"w": weight, "tied": weight, "view": weight.T[1:], "steps": torch.tensor(3)}
+    with RunFolder.create(tmp_path, "digits", resume=False) as folder:
+        folder.write_model(state, "print('hello')")
+        found = load_file(folder.path / "model.safetensors")
+        assert set(found) == set(state)
+        assert all(torch.equal(found[name], state[name]) for name in state)
+        assert (folder.path / "load_model.py").read_text() == "print('hello')\n"
+        assert not list(folder.path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_the_plot_is_a_readable_png(tmp_path: Path, measured: bool) -> None:
+    with RunFolder.create(tmp_path, "digits", resume=False) as folder:
+        folder.write_plot()
+        assert not (folder.path / "plot.png").exists()
+        for number in range(1, 4):
+            value = 0.5 if measured else None
+            folder.append_metrics(round_report(number, loss=value, accuracy=value))
+        folder.write_plot()
+        data = (folder.path / "plot.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", data[16:24]) == (1200, 504)
+
+
+def test_logs_lie_in_the_folder(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, "digits", resume=False) as folder:
+        folder.log_path("client-0").write_text("")
+        assert folder.log_path("client-0").parent.parent == folder.checkpoint_path.parent == folder.path

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import pytest
+from rich.console import Console
+
+from zsfl.dashboard.progress import (
+    REPEAT_S,
+    ProgressPrinter,
+    RunView,
+    plain_line,
+    render,
+    server_shares,
+    short_names,
+)
+from zsfl.reports import (
+    AnyReport,
+    Assembled,
+    Exited,
+    Failed,
+    Finished,
+    Note,
+    Ready,
+    RoundReport,
+    Waiting,
+    WindowReport,
+)
+
+CLIENTS = [f"client-{number}" for number in range(20)]
+
+
+def window(number: int, *, round: int = 1, server: str = "server-0") -> WindowReport:
+    return WindowReport(
+        round=round,
+        rounds=4,
+        window=number,
+        windows=10,
+        version=number,
+        loss=1.5,
+        steps_per_s=1234.0,
+        serving=dict.fromkeys(CLIENTS, server),
+    )
+
+
+def whole_round(number: int, accuracy: float | None = 0.9625) -> RoundReport:
+    return RoundReport(
+        round=number,
+        rounds=4,
+        version=number * 10,
+        train_loss=0.5,
+        loss=None if accuracy is None else 0.6,
+        accuracy=accuracy,
+        steps=200,
+        samples=2000,
+        seconds=1.0,
+        steps_per_s=1234.0,
+        bytes_sent=12_300_000,
+        serving={client: {"server-0": 3, "server-1": 1} for client in CLIENTS},
+        peers={},
+    )
+
+
+FINISHED = Finished(rounds=4, version=40, accuracy=0.9625, loss=0.6, seconds=6.2, folder="runs/digits-2")
+
+
+def folded(*reports: AnyReport, step_s: float = 1.0) -> RunView:
+    view = RunView()
+    for number, report in enumerate(reports):
+        view.on(report, number * step_s)
+    return view
+
+
+def drawn(view: RunView, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    with console.capture() as captured:
+        console.print(render(view))
+    return captured.get()
+
+
+def test_time_left_follows_the_pace_since_the_first_window() -> None:
+    assert folded(window(1)).left_s is None
+    view = folded(window(1), window(3), window(5))
+    assert view.done == pytest.approx(0.5)
+    assert view.left_s == pytest.approx(3.5 / (0.4 / 2))
+
+
+def test_a_resumed_run_is_timed_from_where_it_goes_on() -> None:
+    view = folded(window(1, round=3), window(6, round=3))
+    assert view.left_s == pytest.approx((4 - 2.6) / 0.5)
+
+
+def test_waiting_is_forgotten_once_the_run_moves() -> None:
+    waiting = Waiting(node="aggregator", what="a split server", seconds=12, hints=("is one started?",))
+    view = folded(Ready(node="client-0", role="client", address="x:1", pid=1), waiting)
+    text = drawn(view)
+    assert "aggregator waits for a split server (12 s)" in text
+    assert "check: is one started?" in text
+    assert "ready: client-0" in text
+    view.on(Assembled(node="aggregator", clients=1, split_servers=1), 3.0)
+    assert "waits" not in drawn(view)
+
+
+def test_live_serving_is_of_the_last_windows_and_final_serving_of_the_last_round() -> None:
+    view = folded(window(1), whole_round(1), window(1, round=2, server="server-1"))
+    assert view.serving["client-0"] == {"server-0": 1, "server-1": 1}
+    view.on(whole_round(2), 5.0)
+    view.on(FINISHED, 6.0)
+    assert server_shares(view.serving) == [
+        ("server-0", 0.75, "80% of client-[0-19]"),
+        ("server-1", 0.25, "20% of client-[0-19]"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        ([], ""),
+        (["b", "a", "a"], "a, b"),
+        (["c-1"], "c-1"),
+        (["c-10", "c-2", "c-1", "c-0", "d"], "c-[0-2,10], d"),
+        (["c-01", "c-0"], "c-0, c-01"),
+        (["7", "8"], "[7-8]"),
+    ],
+)
+def test_short_names(names: list[str], short: str) -> None:
+    assert short_names(names) == short
+
+
+def test_plain_lines() -> None:
+    assert plain_line(window(1)) is None
+    assert plain_line(Exited(node="x", code=0)) is None
+    assert plain_line(Exited(node="x", code=-9)) == "x was ended by signal 9"
+    assert plain_line(Note(node="x", message="hello")) == "x: hello"
+    assert plain_line(Failed(node="x", kind="RunFailed", message="no")) == "x failed: no (RunFailed)"
+    assert plain_line(whole_round(2)) == (
+        "round 2/4: train loss 0.5000, test loss 0.6000, test accuracy 96.25%, 1,234 steps/s, 12.3 MB sent"
+    )
+    assert "test loss -, test accuracy -" in (plain_line(whole_round(2, accuracy=None)) or "")
+
+
+def test_the_live_view_fits_into_80_columns_and_24_lines() -> None:
+    notes = [Note(node="aggregator", message=f"note [{number}]") for number in range(9)]
+    rounds = [report for number in (1, 2, 3, 4) * 3 for report in (window(9, round=number), whole_round(number))]
+    lines = drawn(folded(*rounds, *notes, window(5, round=4))).splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    assert "note [8]" in text
+    assert "note [4]" not in text
+    assert "round 4/4  loss 1.5000  1,234 steps/s" in text
+
+
+def test_the_result_names_the_folder() -> None:
+    text = drawn(folded(window(1), whole_round(4), FINISHED))
+    assert "96.25%" in text
+    assert "runs/digits-2" in text
+
+
+def ticking(step_s: float) -> Callable[[], float]:
+    times = iter(number * step_s for number in range(1000))
+    return lambda: next(times)
+
+
+def test_without_a_terminal_each_round_is_a_line_and_waiting_is_not_repeated_at_once() -> None:
+    console = Console(file=io.StringIO(), width=40)
+    waiting = Waiting(node="aggregator", what="a split server", seconds=1)
+    hinted = Waiting(node="aggregator", what="a split server", seconds=9, hints=("is one started?",))
+    with console.capture() as captured, ProgressPrinter(console, ticking(REPEAT_S / 4)) as printer:
+        for report in (waiting, waiting, hinted, hinted, window(1), whole_round(1), FINISHED):
+            printer.on(report)
+    lines = captured.get().splitlines()
+    assert [line.split(":")[0].strip() for line in lines] == [
+        "aggregator waits for a split server (1 s)",
+        "aggregator waits for a split server (9 s)",
+        "check",
+        "round 1/4",
+        "finished",
+    ]
+
+
+def test_on_a_terminal_the_last_frame_stays() -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=80, height=24, force_terminal=True, color_system=None)
+    with ProgressPrinter(console, ticking(1.0)) as printer:
+        for report in (window(1), whole_round(1), FINISHED):
+            printer.on(report)
+    assert "runs/digits-2" in file.getvalue()
+
+
+def test_nothing_is_drawn_when_no_report_came() -> None:
+    file = io.StringIO()
+    with ProgressPrinter(Console(file=file, width=80)):
+        pass
+    assert file.getvalue() == ""

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zsfl.errors import ConfigError
+from zsfl.learning.job import Job, accuracy, load_job
+from zsfl.learning.model import SplitModel
+from zsfl.learning.optim import adam, sgd
+
+
+def model() -> SplitModel:
+    return SplitModel(head=nn.Linear(4, 3), body=nn.Sequential(nn.Linear(3, 3), nn.ReLU()), tail=nn.Linear(3, 2))
+
+
+def no_data(shard: int, shards: int) -> Any:
+    raise AssertionError("not asked for")
+
+
+def job(**fields: Any) -> Job:
+    stated = {
+        "name": "trial",
+        "model": model,
+        "loss": F.cross_entropy,
+        "data": no_data,
+        "optimizer": sgd(0.1),
+    }
+    return Job(**(stated | fields))
+
+
+@pytest.mark.parametrize("name", ["a", "digits", "mnist-20", "x" * 40])
+def test_good_names(name: str) -> None:
+    assert job(name=name).name == name
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"name": ""}, "such as 'my-job'"),
+        ({"name": "My Job!"}, "such as 'my-job'"),
+        ({"name": "-x-"}, "such as 'x'"),
+        ({"name": "x" * 41}, "at most 40"),
+        ({"model": nn.Linear(1, 1)}, "job 'trial': model is a model: use a function"),
+        ({"model": None}, "model is None: use a function"),
+        ({"loss": 3}, "loss is 3: use a function$"),
+        ({"data": "folder"}, "data is 'folder': use a function"),
+        ({"metric": 1}, "metric is 1: use a function or None"),
+        ({"loss_weight": 1}, "loss_weight is 1"),
+        ({"optimizer": torch.optim.SGD}, r"use zsfl.sgd\(lr=0.1\)"),
+        ({"batch_size": 0}, "batch_size is 0: use a whole number from 1 up"),
+        ({"batch_size": 1.5}, "batch_size is 1.5"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"shards": True}, "shards is True"),
+        ({"seed": -1}, "seed is -1: use a whole number from 0 up"),
+        ({"mode": "fast"}, "mode is 'fast': use 'exact'"),
+    ],
+)
+def test_wrong_values_say_what_to_do(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        job(**fields)
+
+
+def test_build_is_the_same_everywhere_and_leaves_the_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected_next = torch.rand(1)
+    torch.manual_seed(5)
+    one = job(seed=3).build().state_dict()
+    assert torch.equal(torch.rand(1), expected_next)
+    other, third = job(seed=3).build().state_dict(), job(seed=4).build().state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(one["head.weight"], third["head.weight"])
+
+
+def test_build_wraps_what_the_factory_does_wrong() -> None:
+    def failing() -> SplitModel:
+        return SplitModel(head=nn.Linear(4, "x"), body=nn.Identity())  # pyright: ignore[reportArgumentType]
+
+    with pytest.raises(ConfigError, match=r"job 'trial': model\(\) failed: TypeError: .*line \d+"):
+        job(model=failing).build()
+    with pytest.raises(ConfigError, match=r"returned a Linear: return a zsfl.SplitModel"):
+        job(model=lambda: nn.Linear(1, 1)).build()
+
+
+def test_facts_are_short_words_that_differ_where_the_jobs_do() -> None:
+    mine = job(batch_size=64)
+    facts = mine.facts(mine.build())
+    assert all(isinstance(value, str) and len(value) < 100 for value in facts.values())
+    assert facts == job(rounds=99, seed=0).facts(model())
+    theirs = job(batch_size=32, optimizer=adam(lr=0.1)).facts(model())
+    assert {name for name in facts if facts[name] != theirs[name]} == {"batch_size", "optimizer"}
+
+
+def test_facts_see_shapes_dtypes_and_what_is_frozen_but_not_values() -> None:
+    def digest(change: Any) -> str:
+        changed = model()
+        change(changed)
+        return job().facts(changed)["parameters"]
+
+    same = digest(lambda m: None)
+    assert digest(lambda m: m.head.weight.data.zero_()) == same
+    changes = [
+        lambda m: m.double(),
+        lambda m: m.head.requires_grad_(False),
+        lambda m: setattr(m, "tail", nn.Linear(3, 3)),
+        lambda m: m.body.append(nn.BatchNorm1d(3)),
+    ]
+    assert len({same, *(digest(change) for change in changes)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (F.mse_loss, "mse_loss"),
+        (functools.partial(F.cross_entropy, label_smoothing=0.1), "cross_entropy(label_smoothing=0.1)"),
+        (nn.CrossEntropyLoss(), "CrossEntropyLoss()"),
+    ],
+)
+def test_losses_have_names_without_addresses(loss: Any, name: str) -> None:
+    assert job(loss=loss).facts(model())["loss"] == name
+
+
+def test_accuracy_counts_samples() -> None:
+    logits = torch.eye(3)
+    assert accuracy(logits, torch.tensor([0, 1, 0])) == 2.0
+    pixels = torch.stack([logits, logits])  # two samples of three classes over three places
+    assert accuracy(pixels, torch.tensor([[0, 1, 2], [0, 0, 0]])) == pytest.approx(1 + 1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("output", "target"),
+    [
+        (torch.zeros(4, 1), torch.zeros(4, 1)),
+        (torch.zeros(4), torch.zeros(4, dtype=torch.int64)),
+        (torch.zeros(4, 2), torch.zeros(3, dtype=torch.int64)),
+    ],
+)
+def test_accuracy_of_what_are_no_classes(output: Tensor, target: Tensor) -> None:
+    with pytest.raises(ConfigError, match="state metric=None"):
+        accuracy(output, target)
+
+
+JOB_FILE = """
+from zsfl.learning.job import Job
+from zsfl.learning.optim import sgd
+import helper_of_trial
+
+stated = Job(name="trial", model=helper_of_trial.model, loss=lambda o, t: o, data=print, optimizer=sgd(0.1))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "helper_of_trial.py").write_text("def model(): ...\n")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.delitem(sys.modules, "helper_of_trial", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("line", ["job = stated", "def job(): return stated"])
+def test_load_job(folder: Path, line: str) -> None:
+    before = list(sys.path)
+    path = folder / "json.py"  # named like a module of Python, which stays what it is
+    path.write_text(JOB_FILE + line)
+    loaded = load_job(path)
+    assert loaded.name == "trial"
+    assert dataclasses.replace(loaded, batch_size=3).batch_size == 3
+    assert sys.path == before
+    assert sys.modules[loaded.loss.__module__].__file__ == str(path)
+    assert "loads" in vars(sys.modules.get("json", __import__("json")))
+
+
+def test_a_relative_path_starts_at_the_current_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "here.py").write_text(JOB_FILE + "job = stated")
+    assert load_job(Path("here.py")).name == "trial"
+    with pytest.raises(ConfigError, match=f"no job file {folder}/gone.py"):
+        load_job(Path("gone.py"))
+    with pytest.raises(ConfigError, match=f"{folder} is a folder"):
+        load_job(Path("."))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import sys\nx = undefined_name\n", r"NameError: .*undefined_name.* \(.*broken.py, line 2\)"),
+        ("x = (\n", r"SyntaxError: .* \(.*broken.py, line 1\)"),
+        ("import nonexistent_module_x\n", r"ModuleNotFoundError: .*nonexistent_module_x.*line 1\)"),
+        ("import sys\nsys.exit(3)\n", r"SystemExit: 3 \(.*broken.py, line 2\)"),
+        (JOB_FILE.replace('"trial"', '"No Name"'), r"cannot be imported: job name 'No Name'.*line 6\)"),
+        ("def job():\n    return 1 / 0\n", r"ZeroDivisionError: .*line 2\)"),
+        ("\0", "cannot be imported"),
+        ("x = 1\n", "has no `job`: add a line"),
+        ("job = 'mnist'\n", "`job` in .*broken.py is a str: make it a zsfl.Job"),
+        ("class job: ...\n", "is a type: make it a zsfl.Job"),
+        ("def job():\n    return 3\n", "is a int: make it"),
+    ],
+)
+def test_job_files_that_will_not_do(folder: Path, text: str, said: str) -> None:
+    path = folder / "broken.py"
+    path.write_text(text)
+    before = list(sys.path)
+    with pytest.raises(ConfigError, match=said):
+        load_job(path)
+    assert sys.path == before
+
+
+def test_an_error_in_a_neighbour_names_the_neighbour(folder: Path) -> None:
+    (folder / "helper_of_trial.py").write_text("\n\nraise ValueError('no')\n")
+    path = folder / "broken.py"
+    path.write_text(JOB_FILE)
+    with pytest.raises(ConfigError, match=r"ValueError: no \(.*helper_of_trial.py, line 3\)"):
+        load_job(path)

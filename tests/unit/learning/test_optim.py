@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from zsfl.errors import ConfigError
+from zsfl.learning.optim import OptimizerSpec, adam, adamw, optimizer, sgd
+
+
+def test_reads_the_same_however_it_was_written() -> None:
+    one = optimizer(torch.optim.RMSprop, momentum=0.9, lr=0.1)
+    other = OptimizerSpec(torch.optim.RMSprop, {"lr": 0.1, "momentum": 0.9})
+    assert repr(one) == repr(other) == "RMSprop(lr=0.1, momentum=0.9)"
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind"),
+    [
+        (sgd(0.1, momentum=0.9, weight_decay=1e-4, nesterov=True), torch.optim.SGD),
+        (adam(), torch.optim.Adam),
+        (adamw(lr=1e-2, amsgrad=True), torch.optim.AdamW),
+        (optimizer(torch.optim.Rprop, etas=(0.4, 1.3)), torch.optim.Rprop),
+    ],
+)
+def test_builds_what_it_says(spec: OptimizerSpec, kind: type[torch.optim.Optimizer]) -> None:
+    built = spec.build([nn.Parameter(torch.zeros(2, 2))])
+    assert isinstance(built, kind)
+    assert {key: built.param_groups[0][key] for key in spec.options} == spec.options
+
+
+@pytest.mark.parametrize(("options", "said"), [({"lr": -1.0}, "Invalid learning rate"), ({"lr": 0.1, "lrr": 1}, "lrr")])
+def test_wrong_options_are_an_error_at_once(options: dict[str, float], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        optimizer(torch.optim.SGD, **options)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam])
+def test_refuses_optimizers_that_need_more_than_a_dense_gradient(kind: type[torch.optim.Optimizer]) -> None:
+    with pytest.raises(ConfigError, match="neither a closure nor sparse"):
+        optimizer(kind, lr=0.1)
+
+
+@pytest.mark.parametrize("given", [nn.Linear, "sgd"])
+def test_refuses_what_is_no_optimizer_class(given: object) -> None:
+    with pytest.raises(ConfigError, match="no optimizer class"):
+        OptimizerSpec(given, {})  # pyright: ignore[reportArgumentType]
+
+
+def test_parameters_that_do_not_fit_are_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"does not fit this job's parameters: .*empty"):
+        sgd(0.1).build([])
+
+
+def test_stating_an_optimizer_does_not_load_the_compiler() -> None:
+    code = "import sys, zsfl.learning.optim as o; o.sgd(0.1); o.adamw(); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

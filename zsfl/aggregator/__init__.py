@@ -1,0 +1,1 @@
+"""The aggregator: collects spills by gossip, averages, steps, commits, publishes."""

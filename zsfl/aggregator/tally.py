@@ -1,0 +1,128 @@
+"""Sums over the windows of a round, and the report they make. Pure; the clock is handed in."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+
+from zsfl.ids import NodeId, Version
+from zsfl.learning.averaging import Contribution
+from zsfl.metrics import difference
+from zsfl.reports import RoundReport, WindowReport
+from zsfl.spill.layout import SpillMeta
+from zsfl.wire.messages import Evaluated
+
+WINDOW_REPORT_S = 0.1
+"""Progress inside a round is reported no more often."""
+
+
+class Tally:
+    """What one round adds up to."""
+
+    def __init__(self, *, node: str, round_: int, rounds: int, windows: int, now_s: float) -> None:
+        self._node = node
+        self._round, self._rounds, self._windows = round_, rounds, windows
+        self._begun_s = now_s
+        self._reported_s = now_s
+        self._loss_sum = self._weight = 0.0
+        self._steps = self._samples = 0
+        self._served: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._last: dict[str, str] = {}
+        self._before: dict[str, Mapping[str, float]] = {}
+
+    def baseline(self, counters: Mapping[str, Mapping[str, float]]) -> None:
+        """Counters by node as the round begins; a node that comes later counts from zero."""
+        self._before = dict(counters)
+
+    def served(self, meta: SpillMeta) -> None:
+        """A split server took a step of a client."""
+        if meta.part == "body":
+            self._served[meta.client][meta.node] += 1
+            self._last[meta.client] = meta.node
+
+    def counted(self, window: Iterable[Contribution]) -> None:
+        """A window was committed."""
+        for contribution in window:
+            if contribution.part == "client":
+                self._steps += 1
+                self._samples += contribution.samples
+                self._weight += contribution.n
+                self._loss_sum += contribution.loss_sum or 0.0
+
+    @property
+    def train_loss(self) -> float:
+        """Weighted mean of the training loss so far."""
+        return self._loss_sum / self._weight if self._weight else 0.0
+
+    def window_report(self, window: int, version: Version, now_s: float) -> WindowReport | None:
+        """Progress, if some is due."""
+        if now_s - self._reported_s < WINDOW_REPORT_S:
+            return None
+        self._reported_s = now_s
+        return WindowReport(
+            node=self._node,
+            round=self._round,
+            rounds=self._rounds,
+            window=window,
+            windows=self._windows,
+            version=version,
+            loss=self.train_loss,
+            steps_per_s=self._steps / max(now_s - self._begun_s, 1e-9),
+            serving=dict(self._last),
+        )
+
+    def round_report(
+        self,
+        version: Version,
+        evaluated: Mapping[int, Evaluated],
+        counters: Mapping[str, Mapping[str, float]],
+        trained_s: float,
+        now_s: float,
+    ) -> RoundReport:
+        """The whole round; `trained_s` is when its last version was committed."""
+        loss, accuracy = pooled(evaluated)
+        peers = {name: difference(now, self._before.get(name, {})) for name, now in sorted(counters.items())}
+        return RoundReport(
+            node=self._node,
+            round=self._round,
+            rounds=self._rounds,
+            version=version,
+            train_loss=self.train_loss,
+            loss=loss,
+            accuracy=accuracy,
+            steps=self._steps,
+            samples=self._samples,
+            seconds=now_s - self._begun_s,
+            steps_per_s=self._steps / max(trained_s - self._begun_s, 1e-9),
+            bytes_sent=int(sum(peer.get("bytes_sent", 0.0) for peer in peers.values())),
+            serving={client: dict(servers) for client, servers in sorted(self._served.items())},
+            peers=peers,
+        )
+
+
+def pooled(evaluated: Mapping[int, Evaluated]) -> tuple[float | None, float | None]:
+    """Loss and accuracy over all held-out samples of all shards; None where there is nothing to pool."""
+    results = [result for result in evaluated.values() if result.samples]
+    samples, weight = sum(result.samples for result in results), sum(result.weight for result in results)
+    if not samples or not weight:
+        return None, None
+    loss = sum(result.loss_sum for result in results) / weight
+    right = [result.correct for result in results if result.correct is not None]
+    return loss, sum(right) / samples if len(right) == len(results) else None
+
+
+class PeerCounters:
+    """The newest counters of every node, by name."""
+
+    def __init__(self) -> None:
+        self._names: dict[NodeId, str] = {}
+        self._counters: dict[NodeId, Mapping[str, float]] = {}
+
+    def heard(self, node: NodeId, name: str, counters: Mapping[str, float]) -> None:
+        """A node told its counters."""
+        self._names[node] = name
+        self._counters[node] = counters
+
+    def by_name(self) -> dict[str, Mapping[str, float]]:
+        """Counters by the node's name; of several starts of one node, the newest."""
+        return {self._names[node]: counters for node, counters in self._counters.items()}

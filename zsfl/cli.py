@@ -1,0 +1,185 @@
+"""The `zsfl` command. Loads what a subcommand needs only when it runs, so that help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zsfl.errors import ConfigError, ZsflError
+from zsfl.ids import Role
+from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings
+
+EXAMPLES = """\
+examples:
+  zsfl demo                                        train the digits on this machine, nothing to download
+  zsfl up mnist.py --clients 20 --rounds 10        a whole cluster of processes on this machine
+  zsfl node split-server mnist.py                  one node; run it on each GPU machine of the LAN
+  zsfl node aggregator mnist.py                    anywhere
+  zsfl node client mnist.py --shard 3              where the data is
+
+Every flag may also be set as ZSFL_NAME in the environment, or as `name` under [node] in zsfl.toml.
+"""
+
+DEMO_EXAMPLES = """\
+examples:
+  zsfl demo                              5 clients, 2 split servers and 1 aggregator, each its own process
+  zsfl demo --rounds 3 --clients 3       a shorter one
+  zsfl demo --print-job > my_job.py      the job it runs, to begin your own with
+"""
+
+UP_EXAMPLES = """\
+examples:
+  zsfl up mnist.py                                   as the job says
+  zsfl up mnist.py --clients 20 --split-servers 3    divide the data among 20 clients
+  zsfl up mnist.py --clients 200 --client-processes 4   many clients in few processes, to simulate
+  zsfl up mnist.py --run night --rounds 50           leaves runs/night
+  zsfl up mnist.py --run night --rounds 80 --resume  goes on from there, to 80 rounds
+  zsfl up mnist.py --in-process                      the same nodes in one process
+"""
+
+NODE_EXAMPLES = """\
+examples, for a LAN of three machines (give each its own address with --host):
+  zsfl node aggregator mnist.py --host 192.168.1.10 --rounds 20
+  zsfl node split-server mnist.py --host 192.168.1.20 --device cuda
+  zsfl node client mnist.py --host 192.168.1.30 --shard 0
+  zsfl node client mnist.py --host 192.168.1.30 --shards 1-4       four clients in one process
+
+Nodes find one another by mDNS. Where multicast is blocked, one address is enough:
+  zsfl node aggregator mnist.py --host 192.168.1.10 --port 7700
+  zsfl node client mnist.py --host 192.168.1.30 --shard 0 --peer 192.168.1.10:7700
+"""
+
+UP_FLAGS = (
+    "rounds", "run", "runs", "resume", "device", "slots", "codec", "mdns", "host", "threads", "patience_s",
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code."""
+    args = parser().parse_args(argv)
+    try:
+        return int(args.run_command(args))
+    except ConfigError as error:
+        print(f"zsfl: {error}", file=sys.stderr)
+        return 2
+    except ZsflError as error:
+        print(f"zsfl: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("zsfl: interrupted; all nodes have left", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = _parser(argparse.ArgumentParser, prog="zsfl", description="Split federated learning.", epilog=EXAMPLES)
+    top.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version and exit")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = _parser(commands.add_parser, "demo", help="see it work on this machine", epilog=DEMO_EXAMPLES)
+    _add_cluster_flags(demo, clients=5)
+    demo.add_argument("--print-job", action="store_true", help="print the job file and exit")
+    demo.set_defaults(run_command=_demo)
+
+    up = _parser(commands.add_parser, "up", help="run a job on this machine", epilog=UP_EXAMPLES)
+    up.add_argument("job", type=Path, metavar="JOB", help="Python file with a `job`")
+    _add_cluster_flags(up, clients=None)
+    up.set_defaults(run_command=_up)
+
+    node = _parser(commands.add_parser, "node", help="run one node", epilog=NODE_EXAMPLES)
+    roles = node.add_subparsers(title="roles", required=True, metavar="ROLE")
+    for role, text in _ROLE_HELP.items():
+        one = _parser(roles.add_parser, str(role), help=text, epilog=NODE_EXAMPLES)
+        one.add_argument("job", type=Path, metavar="JOB", help="Python file with a `job`, the same on every node")
+        add_flags(one, NODE_FLAGS[role])
+        one.set_defaults(run_command=_node, role=role)
+    return top
+
+
+_ROLE_HELP = {
+    Role.CLIENT: "trains head and tail where the data is",
+    Role.SPLIT_SERVER: "runs the body for whoever asks",
+    Role.AGGREGATOR: "averages, steps and publishes",
+}
+
+
+def _parser(make: Any, *args: str, **kwargs: Any) -> argparse.ArgumentParser:
+    kwargs.setdefault("description", kwargs.get("help", "").capitalize() + "." if kwargs.get("help") else None)
+    return make(*args, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+
+class _PrintVersion(argparse.Action):
+    """Looks the version up only when it is asked for: that alone takes as long as all the rest of the help."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        parser.exit(message=f"zsfl {version('zsfl')}\n")
+
+
+def _add_cluster_flags(target: argparse.ArgumentParser, *, clients: int | None) -> None:
+    said = "what the job says" if clients is None else str(clients)
+    target.add_argument("--clients", type=int, default=clients, metavar="N", help=f"how many clients; default: {said}")
+    target.add_argument("--split-servers", type=int, default=2, metavar="N", help="how many split servers; default: 2")
+    target.add_argument(
+        "--client-processes", type=int, metavar="N", help="processes the clients share; default: one each"
+    )
+    target.add_argument("--in-process", action="store_true", help="run all nodes in this process")
+    add_flags(target, UP_FLAGS)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    job = Path(__file__).with_name("demo.py")
+    if args.print_job:
+        print(job.read_text(encoding="utf-8"), end="")
+        return 0
+    return _run_cluster(job, args)
+
+
+def _up(args: argparse.Namespace) -> int:
+    return _run_cluster(args.job, args)
+
+
+def _node(args: argparse.Namespace) -> int:
+    from zsfl.roles import run_node
+
+    return run_node(args.role, args.job, vars(args))
+
+
+def _run_cluster(job: Path, args: argparse.Namespace) -> int:
+    if not job.is_file():
+        raise ConfigError(f"there is no job file {job.absolute()}; `zsfl demo --print-job > my_job.py` writes one")
+    flags = vars(args)
+    import asyncio
+
+    settings = load_settings(flags, os.environ)  # what is wrong is said before anything starts
+    asyncio.run(_train(job, flags, settings))
+    return 0
+
+
+async def _train(job: Path, flags: dict[str, Any], settings: NodeSettings) -> None:
+    from zsfl.cluster.local import LocalCluster
+    from zsfl.dashboard.progress import ProgressPrinter
+
+    # Only what was given here: each node reads the file and the environment by itself.
+    given = {name: getattr(settings, name) for name in UP_FLAGS if flags.get(name) is not None}
+    mdns, rounds = given.pop("mdns", None), settings.rounds
+    given.pop("rounds", None)
+    with ProgressPrinter() as printer:
+        cluster = LocalCluster(
+            job,
+            clients=flags["clients"],
+            split_servers=flags["split_servers"],
+            client_processes=flags["client_processes"],
+            in_process=flags["in_process"],
+            mdns=mdns,
+            on_report=printer.on,
+            **given,
+        )
+        async with cluster:
+            async for _ in cluster.train(rounds):
+                pass

@@ -1,0 +1,124 @@
+"""What a client computes itself: head, tail and loss. Synchronous; runs in the compute thread."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from zsfl.ids import Cid, Version
+from zsfl.learning.job import Job
+from zsfl.learning.model import SplitModel
+from zsfl.learning.part import Backward, Forward, Part, PartWeights, loss_sum
+
+
+@dataclass(frozen=True, slots=True)
+class ClientWeights:
+    """One version of head and tail."""
+
+    head: PartWeights
+    tail: PartWeights | None
+
+
+@dataclass(slots=True, kw_only=True)
+class StepInHand:
+    """A step between its start and the commit that counts it: enough to drive it again on any server."""
+
+    cid: Cid
+    version: Version
+    seed: int
+    n: float
+    samples: int
+    target: torch.Tensor
+    head: Forward
+    activations: torch.Tensor
+    """Output of the head, detached: the input of the body."""
+    grads: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    loss_sum: float = 0.0
+    grad: torch.Tensor | None = None
+    """Gradient of the loss sum by the body's output (U-shape only)."""
+
+
+def step_seed(seed: int, cid: Cid) -> int:
+    """Seed of everything random in one step, the same on whichever server runs it; below 2**52."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{cid}".encode()).digest()[:6], "little")
+
+
+class LocalParts:
+    """Head and tail on this client's device."""
+
+    def __init__(self, job: Job, model: SplitModel, device: torch.device) -> None:
+        self._job = job
+        self._head = Part(model.head, "head", device)
+        self._tail = None if model.tail is None else Part(model.tail, "tail", device)
+        self.want_grad = bool(self._head.trainable)
+
+    @property
+    def u_shaped(self) -> bool:
+        """Whether this client computes the loss itself."""
+        return self._tail is not None
+
+    def warnings(self) -> list[str]:
+        """What makes the run differ from training in one process."""
+        return self._head.warnings() + ([] if self._tail is None else self._tail.warnings())
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> ClientWeights:
+        """Head and tail of a published version."""
+        head = {name: tensor for name, tensor in state.items() if name.startswith("head.")}
+        tail = {name: tensor for name, tensor in state.items() if name.startswith("tail.")}
+        return ClientWeights(self._head.load(head), None if self._tail is None else self._tail.load(tail))
+
+    def begin(self, weights: ClientWeights, cid: Cid, version: Version, x: torch.Tensor, y: torch.Tensor) -> StepInHand:
+        """Head forward."""
+        seed = step_seed(self._job.seed, cid)
+        head = self._head.forward(weights.head, x, seed=seed, train=True, need_input_grad=False)
+        weigh = self._job.loss_weight
+        return StepInHand(
+            cid=cid,
+            version=version,
+            seed=seed,
+            n=float(len(y)) if weigh is None else float(weigh(y)),
+            samples=len(y),
+            target=y,
+            head=head,
+            activations=head.output.detach(),
+        )
+
+    def turn(self, weights: ClientWeights, step: StepInHand, output: torch.Tensor) -> None:
+        """U-shape: tail forward, loss, and backward to the cut."""
+        if self._tail is None or weights.tail is None:
+            raise TypeError("a job without a tail has no turn")
+        forward = self._tail.forward(weights.tail, output, seed=step.seed + 2, train=True)
+        loss = loss_sum(self._job.loss, forward.output, step.target.to(self._tail.device), step.n)
+        backward = self._tail.backward(weights.tail, forward.ending_in(loss))
+        step.loss_sum = float(loss.detach())
+        step.grad = backward.grad_input
+        step.grads.update(backward.grads)
+        step.buffers.update(backward.buffers)
+
+    def finish(self, weights: ClientWeights, step: StepInHand, grad: torch.Tensor | None) -> None:
+        """Head backward with the gradient the server sent, None for a frozen head."""
+        if grad is None:
+            backward = Backward(grads={}, buffers=dict(step.head.buffers), grad_input=None)
+        else:
+            backward = self._head.backward(weights.head, step.head, grad)
+        step.grads.update(backward.grads)
+        step.buffers.update(backward.buffers)
+
+    def head_infer(self, weights: ClientWeights, x: torch.Tensor) -> torch.Tensor:
+        """Head forward in evaluation mode."""
+        return self._head.infer(weights.head, x)
+
+    def score(self, weights: ClientWeights, output: torch.Tensor, y: torch.Tensor) -> tuple[float, float | None, float]:
+        """Loss sum, correct samples (None without a metric) and weight of a held-out batch."""
+        if self._tail is not None and weights.tail is not None:
+            output = self._tail.infer(weights.tail, output)
+        y = y.to(output.device)
+        n = float(len(y)) if self._job.loss_weight is None else float(self._job.loss_weight(y))
+        with torch.no_grad():
+            loss = float(loss_sum(self._job.loss, output, y, n))
+            correct = None if self._job.metric is None else float(self._job.metric(output, y))
+        return loss, correct, n

@@ -1,0 +1,86 @@
+"""Which split server takes the next request: decisions only, no sockets and no clock."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from zsfl.ids import NodeId
+from zsfl.wire.messages import Load
+
+UNKNOWN_SERVICE_S = 0.001
+"""Assumed of a server that no server's service time is known for: short, so that it is tried soon."""
+SHUN_S = 1.0
+"""How long a server is avoided after it failed, while there are others."""
+MAX_SHUN_S = 5.0
+"""A server that refuses work cannot ask to be left alone for longer."""
+
+
+@dataclass(slots=True)
+class _Server:
+    load: Load | None = None
+    asked: int = 0
+    """Requests of ours that it has not answered."""
+    shunned_until_s: float = 0.0
+
+
+class ServerChooser:
+    """Chooses at random, in proportion to how soon each server is likely to answer.
+
+    At random, since clients that all ran for the shortest queue would all stand in it.
+    """
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._servers: dict[NodeId, _Server] = {}
+
+    def joined(self, server: NodeId) -> None:
+        """A server is there."""
+        self._servers.setdefault(server, _Server())
+
+    def lost(self, server: NodeId) -> None:
+        """A server is gone."""
+        self._servers.pop(server, None)
+
+    def heard(self, server: NodeId, load: Load) -> None:
+        """A server said how busy it is."""
+        if server in self._servers:
+            self._servers[server].load = load
+
+    def asked(self, server: NodeId) -> None:
+        """A request is on its way."""
+        if server in self._servers:
+            self._servers[server].asked += 1
+
+    def answered(self, server: NodeId) -> None:
+        """A request came to its end, well or not."""
+        if server in self._servers:
+            self._servers[server].asked -= 1
+
+    def refused(self, server: NodeId, now_s: float, for_s: float = SHUN_S) -> None:
+        """A server has no room or failed: leave it alone for a while."""
+        if server in self._servers:
+            self._servers[server].shunned_until_s = now_s + min(for_s, MAX_SHUN_S)
+
+    def pick(self, now_s: float) -> NodeId | None:
+        """A server to ask now; None when there is none, or all are shunned (see `next_free_s`)."""
+        free = {name: server for name, server in self._servers.items() if server.shunned_until_s <= now_s}
+        if not free:
+            return None
+        known = [server.load.service_s for server in self._servers.values() if server.load and server.load.service_s]
+        guess_s = min(known, default=UNKNOWN_SERVICE_S)
+        weights = [1.0 / _expected_s(server, guess_s) for server in free.values()]
+        return self._rng.choices(list(free), weights)[0]
+
+    def next_free_s(self) -> float | None:
+        """When the first shunned server may be asked again; None when there is no server at all."""
+        return min((server.shunned_until_s for server in self._servers.values()), default=None)
+
+
+def _expected_s(server: _Server, guess_s: float) -> float:
+    """Seconds until the server would answer one more request."""
+    if server.load is None:
+        return guess_s * (server.asked + 1)
+    queue = max(server.load.busy, server.asked)
+    crowded = max(1.0, (queue + 1) / max(server.load.slots, 1))
+    return (server.load.service_s or guess_s) * (queue + 1) * crowded

@@ -1,0 +1,1 @@
+"""Plans and starts clusters: local processes, or the same nodes in one process."""

@@ -1,0 +1,350 @@
+"""The terminal view of a run: a pure fold of reports, drawn with rich or told line by line."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Self
+
+from zsfl.reports import (
+    AnyReport,
+    Assembled,
+    Exited,
+    Failed,
+    Finished,
+    Note,
+    Ready,
+    RoundReport,
+    Waiting,
+    WindowReport,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.live import Live
+    from rich.table import Table
+
+LIVE_ROUNDS = 8
+"""So few that the live view fits into 24 lines; rich cuts off what does not."""
+FINAL_ROUNDS = 30
+SHOWN_NOTES = 4
+RECENT_WINDOWS = 20
+"""Window reports over which the live view counts who serves whom."""
+REDRAW_S = 0.1
+REPEAT_S = 10.0
+"""How often the plain form repeats that a node still waits for the same thing."""
+
+Serving = Mapping[str, Mapping[str, int]]
+"""Client name to split-server name to steps."""
+
+
+class RunView:
+    """What the reports of one run add up to; `on` is the only way in."""
+
+    def __init__(self) -> None:
+        self.ready: dict[str, str] = {}
+        """Node name to role."""
+        self.waiting: dict[str, Waiting] = {}
+        """What each node waits for, by node name; cleared once the run moves."""
+        self.window: WindowReport | None = None
+        """The latest of the current round."""
+        self.rounds: list[RoundReport] = []
+        self.notes: deque[str] = deque(maxlen=SHOWN_NOTES)
+        self.finished: Finished | None = None
+        self.failed: Failed | None = None
+        self._recent: deque[Mapping[str, str]] = deque(maxlen=RECENT_WINDOWS)
+        self._started: tuple[float, float] | None = None
+        self._now_s = 0.0
+
+    def on(self, report: AnyReport, now_s: float) -> None:
+        """Take one report in; `now_s` is monotonic."""
+        self._now_s = now_s
+        match report:
+            case Ready():
+                self.ready[report.node] = report.role
+                self.waiting.pop(report.node, None)
+            case Waiting():
+                self.waiting[report.node] = report
+            case WindowReport():
+                self.window = report
+                self._recent.append(report.serving)
+                self._moved()
+            case RoundReport():
+                self.rounds.append(report)
+                self.window = None
+                self._moved()
+            case Finished():
+                self.finished = report
+                self.waiting.clear()
+            case Failed():
+                self.failed = report
+            case Assembled() | Note() | Exited():
+                if isinstance(report, Assembled):
+                    self.waiting.clear()
+                if line := plain_line(report):
+                    self.notes.append(line)
+
+    def _moved(self) -> None:
+        self.waiting.clear()
+        self._started = self._started or (self._now_s, self.done)
+
+    @property
+    def done(self) -> float:
+        """Rounds trained so far, the current one as a fraction."""
+        if self.window is not None:
+            return self.window.round - 1 + self.window.window / max(self.window.windows, 1)
+        return float(self.rounds[-1].round) if self.rounds else 0.0
+
+    @property
+    def total(self) -> int:
+        """Rounds to train; 0 while unknown."""
+        latest = self.window or (self.rounds[-1] if self.rounds else None)
+        return latest.rounds if latest else 0
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds to go at the pace seen so far; None while there is none."""
+        if self._started is None:
+            return None
+        start_s, start = self._started
+        if self.done <= start or self._now_s <= start_s:
+            return None
+        return (self.total - self.done) * (self._now_s - start_s) / (self.done - start)
+
+    @property
+    def serving(self) -> Serving:
+        """Who serves whom: over the last windows while training, over the last round when it is over."""
+        if self.finished is not None or not self._recent:
+            return self.rounds[-1].serving if self.rounds else {}
+        steps: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for window in self._recent:
+            for client, server in window.items():
+                steps[client][server] += 1
+        return steps
+
+
+def short_names(names: Iterable[str]) -> str:
+    """`client-[0-3,7], other` for names that differ in the number at their end."""
+    numbers: defaultdict[str, list[int]] = defaultdict(list)
+    rest: list[str] = []
+    for name in sorted(set(names)):
+        if found := re.fullmatch(r"(.*?)(0|[1-9][0-9]{0,8})", name):
+            numbers[found[1]].append(int(found[2]))
+        else:
+            rest.append(name)
+    grouped = [_group(prefix, sorted(found)) for prefix, found in numbers.items()]
+    return ", ".join([*grouped, *rest])
+
+
+def _group(prefix: str, numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return f"{prefix}{numbers[0]}"
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"{prefix}[{','.join(parts)}]"
+
+
+def server_shares(serving: Serving) -> list[tuple[str, float, str]]:
+    """Of each split server: name, share of all steps (0..1), and of which clients it serves how much."""
+    total = sum(sum(servers.values()) for servers in serving.values())
+    rows: list[tuple[str, float, str]] = []
+    for server in sorted({server for servers in serving.values() for server in servers}):
+        steps = sum(servers.get(server, 0) for servers in serving.values())
+        by_tenths: defaultdict[int, list[str]] = defaultdict(list)
+        for client, servers in serving.items():
+            if servers.get(server):
+                by_tenths[max(1, round(10 * servers[server] / sum(servers.values())))].append(client)
+        clients = "; ".join(
+            ("" if tenths == 10 else f"{tenths * 10}% of ") + short_names(names)
+            for tenths, names in sorted(by_tenths.items(), reverse=True)
+        )
+        rows.append((server, steps / max(total, 1), clients))
+    return rows
+
+
+def plain_line(report: AnyReport) -> str | None:
+    """One report as one line of text; None for those that come too often or say nothing to a reader."""
+    match report:
+        case Waiting():
+            hints = "".join(f"\n    check: {hint}" for hint in report.hints)
+            return f"{report.node} waits for {report.what} ({report.seconds:.0f} s){hints}"
+        case Assembled():
+            servers = "split server" if report.split_servers == 1 else "split servers"
+            return f"assembled: {report.clients} clients, {report.split_servers} {servers}"
+        case RoundReport():
+            return (
+                f"round {report.round}/{report.rounds}: train loss {report.train_loss:.4f}, "
+                f"test loss {_number(report.loss)}, test accuracy {_percent(report.accuracy)}, "
+                f"{report.steps_per_s:,.0f} steps/s, {report.bytes_sent / 1e6:,.1f} MB sent"
+            )
+        case Note():
+            return f"{report.node}: {report.message}" if report.node else report.message
+        case Exited(code=code) if code:
+            how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            return f"{report.node} {how}"
+        case Finished():
+            return (
+                f"finished: {report.rounds} rounds in {report.seconds:.1f} s, "
+                f"test accuracy {_percent(report.accuracy)}, test loss {_number(report.loss)}; "
+                f"see {report.folder}"
+            )
+        case Failed():
+            return f"{report.node} failed: {report.message} ({report.kind})"
+        case Ready() | WindowReport() | Exited():
+            return None
+
+
+def render(view: RunView) -> RenderableType:
+    """The whole view for a terminal of 80 columns or more."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    if not view.total and view.ready:
+        parts.append(Text(f"ready: {short_names(view.ready)}", style="dim"))
+    for waiting in view.waiting.values():
+        parts.append(Text(plain_line(waiting) or "", style="yellow"))
+    if view.rounds:
+        shown = LIVE_ROUNDS if view.finished is None else FINAL_ROUNDS
+        parts += [_rounds_table(view.rounds[-shown:]), Text()]
+    if view.serving:
+        parts += [_serving_table(view.serving), Text()]
+    if view.total and view.finished is None:
+        parts.append(_bar(view))
+    parts += [Text(note, style="dim") for note in view.notes]
+    if view.finished is not None:
+        parts += [Text(), _result_table(view.finished)]
+    if view.failed is not None:
+        parts.append(Text(plain_line(view.failed) or "", style="bold red"))
+    return Group(*parts)
+
+
+def _rounds_table(rounds: Iterable[RoundReport]) -> Table:
+    table = _table("round", "train loss", "test loss", "test accuracy", "steps/s", "MB sent")
+    for column in table.columns:
+        column.justify = "right"
+    for report in rounds:
+        table.add_row(
+            f"{report.round}/{report.rounds}",
+            f"{report.train_loss:.4f}",
+            _number(report.loss),
+            _percent(report.accuracy),
+            f"{report.steps_per_s:,.0f}",
+            f"{report.bytes_sent / 1e6:,.1f}",
+        )
+    return table
+
+
+def _serving_table(serving: Serving) -> Table:
+    from rich.text import Text
+
+    table = _table("split server", "share", "serves")
+    for server, share, clients in server_shares(serving):
+        table.add_row(Text(server), f"{share:.0%}", Text(clients))
+    return table
+
+
+def _result_table(finished: Finished) -> Table:
+    from rich.text import Text
+
+    table = _table("result", "")
+    table.add_row("rounds", f"{finished.rounds} in {finished.seconds:.1f} s (version {finished.version})")
+    table.add_row("test accuracy", Text(_percent(finished.accuracy), style="bold green"))
+    table.add_row("test loss", _number(finished.loss))
+    table.add_row("left in", Text(finished.folder, overflow="fold"))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+
+
+def _bar(view: RunView) -> Table:
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    cells: list[RenderableType] = [
+        ProgressBar(total=view.total, completed=view.done, width=24),
+        f"round {math.ceil(view.done)}/{view.total}",
+    ]
+    if view.window is not None:
+        cells += [f"loss {view.window.loss:.4f}", f"{view.window.steps_per_s:,.0f} steps/s"]
+    if view.left_s is not None:
+        cells.append(f"{_clock(view.left_s)} left")
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_row(*cells)
+    return grid
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+class ProgressPrinter:
+    """Shows reports as they come: redrawn in place on a terminal, else one line for each that matters."""
+
+    def __init__(self, console: Console | None = None, clock_s: Callable[[], float] = time.monotonic) -> None:
+        from rich.console import Console
+
+        self.view = RunView()
+        self._console = console or Console()
+        self._clock_s = clock_s
+        self._live: Live | None = None
+        self._drawn_s = float("-inf")
+        self._told: dict[str, tuple[tuple[str, tuple[str, ...]], float]] = {}
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            from rich.live import Live
+
+            # Redrawn by `on` alone: rich's refresh thread would read the view while it changes.
+            self._live = Live(console=self._console, auto_refresh=False)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.update(render(self.view), refresh=True)
+            self._live.stop()
+            self._live = None
+
+    def on(self, report: AnyReport) -> None:
+        """Take one report in and show what it changes."""
+        now_s = self._clock_s()
+        self.view.on(report, now_s)
+        if self._live is None:
+            self._tell(report, now_s)
+        elif not isinstance(report, WindowReport) or now_s - self._drawn_s >= REDRAW_S:
+            self._live.update(render(self.view), refresh=True)
+            self._drawn_s = now_s
+
+    def _tell(self, report: AnyReport, now_s: float) -> None:
+        if isinstance(report, Waiting):
+            told, told_s = self._told.get(report.node, (None, 0.0))
+            news = (report.what, report.hints)
+            if told == news and now_s - told_s < REPEAT_S:
+                return
+            self._told[report.node] = (news, now_s)
+        if line := plain_line(report):
+            self._console.out(line, highlight=False)

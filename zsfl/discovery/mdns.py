@@ -1,0 +1,212 @@
+"""mDNS by zeroconf: announce this node, and turn what others announce into candidates.
+
+A hint only (DESIGN M1): notices of removal are ignored, for presence is decided by heartbeats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import zeroconf as zc
+from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
+
+from zsfl.discovery.events import Candidate
+from zsfl.errors import Unavailable
+from zsfl.ids import Address, NodeCard, NodeId, Role
+
+SERVICE = "_zsfl._tcp.local."
+MAX_RESOLVING = 256
+"""Names looked up at once; a further one is ignored and counted."""
+MAX_QUEUED = 1024
+"""Candidates not yet taken from `events()`; a further one is ignored and counted."""
+MAX_OTHERS = 64
+"""Addresses of other jobs and protocols kept for people to see."""
+RESOLVE_S = 1.0
+GOODBYE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Announcement:
+    """What one well-formed mDNS announcement says."""
+
+    address: Address
+    role: Role
+    node_id: NodeId
+    job_hash: str
+    protocol: int
+
+
+def read_announcement(info: zc.ServiceInfo) -> Announcement | None:
+    """What a resolved service says of itself; None when it is not one of ours or makes no sense."""
+    try:
+        texts = {key.decode(): (value or b"").decode() for key, value in info.properties.items()}
+        node_id, role, protocol = texts["id"], Role(texts["role"]), int(texts["v"])
+        job_hash = texts["job"]
+        host = ipaddress.IPv4Address(info.addresses_by_version(zc.IPVersion.V4Only)[0])
+    except (KeyError, ValueError, IndexError):
+        return None
+    usable = not (host.is_unspecified or host.is_multicast) and info.port
+    if not usable or not node_id or not (node_id + job_hash).isprintable():
+        return None
+    return Announcement(
+        address=Address(f"{host}:{info.port}"),
+        role=role,
+        node_id=NodeId(node_id),
+        job_hash=job_hash,
+        protocol=protocol,
+    )
+
+
+class Mdns:
+    """Announces `card` while open, on the interface of `card.host` alone, and hears the other nodes there.
+
+    Raises `Unavailable` on entry where mDNS cannot work.
+    """
+
+    def __init__(self, card: NodeCard, job_hash: str, protocol: int) -> None:
+        self._card = card
+        self._job_hash = job_hash
+        self._protocol = protocol
+        self._found: asyncio.Queue[Candidate] = asyncio.Queue(MAX_QUEUED)
+        self._resolving: set[asyncio.Task[None]] = set()
+        self._running: AbstractAsyncContextManager[None] | None = None
+        self.others: dict[Address, str] = {}
+        """Nodes that cannot be peers (another job or protocol), as text for whoever waits in vain."""
+        self.ignored = 0
+        """Announcements that were malformed, not resolved in time, or beyond a bound."""
+
+    async def events(self) -> AsyncIterator[Candidate]:
+        """Every other node of this job, whenever it is announced; ends only by cancellation."""
+        while True:
+            yield await self._found.get()
+
+    async def __aenter__(self) -> Self:
+        self._running = self._run()
+        await self._running.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._running is not None
+        await self._running.__aexit__(kind, error, trace)
+
+    @asynccontextmanager
+    async def _run(self) -> AsyncGenerator[None, None]:
+        async with _network(self._card.host) as network:
+            announcing = await _announce(network, self._service())
+            browser = AsyncServiceBrowser(network.zeroconf, SERVICE, handlers=[self._on_change])
+            try:
+                yield
+            finally:
+                await browser.async_cancel()
+                tasks: list[asyncio.Future[None]] = [announcing, *self._resolving]
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _service(self) -> zc.ServiceInfo:
+        card = self._card
+        about = {"id": card.id, "role": card.role.value, "job": self._job_hash, "v": str(self._protocol)}
+        return zc.ServiceInfo(
+            SERVICE,
+            f"{card.id}.{SERVICE}",
+            port=card.control_port,
+            properties=about,
+            server=f"{card.id}.local.",
+            parsed_addresses=[card.host],
+        )
+
+    def _on_change(
+        self, zeroconf: zc.Zeroconf, service_type: str, name: str, state_change: zc.ServiceStateChange
+    ) -> None:
+        if state_change is zc.ServiceStateChange.Removed or name == f"{self._card.id}.{service_type}":
+            return
+        if len(self._resolving) >= MAX_RESOLVING:
+            self.ignored += 1
+            return
+        task = asyncio.create_task(self._resolve(zeroconf, name))
+        self._resolving.add(task)
+        task.add_done_callback(self._resolving.discard)
+
+    async def _resolve(self, zeroconf: zc.Zeroconf, name: str) -> None:
+        try:
+            info = AsyncServiceInfo(SERVICE, name)
+            resolved = await info.async_request(zeroconf, RESOLVE_S * 1000)
+        except zc.Error:
+            resolved, info = False, None
+        announcement = read_announcement(info) if resolved and info else None
+        if announcement is None:
+            self.ignored += 1
+        else:
+            self._take(announcement)
+
+    def _take(self, seen: Announcement) -> None:
+        if seen.node_id == self._card.id:
+            return
+        if (mismatch := self._mismatch(seen)) is not None:
+            if seen.address in self.others or len(self.others) < MAX_OTHERS:
+                self.others[seen.address] = f"mDNS sees a {seen.role} {mismatch} at {seen.address}"
+            else:
+                self.ignored += 1
+            return
+        self.others.pop(seen.address, None)
+        try:
+            self._found.put_nowait(Candidate(seen.address, "mdns", seen.role, seen.node_id))
+        except asyncio.QueueFull:
+            self.ignored += 1
+
+    def _mismatch(self, seen: Announcement) -> str | None:
+        if seen.protocol != self._protocol:
+            return f"of protocol version {seen.protocol} (this node speaks {self._protocol})"
+        return None if seen.job_hash == self._job_hash else "of another job"
+
+
+@asynccontextmanager
+async def _network(host: str) -> AsyncGenerator[AsyncZeroconf, None]:
+    """An open zeroconf on the interface that has the IPv4 address `host`."""
+    try:
+        address = str(ipaddress.IPv4Address(host))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as trial:
+            # zeroconf leaks its listening socket when the address is not one of this machine.
+            trial.bind((address, 0))
+        network = AsyncZeroconf(interfaces=[address], ip_version=zc.IPVersion.V4Only)
+    except (ValueError, OSError) as error:
+        raise _unavailable(host, str(error)) from error
+    try:
+        await _started(network, host)
+        yield network
+    finally:
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(GOODBYE_S):
+                    await network.async_unregister_all_services()
+        finally:
+            await network.async_close()
+
+
+async def _announce(network: AsyncZeroconf, service: zc.ServiceInfo) -> asyncio.Future[None]:
+    # The name is unique, so nobody is asked for it first: probing takes about a second.
+    register = network.async_register_service  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    sending: Awaitable[None] = await register(service, cooperating_responders=True)  # pyright: ignore[reportUnknownVariableType]
+    return asyncio.ensure_future(sending)
+
+
+async def _started(network: AsyncZeroconf, host: str) -> None:
+    try:
+        await network.zeroconf.async_wait_for_start()
+    except zc.NotRunningException as error:
+        raise _unavailable(host, "its sockets did not open") from error
+    if not network.zeroconf.engine.senders:
+        raise _unavailable(host, "its interface has no multicast")
+
+
+def _unavailable(host: str, why: str) -> Unavailable:
+    return Unavailable(f"mDNS cannot work on {host}: {why}; name another node with --peer host:port instead")

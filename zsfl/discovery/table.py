@@ -1,0 +1,308 @@
+"""Who is a peer: candidates are dialled, a HELLO makes a peer of them, heartbeats keep them one.
+
+Decisions only: no sockets, no clock. Whoever drives the table carries out the actions, answers every `Dial`,
+and calls `on(Tick(), now_s)` no later than `next_deadline()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from zsfl.discovery.events import (
+    Action,
+    Candidate,
+    Dial,
+    DialFailed,
+    Event,
+    Heard,
+    Joined,
+    Left,
+    Lost,
+    Refused,
+    Tick,
+    Welcomed,
+)
+from zsfl.errors import ConfigError
+from zsfl.ids import Address, NodeCard, NodeId, Role
+
+MAX_PEERS = 1024
+"""Peers at once; a further one is refused for the time being."""
+MAX_CANDIDATES = 1024
+"""Addresses on trial at once; a further one pushes out the oldest that was neither a seed nor ever a peer."""
+MAX_DIALS = 64
+"""HELLOs under way at once, so that a flood of hints does not become a flood of connections."""
+MAX_EXCHANGED = 256
+"""Addresses told to another node in one peer exchange."""
+DIAL_TRIES = 6
+"""Failures after which an address that is not a seed is forgotten until somebody hints at it again."""
+
+_WANTED: dict[Role, frozenset[Role]] = {
+    Role.CLIENT: frozenset({Role.SPLIT_SERVER, Role.AGGREGATOR}),
+    Role.SPLIT_SERVER: frozenset({Role.AGGREGATOR}),
+    Role.AGGREGATOR: frozenset(Role),
+    Role.OBSERVER: frozenset(Role),
+}
+_EXCHANGE_ORDER = (Role.AGGREGATOR, Role.SPLIT_SERVER, Role.OBSERVER, Role.CLIENT)
+
+
+def wants_of(role: Role) -> Callable[[Role], bool]:
+    """Which roles a node of this role dials by itself; the others dial it."""
+    return _WANTED[role].__contains__
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PresenceTiming:
+    """When peers beat, how long silence may last, and how soon an address is tried again; all in seconds."""
+
+    beat_s: float = 0.5
+    lost_after_s: float = 2.0
+    lag_s: float = 1.0
+    """A longer gap between two events means that this node itself was stuck: nobody is accused for it."""
+    redial_s: float = 0.25
+    """Before the second try; doubles with every failure."""
+    redial_max_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beat_s < self.lag_s < self.lost_after_s:
+            raise ConfigError(
+                f"presence needs 0 < beat_s < lag_s < lost_after_s, not {self.beat_s}, {self.lag_s}, "
+                f"{self.lost_after_s}: correct the settings"
+            )
+        if not 0 < self.redial_s <= self.redial_max_s:
+            raise ConfigError(
+                f"presence needs 0 < redial_s <= redial_max_s, not {self.redial_s}, {self.redial_max_s}: "
+                "correct the settings"
+            )
+
+
+@dataclass(slots=True)
+class _Peer:
+    card: NodeCard
+    heard_s: float
+    addresses: set[Address] = field(default_factory=set[Address])
+
+
+@dataclass(slots=True)
+class _Candidate:
+    node_id: NodeId | None
+    due_s: float | None
+    """When to dial next; None when only a new hint makes it worth a try (if `final`, one of another node)."""
+    verified: bool
+    failures: int = 0
+    refusal: str | None = None
+    final: bool = False
+
+
+class PeerTable:
+    """The peers of one node; `wants` says which roles it dials, `now_s` is monotonic."""
+
+    def __init__(self, me: NodeCard, wants: Callable[[Role], bool], timing: PresenceTiming) -> None:
+        self._me = me
+        self._wants = wants
+        self._timing = timing
+        self._peers: dict[NodeId, _Peer] = {}
+        self._at: dict[Address, NodeId] = {}
+        self._candidates: dict[Address, _Candidate] = {}
+        self._seeds: set[Address] = set()
+        self._dialling: set[Address] = set()
+        self._last_s: float | None = None
+        self.dropped = 0
+        """Hints given up because MAX_CANDIDATES was reached."""
+
+    def on(self, event: Event, now_s: float) -> list[Action]:
+        """Take in one event; what to do now, in order. Heard costs O(1) and never asks for anything."""
+        self._forgive_own_lag(now_s)
+        actions: list[Action] = []
+        match event:
+            case Heard(node_id):
+                if peer := self._peers.get(node_id):
+                    peer.heard_s = now_s
+                return actions
+            case Candidate():
+                self._hint(event, now_s)
+            case Welcomed():
+                actions += self._welcome(event, now_s)
+            case Refused(address, reason, final):
+                self._dialling.discard(address)
+                self._refuse(address, reason, final, now_s)
+            case DialFailed(address):
+                self._dialling.discard(address)
+                self._fail(address, now_s)
+            case Left(node_id, reason):
+                if node_id in self._peers:
+                    actions.append(self._lose(node_id, f"left: {reason}", now_s, redial=False))
+            case Tick():
+                pass
+            case _:
+                assert_never(event)
+        return [*actions, *self._lose_silent(now_s), *self._dial_due(now_s)]
+
+    def next_deadline(self) -> float | None:
+        """When `on` must be called at the latest; None when nothing is pending.
+
+        Never more than a beat away while there are peers: a longer gap has to mean that this node lagged.
+        """
+        deadlines: list[float] = []
+        if self._peers and self._last_s is not None:
+            deadlines.append(self._last_s + self._timing.beat_s)
+            deadlines.append(min(p.heard_s for p in self._peers.values()) + self._timing.lost_after_s)
+        if len(self._dialling) < MAX_DIALS:
+            deadlines += [
+                c.due_s
+                for address, c in self._candidates.items()
+                if c.due_s is not None and address not in self._dialling
+            ]
+        return min(deadlines, default=None)
+
+    def peers(self) -> tuple[NodeCard, ...]:
+        """Every live peer, in order of joining."""
+        return tuple(peer.card for peer in self._peers.values())
+
+    def by_role(self, role: Role) -> tuple[NodeCard, ...]:
+        """Every live peer of one role, in order of joining."""
+        return tuple(peer.card for peer in self._peers.values() if peer.card.role is role)
+
+    def get(self, node_id: NodeId) -> NodeCard | None:
+        """The card of a live peer."""
+        peer = self._peers.get(node_id)
+        return peer.card if peer else None
+
+    def addresses(self) -> tuple[Address, ...]:
+        """Addresses of live peers to tell another node: at most MAX_EXCHANGED, those that serve first."""
+        cards = sorted(self.peers(), key=lambda card: _EXCHANGE_ORDER.index(card.role))
+        return tuple(card.address for card in cards[:MAX_EXCHANGED])
+
+    def refusals(self) -> dict[Address, str]:
+        """Why addresses did not become peers, for people."""
+        return {address: c.refusal for address, c in self._candidates.items() if c.refusal is not None}
+
+    def _forgive_own_lag(self, now_s: float) -> None:
+        if self._last_s is not None and now_s - self._last_s > self._timing.lag_s:
+            for peer in self._peers.values():
+                peer.heard_s = now_s
+        self._last_s = now_s
+
+    def _hint(self, hint: Candidate, now_s: float) -> None:
+        if hint.address == self._me.address or hint.node_id == self._me.id:
+            return
+        if hint.source == "seed":
+            if len(self._seeds) < MAX_CANDIDATES:
+                self._seeds.add(hint.address)
+        elif hint.node_id in self._peers or (hint.role is not None and not self._wants(hint.role)):
+            return
+        live = self._at.get(hint.address)
+        if live is not None and hint.node_id in (None, live):
+            return
+        known = self._candidates.get(hint.address)
+        if known is None:
+            self._add(hint.address, hint.node_id, now_s)
+        elif hint.node_id not in (None, known.node_id):
+            # Somebody else lives there now: what is known of the address no longer counts.
+            known.node_id, known.due_s, known.failures = hint.node_id, now_s, 0
+            known.refusal, known.final = None, False
+        elif known.due_s is None and not known.final:
+            known.due_s, known.failures = now_s, 0
+
+    def _welcome(self, event: Welcomed, now_s: float) -> list[Action]:
+        card = event.card
+        reached = {card.address}
+        if event.by == "me":
+            self._dialling.discard(event.address)
+            reached.add(event.address)
+        known = self._peers.get(card.id)
+        if known is not None and known.card == card:
+            known.heard_s = now_s
+            self._settle(known, reached)
+            return []
+        replaced = self._replaced_by(card, reached)
+        if (objection := self._objection(card, room=bool(replaced))) is not None:
+            self._refuse(event.address, *objection, now_s)
+            return []
+        reason = f"restarted as node {card.id} at {card.address}"
+        actions: list[Action] = [self._lose(node_id, reason, now_s, redial=False) for node_id in replaced]
+        peer = self._peers[card.id] = _Peer(card, now_s)
+        self._settle(peer, reached)
+        return [*actions, Joined(card)]
+
+    def _replaced_by(self, card: NodeCard, reached: set[Address]) -> list[NodeId]:
+        return [
+            node_id
+            for node_id, peer in self._peers.items()
+            if node_id == card.id or peer.card.name == card.name or not peer.addresses.isdisjoint(reached)
+        ]
+
+    def _objection(self, card: NodeCard, *, room: bool) -> tuple[str, bool] | None:
+        """Why a node that agrees is no peer all the same, and whether that is final."""
+        if card.id == self._me.id:
+            return "that is this node itself: give the address of another node", True
+        if card.address == self._me.address:
+            return f"{card.name} claims this node's own address: start it with another --host or port", True
+        if not room and len(self._peers) >= MAX_PEERS:
+            return f"this node has {MAX_PEERS} peers already (MAX_PEERS)", False
+        return None
+
+    def _settle(self, peer: _Peer, reached: set[Address]) -> None:
+        """Remember where a live peer is, so that its addresses are not dialled."""
+        for address in reached:
+            self._candidates.pop(address, None)
+            if address == peer.card.address or address in self._seeds:
+                self._at[address] = peer.card.id
+                peer.addresses.add(address)
+
+    def _refuse(self, address: Address, reason: str, final: bool, now_s: float) -> None:
+        if address not in self._candidates:
+            self._add(address, None, now_s)
+        if (candidate := self._candidates.get(address)) is None:
+            return
+        candidate.refusal = reason
+        if final:
+            candidate.due_s, candidate.final = None, True
+        else:
+            self._fail(address, now_s)
+
+    def _fail(self, address: Address, now_s: float) -> None:
+        candidate = self._candidates.get(address)
+        if candidate is None or candidate.final:
+            return
+        candidate.failures += 1
+        if candidate.failures < DIAL_TRIES or address in self._seeds:
+            doublings = min(candidate.failures - 1, DIAL_TRIES)
+            candidate.due_s = now_s + min(self._timing.redial_s * 2**doublings, self._timing.redial_max_s)
+        elif candidate.refusal is not None:
+            candidate.due_s = None
+        else:
+            del self._candidates[address]
+
+    def _add(self, address: Address, node_id: NodeId | None, due_s: float, *, verified: bool = False) -> None:
+        if len(self._candidates) >= MAX_CANDIDATES:
+            self.dropped += 1
+            oldest = (a for a, c in self._candidates.items() if not c.verified and a not in self._seeds)
+            if (evicted := next(oldest, None)) is None:
+                return
+            del self._candidates[evicted]
+        self._candidates[address] = _Candidate(node_id, due_s, verified)
+
+    def _lose(self, node_id: NodeId, reason: str, now_s: float, *, redial: bool) -> Lost:
+        peer = self._peers.pop(node_id)
+        for address in peer.addresses:
+            del self._at[address]
+            if (redial or address in self._seeds) and address not in self._candidates:
+                self._add(address, node_id, now_s + self._timing.redial_s, verified=True)
+        return Lost(peer.card, reason)
+
+    def _lose_silent(self, now_s: float) -> list[Action]:
+        limit_s = self._timing.lost_after_s
+        silent = [node_id for node_id, peer in self._peers.items() if peer.heard_s + limit_s <= now_s]
+        return [self._lose(node_id, f"silent for {limit_s:g} s", now_s, redial=True) for node_id in silent]
+
+    def _dial_due(self, now_s: float) -> list[Action]:
+        room = MAX_DIALS - len(self._dialling)
+        due = [
+            address
+            for address, c in self._candidates.items()
+            if c.due_s is not None and c.due_s <= now_s and address not in self._dialling
+        ][:room]
+        self._dialling.update(due)
+        return [Dial(address) for address in due]

@@ -1,0 +1,78 @@
+"""Who and what things are called: ids, roles and the card a node shows its peers."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Literal, NewType
+
+import msgspec
+
+from zsfl.errors import BadShape
+
+NodeId = NewType("NodeId", str)
+"""Identity of one start of one node (a restarted node has a new one)."""
+Cid = NewType("Cid", str)
+"""Identity of one step of one client, chosen by the client, the same however often the step is retried."""
+RunId = NewType("RunId", str)
+"""Identity of one run, six hex digits: chosen by the aggregator that starts it, kept when the run is resumed."""
+Version = NewType("Version", int)
+"""Names one set of weights; v+1 is v plus one window."""
+Address = NewType("Address", str)
+"""`host:port` of a node's control socket."""
+
+PartName = Literal["body", "client"]
+"""Who computed a contribution: the body on a split server, or head and tail on the client."""
+
+PROTOCOL = 1
+"""Version of the wire protocol; peers that differ refuse one another."""
+
+
+class Role(StrEnum):
+    """What a node does in a job."""
+
+    CLIENT = "client"
+    SPLIT_SERVER = "split-server"
+    AGGREGATOR = "aggregator"
+    OBSERVER = "observer"
+
+
+class NodeCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a node shows its peers: who it is and where its sockets are.
+
+    All endpoints share `host`; a port of 0 means that the node has no such socket.
+    """
+
+    id: NodeId
+    name: str
+    role: Role
+    host: str
+    control_port: int
+    data_port: int = 0
+    pub_port: int = 0
+    weights_port: int = 0
+
+    @property
+    def address(self) -> Address:
+        """Where the control socket listens, as `host:port`."""
+        return Address(f"{self.host}:{self.control_port}")
+
+    def endpoint(self, port: int) -> str:
+        """The ZeroMQ endpoint of one of this node's ports."""
+        return f"tcp://{self.host}:{port}"
+
+
+_CID = re.compile(r"([0-9a-f]{6})-v(\d{8,16})-s(\d{5,9})")
+
+
+def step_cid(run: RunId, shard: int, version: Version) -> Cid:
+    """The cid of the step that `shard` makes at `version`; within a run, cids sort by version, then shard."""
+    return Cid(f"{run}-v{version:08d}-s{shard:05d}")
+
+
+def parse_cid(cid: str) -> tuple[RunId, Version, int]:
+    """Run, version and shard of a cid; BadShape when it is none (it may come from anywhere)."""
+    found = _CID.fullmatch(cid)
+    if found is None:
+        raise BadShape(f"{cid[:64]!r} is not the id of a step; expected the like of 3fa9c1-v00000012-s00003")
+    return RunId(found[1]), Version(int(found[2])), int(found[3])

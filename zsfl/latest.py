@@ -1,0 +1,38 @@
+"""A value that changes, and those who wait for it to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+_Value = TypeVar("_Value")
+
+
+class Latest(Generic[_Value]):
+    """Keeps the newest value only; whoever waits sees the newest one that fits, not each."""
+
+    def __init__(self, value: _Value) -> None:
+        self._value = value
+        self._changed = asyncio.Event()
+
+    @property
+    def value(self) -> _Value:
+        """The newest value."""
+        return self._value
+
+    def set(self, value: _Value) -> None:
+        """Replace the value and wake all who wait."""
+        self._value = value
+        self.touch()
+
+    def touch(self) -> None:
+        """Wake all who wait although the value itself is the same object."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait_for(self, fits: Callable[[_Value], bool]) -> _Value:
+        """The first value from now on that fits, the present one included."""
+        while not fits(self._value):
+            await self._changed.wait()
+        return self._value

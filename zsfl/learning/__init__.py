@@ -1,0 +1,1 @@
+"""What is trained, and the arithmetic of training it. No sockets, no spills; nothing is imported eagerly."""

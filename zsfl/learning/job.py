@@ -1,0 +1,226 @@
+"""The job: what is trained. Stated once in a Python file that every node imports, never sent to anybody."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from zsfl.errors import ConfigError
+from zsfl.learning.optim import OptimizerSpec
+
+if TYPE_CHECKING:
+    from zsfl.learning.model import SplitModel
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
+"""A DNS label short enough to leave room for a node's part in an mDNS label (63 bytes)."""
+
+
+def accuracy(output: Tensor, target: Tensor) -> float:
+    """Correct samples of a batch, for logits [B, C, ...] and class indices [B, ...].
+
+    A sample with many targets (a segmented image, a text) counts as the share of them that is right.
+    """
+    if target.is_floating_point() or output.ndim < 2 or target.shape != output.shape[:1] + output.shape[2:]:
+        raise ConfigError(
+            f"zsfl.accuracy wants logits [B, C, ...] and class indices [B, ...], but this job's output is "
+            f"{list(output.shape)} and its target {list(target.shape)} of {target.dtype}: state metric=None "
+            "in the job, or a function (output, target) -> number of correct samples"
+        )
+    right = (output.argmax(1) == target).double()
+    return right.flatten(1).mean(1).sum().item() if right.ndim > 1 else right.sum().item()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is trained; wrong values are a `ConfigError` when it is made."""
+
+    name: str
+    """Lower-case letters, digits and hyphens, at most 40: names the run's folder and its mDNS service."""
+    model: Callable[[], SplitModel]
+    """Builds the model; called by every node, under the job's seed."""
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """Of output and target; a mean over the samples (or see `loss_weight`)."""
+    data: Callable[[int, int], tuple[Dataset[Any], Dataset[Any] | None]]
+    """Of shard and shards: the training data of that shard, and its held-out data or None."""
+    optimizer: OptimizerSpec
+    """Runs at the aggregator, once a version: `zsfl.sgd(lr=0.1)`, `adam`, `adamw`, `optimizer(cls, ...)`."""
+    batch_size: int = 64
+    """Samples of one step of one client; a shard's last batch may be smaller."""
+    rounds: int = 10
+    """How long to train; in a round every client goes once over its data."""
+    shards: int = 5
+    """How many clients the data is divided among."""
+    seed: int = 0
+    """Of initial weights, of the order of samples, and of what is random in a forward."""
+    codec: str = "raw"
+    """How tensors travel; `raw` changes no bit."""
+    mode: Literal["exact"] = "exact"
+    """`exact`: every version is one window with one step of every client, as one process would compute it."""
+    shuffle: bool = True
+    """Whether every round has an order of its own."""
+    metric: Callable[[Tensor, Tensor], float] | None = accuracy
+    """Of output and target: the number of correct samples in the batch; None to report the loss only."""
+    loss_weight: Callable[[Tensor], float] | None = None
+    """Of the target: a batch's weight sum, when the loss is a weighted mean; None for its sample count."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without building anything."""
+        if not _NAME.fullmatch(self.name):
+            better = re.sub(r"[^a-z0-9]+", "-", self.name.lower())[:40].strip("-") or "my-job"
+            raise ConfigError(
+                f"job name {self.name!r} will not do: use at most 40 lower-case letters, digits and inner "
+                f"hyphens, such as {better!r}"
+            )
+        self._check_callables()
+        if not isinstance(cast(object, self.optimizer), OptimizerSpec):
+            raise self._wrong(f"optimizer is {self.optimizer!r}: use zsfl.sgd(lr=0.1), adam, adamw or optimizer")
+        for field, least in (("batch_size", 1), ("rounds", 1), ("shards", 1), ("seed", 0)):
+            value = getattr(self, field)
+            if type(value) is not int or not least <= value < 2**63:
+                raise self._wrong(f"{field} is {value!r}: use a whole number from {least} up")
+        if self.mode != "exact":
+            raise self._wrong(f"mode is {self.mode!r}: use 'exact'")
+
+    def _check_callables(self) -> None:
+        """Functions where functions belong, and no model where its factory belongs."""
+        if isinstance(self.model, nn.Module):
+            raise self._wrong("model is a model: use a function without arguments that builds and returns it")
+        for field, optional in (
+            ("model", False),
+            ("loss", False),
+            ("data", False),
+            ("metric", True),
+            ("loss_weight", True),
+        ):
+            value = getattr(self, field)
+            if not (callable(value) or (optional and value is None)):
+                raise self._wrong(f"{field} is {value!r}: use a function{' or None' if optional else ''}")
+
+    def _wrong(self, what: str) -> ConfigError:
+        return ConfigError(f"job {self.name!r}: {what}")
+
+    def build(self) -> SplitModel:
+        """The model with its initial weights, equal on every node; `ConfigError` when the factory fails."""
+        from zsfl.learning.model import SplitModel
+
+        try:
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(self.seed)
+                model = cast(object, self.model())
+        except Exception as error:
+            where = _line(error, None)
+            raise self._wrong(f"model() failed: {_said(error)}{where}; correct the model's function") from error
+        if not isinstance(model, SplitModel):
+            raise self._wrong(
+                f"model() returned a {type(model).__name__}: return a zsfl.SplitModel(head=..., body=..., "
+                "tail=...), or cut an existing module with zsfl.split"
+            )
+        return model
+
+    def facts(self, model: nn.Module) -> dict[str, str]:
+        """What all nodes of a run must agree on, as short strings; `rounds` may differ."""
+        return {
+            "name": self.name,
+            "mode": self.mode,
+            "shards": str(self.shards),
+            "batch_size": str(self.batch_size),
+            "seed": str(self.seed),
+            "shuffle": str(self.shuffle),
+            "codec": self.codec,
+            "optimizer": repr(self.optimizer),
+            "loss": _name(self.loss),
+            "loss_weight": _name(self.loss_weight),
+            "parameters": _shape_digest(model),
+        }
+
+
+def _name(function: object) -> str:
+    """A name for a callable that is the same in every process (a `repr` may hold an address)."""
+    if isinstance(function, functools.partial):
+        inner = cast("functools.partial[Any]", function)
+        options = ", ".join(
+            f"{key}={value!r}" for key, value in sorted(inner.keywords.items()) if isinstance(value, int | float | str)
+        )
+        return f"{_name(inner.func)}({options})"
+    if isinstance(function, nn.Module) or function is None:
+        return repr(function)
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _shape_digest(model: nn.Module) -> str:
+    """Digest over names, shapes, dtypes and trainability of everything in the state of `model`."""
+    lines = [
+        f"{name} {list(tensor.shape)} {tensor.dtype} {tensor.requires_grad}"
+        for name, tensor in sorted(model.state_dict(keep_vars=True).items())
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def load_job(path: Path) -> Job:
+    """The `job` of a Python file: a `Job`, or a function without arguments that returns one.
+
+    The file's folder is importable while the file runs. Whatever is wrong is a `ConfigError`.
+    """
+    path = path.absolute()
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name the Python file in it that states the job")
+    if not path.exists():
+        raise ConfigError(f"there is no job file {path}: check the path, which starts at the current folder")
+    name = f"zsfl_job_{path.stem}"  # prefixed, so that a job file json.py replaces no module
+    sys.path.insert(0, str(path.parent))
+    try:
+        found = _job_in(name, path)
+    except (Exception, SystemExit) as error:
+        sys.modules.pop(name, None)
+        raise ConfigError(f"job file {path} cannot be imported: {_said(error)}{_line(error, path.parent)}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    if found is None:
+        raise ConfigError(f"job file {path} has no `job`: add a line job = zsfl.Job(name=..., ...)")
+    if not isinstance(found, Job):
+        raise ConfigError(
+            f"`job` in {path} is a {type(found).__name__}: make it a zsfl.Job, or a function without "
+            "arguments that returns one"
+        )
+    return found
+
+
+def _job_in(name: str, path: Path) -> object:
+    """Run the file as module `name` and take its `job`, called if it is a function; None if it has none."""
+    loader = importlib.machinery.SourceFileLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None  # it is None only where a loader has to be guessed
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    loader.exec_module(module)
+    found: object = getattr(module, "job", None)
+    return found() if callable(found) and not isinstance(found, type) else found
+
+
+def _said(error: BaseException) -> str:
+    """An error as the person reads it: its own words when it is ours, else with its class."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    return f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
+
+
+def _line(error: BaseException, folder: Path | None) -> str:
+    """` (job.py, line 3)`: where it went wrong, the last place in `folder` (None: anywhere)."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}, line {error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [frame for frame in frames if folder is None or Path(frame.filename).parent == folder]
+    return f" ({places[-1].filename}, line {places[-1].lineno})" if places else ""

@@ -1,0 +1,216 @@
+"""The master copy of the weights: the one place where an optimizer runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from zsfl.errors import ConfigError, RunFailed, StorageError
+from zsfl.learning.averaging import Contribution, average, norm_rules, pool_buffers
+from zsfl.learning.optim import OptimizerSpec
+
+if TYPE_CHECKING:
+    from zsfl.learning.model import SplitModel
+
+_FILE = "master.safetensors"
+"""Weights as `weights/NAME`, optimizer tensors as `optimizer/NUMBER`, the rest as JSON in its metadata."""
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """First 16 hex digits of SHA-256 over names and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode() + b"\0")
+        digest.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+class Master:
+    """Weights, buffers and optimizer of one run, on the CPU; knows nothing of versions and the network."""
+
+    def __init__(self, model: SplitModel, optimizer: OptimizerSpec) -> None:
+        """Takes `model` over; `ConfigError` when it has nothing to train."""
+        self._model = model.cpu()
+        self._spec = optimizer
+        self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        if not self._trained:
+            raise ConfigError("the model has nothing to train: give at least one parameter requires_grad=True")
+        self._optimizer = optimizer.build(self._trained.values())
+        self._norms = norm_rules(self._model)
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and buffers by full name, as copies that later steps leave alone."""
+        return {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
+
+    def digest(self) -> str:
+        """`state_digest` of the current state."""
+        return state_digest(self._model.state_dict())
+
+    @torch.no_grad()
+    def step(self, contributions: Sequence[Contribution]) -> None:
+        """One optimizer step over the average of `contributions`, then the pooled buffers.
+
+        `RunFailed` names the cid, node and tensor that cannot be used, and leaves everything as it was.
+        """
+        state = self._model.state_dict()
+        buffers = {name: state[name] for name, _ in self._model.named_buffers() if name in state}
+        self._check(contributions, buffers)
+        averaged = average(contributions)
+        pooled = pool_buffers(buffers, contributions, self._norms)
+        for name, tensor in (*averaged.items(), *pooled.items()):
+            if not torch.isfinite(tensor).all():
+                raise _not_finite(name, contributions)
+        for name, parameter in self._trained.items():
+            parameter.grad = averaged[name].to(parameter.dtype) if name in averaged else None
+        cast(Any, self._optimizer).step()
+        self._optimizer.zero_grad(set_to_none=True)
+        for name, tensor in pooled.items():
+            state[name].copy_(tensor)
+
+    def _check(self, contributions: Sequence[Contribution], buffers: Mapping[str, Tensor]) -> None:
+        """Whether all fit this model and each is there once; numbers inside gradients are looked at later."""
+        if not contributions:
+            raise RunFailed("a window without contributions cannot be stepped")
+        seen: set[tuple[str, str]] = set()
+        for c in contributions:
+            if (c.cid, c.part) in seen:
+                raise _unusable(c, "is counted twice in one window")
+            seen.add((c.cid, c.part))
+            if not (math.isfinite(c.n) and c.n >= 0 and c.samples > 0):
+                raise _unusable(c, f"weighs n={c.n} for {c.samples} samples")
+            if c.loss_sum is not None and not math.isfinite(c.loss_sum):
+                raise _unusable(c, f"has a loss of {c.loss_sum}: lower the learning rate, or look for bad samples")
+            _check_names(c, "gradient", c.grads, self._trained)
+            _check_names(c, "buffer", c.buffers, buffers)
+
+    def save(self, folder: Path) -> None:
+        """Write what a later `restore` needs into `folder`; a crash leaves the old file or the new one."""
+        tensors = {f"weights/{name}": tensor for name, tensor in self.state().items()}
+        held: list[Tensor] = []
+        options = {key: value for key, value in self._optimizer.param_groups[0].items() if key != "params"}
+        described: dict[str, Any] = {
+            "optimizer": self._spec.factory.__qualname__,
+            "options": _to_json(options, held),
+            "state": {n: _to_json(self._optimizer.state.get(p, {}), held) for n, p in self._trained.items()},
+        }
+        tensors |= {f"optimizer/{number}": tensor for number, tensor in enumerate(held)}
+        text = json.dumps(described)
+        temporary = folder / f"{_FILE}.partial"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary, {"master": text, "digest": _seal(tensors, text)})
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(folder / _FILE)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            what = f"the weights cannot be saved in {folder}: {error}"
+            raise StorageError(f"{what}; make room there or choose another folder") from error
+
+    @torch.no_grad()
+    def restore(self, folder: Path) -> None:
+        """Go on from what `save` wrote, bit for bit; options that the job now states otherwise are the job's.
+
+        `StorageError` when the file is missing or corrupt, `ConfigError` when of another model or optimizer.
+        """
+        path = folder / _FILE
+        tensors, described = _read(path)
+        weights = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
+        state = self._model.state_dict()
+        mine, theirs = ({(n, t.shape, t.dtype) for n, t in side.items()} for side in (state, weights))
+        if mine != theirs or set(described["state"]) != set(self._trained):
+            names = sorted({name for name, *_ in mine ^ theirs} or set(described["state"]) ^ set(self._trained))
+            raise ConfigError(f"{path} is of another model (see {names[0]}): go on with the job that made it")
+        if described["optimizer"] != self._spec.factory.__qualname__:
+            raise ConfigError(
+                f"{path} was made with {described['optimizer']}, and the job now says {self._spec!r}: go on "
+                "with the same class of optimizer"
+            )
+        for name, tensor in weights.items():
+            state[name].copy_(tensor)
+        self._optimizer.param_groups[0].update(_from_json(described["options"], tensors) | self._spec.options)
+        for name, parameter in self._trained.items():
+            self._optimizer.state[parameter] = _from_json(described["state"][name], tensors)
+
+
+def _check_names(
+    contribution: Contribution, kind: str, tensors: Mapping[str, Tensor], known: Mapping[str, Tensor]
+) -> None:
+    """Whether every tensor is one that the model has, in the model's shape."""
+    for name, tensor in tensors.items():
+        if name not in known:
+            raise _unusable(contribution, f"has a {kind} {name}, which this model has not: the nodes' jobs differ")
+        if tensor.shape != known[name].shape:
+            shapes = f"{list(tensor.shape)} instead of {list(known[name].shape)}"
+            raise _unusable(contribution, f"has a {kind} {name} of shape {shapes}: the nodes' jobs differ")
+
+
+def _unusable(contribution: Contribution, what: str) -> RunFailed:
+    return RunFailed(f"the {contribution.part} contribution {contribution.cid} of {contribution.node} {what}")
+
+
+def _not_finite(name: str, contributions: Sequence[Contribution]) -> RunFailed:
+    """Who brought NaN or infinity into the tensor `name`."""
+    for c in sorted(contributions, key=lambda c: c.cid):
+        tensor = c.grads.get(name, c.buffers.get(name))
+        if tensor is not None and not torch.isfinite(tensor).all():
+            return _unusable(c, f"is not finite in {name}: lower the learning rate, or look for bad samples")
+    return RunFailed(f"the sum over all contributions overflows in {name}: lower the learning rate")
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors of a saved master and its description, the digest verified."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: cast(Tensor, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        text, digest = metadata["master"], metadata["digest"]
+    except FileNotFoundError as error:
+        raise StorageError(f"there are no saved weights at {path}: check the folder of the run") from error
+    except (OSError, SafetensorError, KeyError) as error:
+        raise StorageError(f"{path} is corrupt: {error}; go on from an older copy") from error
+    if digest != _seal(tensors, text):
+        raise StorageError(f"{path} is corrupt: its bytes do not match its digest; go on from an older copy")
+    return tensors, json.loads(text)
+
+
+def _seal(tensors: Mapping[str, Tensor], text: str) -> str:
+    """Digest of everything in a saved master."""
+    return hashlib.sha256(f"{state_digest(tensors)} {text}".encode()).hexdigest()
+
+
+def _to_json(value: Any, held: list[Tensor]) -> Any:
+    """Optimizer state as JSON, each tensor put into `held` and replaced by its place there."""
+    if isinstance(value, Tensor):
+        held.append(value.detach().contiguous().clone())
+        return {"tensor": len(held) - 1}
+    if isinstance(value, Mapping):
+        return {"map": [[k, _to_json(v, held)] for k, v in cast("Mapping[str, Any]", value).items()]}
+    if isinstance(value, tuple | list):
+        return {type(value).__name__: [_to_json(item, held) for item in cast("list[Any]", value)]}
+    return value
+
+
+def _from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `_to_json` took apart."""
+    match value:
+        case {"tensor": number}:
+            return tensors[f"optimizer/{number}"]
+        case {"map": items}:
+            return {key: _from_json(item, tensors) for key, item in items}
+        case {"tuple": items}:
+            return tuple(_from_json(item, tensors) for item in items)
+        case {"list": items}:
+            return [_from_json(item, tensors) for item in items]
+        case _:
+            return value

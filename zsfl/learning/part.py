@@ -1,0 +1,195 @@
+"""How a node runs its part of the model for one step: stateless, and the same however often it is repeated.
+
+Weights come in as a value, everything a step changes (gradients, batch-norm statistics) goes out as a value.
+The module only says what to compute; its own tensors are never used. A `Part` belongs to one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from zsfl.errors import BadShape
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""`loss(output, target)`, a scalar: the mean over the samples."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartWeights:
+    """One version of a part's tensors on its device, under the module's own names; never changed."""
+
+    params: Mapping[str, Tensor]
+    """Leaves that require a gradient where the module's do. A tied parameter has one name only."""
+    buffers: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """A forward pass that waits for its backward; good for one backward."""
+
+    output: Tensor
+    """Attached to the autograd graph: detach it before it leaves the node."""
+    input: Tensor | None
+    """The leaf whose gradient goes to the part before; None when nobody needs it."""
+    buffers: Mapping[str, Tensor]
+    """Persistent buffers after a training pass by full name; empty when the pass did not train."""
+
+    def ending_in(self, loss: Tensor) -> Forward:
+        """This pass with `loss`, a scalar made of `output`, as its end (see `loss_sum`)."""
+        return replace(self, output=loss)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backward:
+    """What a step gives: all tensors detached, on the part's device."""
+
+    grads: dict[str, Tensor]
+    """By full name, trainable parameters only; zeros for those that the pass did not use."""
+    buffers: dict[str, Tensor]
+    """As `Forward.buffers`."""
+    grad_input: Tensor | None
+
+
+class Part:
+    """One part of a `SplitModel` on one device; `prefix` is `head`, `body` or `tail`."""
+
+    def __init__(self, module: nn.Module, prefix: str, device: torch.device) -> None:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.module = module
+        self.prefix = prefix
+        self.device = device
+        self._params = dict(module.named_parameters())
+        self._buffers = dict(module.named_buffers())
+        self._known = set(module.state_dict())
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Full names of the parameters that get a gradient; empty for a frozen part."""
+        return tuple(self._full(name) for name, param in self._params.items() if param.requires_grad)
+
+    def load(self, state: Mapping[str, Tensor]) -> PartWeights:
+        """This part's entries of a model's state, copied to the device; `BadShape` when they do not fit."""
+        start = f"{self.prefix}."
+        own = {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
+        if unknown := own.keys() - self._known:
+            raise BadShape(f"the model has no {self._full(min(unknown))}: do all nodes run the same job file?")
+        params = {
+            name: self._fitting(name, own, param).requires_grad_(param.requires_grad)
+            for name, param in self._params.items()
+        }
+        # A buffer that is not part of the state (persistent=False) is the module's own constant.
+        buffers = {
+            name: self._fitting(name, own if name in self._known else self._buffers, buffer)
+            for name, buffer in self._buffers.items()
+        }
+        return PartWeights(params=MappingProxyType(params), buffers=MappingProxyType(buffers))
+
+    def forward(
+        self, weights: PartWeights, x: Tensor, *, seed: int, train: bool, need_input_grad: bool = True
+    ) -> Forward:
+        """Run the part on `x`; equal arguments give equal results, dropout included.
+
+        Integer inputs (token ids) have no gradient, so `Forward.input` is None for them too.
+        """
+        # A copy, as a module that works in place would spoil the caller's tensor, or fail on a leaf.
+        given = x.detach().to(self.device, copy=True)
+        leaf = given.requires_grad_() if need_input_grad and given.is_floating_point() else None
+        buffers = {name: b.clone() for name, b in weights.buffers.items()} if train else dict(weights.buffers)
+        tensors = {**weights.params, **buffers}
+        self.module.train(train)
+        with self._seeded(seed):
+            output: Tensor = functional_call(
+                self.module, tensors, (given if leaf is None else leaf.clone(),), strict=False
+            )
+        # functional_call puts a buffer that was replaced rather than written to back into the dict.
+        after = {self._full(name): tensors[name].detach() for name in buffers if train and name in self._known}
+        return Forward(output=output, input=leaf, buffers=MappingProxyType(after))
+
+    def backward(self, weights: PartWeights, forward: Forward, grad_output: Tensor | None = None) -> Backward:
+        """Gradients of `forward`, made by these `weights`; `grad_output` is None when it ends in a loss."""
+        output = forward.output
+        if grad_output is not None:
+            grad_output = grad_output.to(self.device)
+            if (grad_output.shape, grad_output.dtype) != (output.shape, output.dtype):
+                raise BadShape(
+                    f"the gradient for the output of the {self.prefix} is {_describe(grad_output)}, "
+                    f"the output is {_describe(output)}: send the gradient of this very step"
+                )
+        wanted = {self._full(name): param for name, param in weights.params.items() if param.requires_grad}
+        leaves = [*wanted.values(), *([] if forward.input is None else [forward.input])]
+        if leaves and output.requires_grad:
+            found = torch.autograd.grad(output, leaves, grad_output, materialize_grads=True)
+        else:
+            found = tuple(torch.zeros_like(leaf) for leaf in leaves)
+        return Backward(
+            grads=dict(zip(wanted, found, strict=False)),
+            buffers=dict(forward.buffers),
+            grad_input=None if forward.input is None else found[-1],
+        )
+
+    def infer(self, weights: PartWeights, x: Tensor) -> Tensor:
+        """The output for `x` in evaluation mode, without a graph."""
+        self.module.eval()
+        given = x.detach().to(self.device, copy=True)
+        with torch.no_grad():
+            return functional_call(self.module, {**weights.params, **weights.buffers}, (given,), strict=False)
+
+    def warnings(self) -> list[str]:
+        """What makes a run of this part differ from training in one process."""
+        self.module.train()
+        coupled = [
+            self._full(name)
+            for name, layer in self.module.named_modules()
+            if isinstance(layer, _BatchNorm) and layer.training
+        ]
+        if not coupled:
+            return []
+        return [
+            "batch norm takes its statistics from one client's batch at a time, so training differs from "
+            f"one process with all the data: {', '.join(coupled)}; group norm or frozen batch norm would not"
+        ]
+
+    def _full(self, name: str) -> str:
+        return f"{self.prefix}.{name}" if name else self.prefix
+
+    def _fitting(self, name: str, given: Mapping[str, Tensor], like: Tensor) -> Tensor:
+        """A copy of `given[name]` on the device, once it is known to be what the module has there."""
+        tensor = given.get(name)
+        if tensor is None:
+            raise BadShape(f"{self._full(name)} is missing from the weights: do all nodes run the same job file?")
+        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+            raise BadShape(
+                f"{self._full(name)} is {_describe(tensor)} in the weights and {_describe(like)} in the "
+                "model: do all nodes run the same job file?"
+            )
+        return tensor.detach().to(self.device, copy=True)
+
+    @contextmanager
+    def _seeded(self, seed: int) -> Generator[None, None, None]:
+        """Random numbers follow `seed` on the CPU and on this part's device; afterwards all is as it was."""
+        on_cuda = self.device.type == "cuda"
+        with torch.random.fork_rng(devices=[self.device] if on_cuda else []):
+            # Not torch.manual_seed: it would seed every GPU, those included that fork_rng does not restore.
+            torch.default_generator.manual_seed(seed)
+            if on_cuda:
+                with torch.cuda.device(self.device):
+                    torch.cuda.manual_seed(seed)
+            yield
+
+
+def loss_sum(loss: Loss, output: Tensor, target: Tensor, n: float) -> Tensor:
+    """The loss times the sample count (or weight sum), so that gradients are sums over samples."""
+    return loss(output, target) * n
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -1,0 +1,134 @@
+"""What a client and a split server share: one aggregator whose versions they follow, and spills they offer it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+
+from zsfl.compute import compute
+from zsfl.errors import NoPeer, RemoteProtocolError, RunFailed
+from zsfl.ids import Cid, NodeCard, Role
+from zsfl.latest import Latest
+from zsfl.node import Node
+from zsfl.spill.store import SpillStore
+from zsfl.weights.follower import WeightsFollower
+from zsfl.wire.framing import Buffer
+from zsfl.wire.messages import (
+    MAX_OFFERS,
+    Announcement,
+    Beat,
+    Broadcast,
+    FetchSpills,
+    Offers,
+    Ok,
+    PartName,
+    ReleaseSpills,
+    Reply,
+    Request,
+    RunState,
+    SpillOffer,
+    Spills,
+)
+
+_Loaded = TypeVar("_Loaded")
+
+
+class Member(Generic[_Loaded]):
+    """Membership in a run: its state, its weights, and what this node contributes to it."""
+
+    def __init__(
+        self, node: Node, part: PartName, load: Callable[[dict[str, torch.Tensor]], _Loaded], spills: Path
+    ) -> None:
+        self._node = node
+        self.state: Latest[RunState | None] = Latest(None)
+        self.aggregator: Latest[NodeCard | None] = Latest(None)
+        self.weights = WeightsFollower(node, part, load)
+        self.spills = SpillStore(spills)
+
+    def joined(self, card: NodeCard) -> None:
+        """Follow the first aggregator there is."""
+        if card.role is not Role.AGGREGATOR:
+            return
+        if self.aggregator.value is None:
+            self.weights.follow(card)
+            self.aggregator.set(card)
+        else:
+            self._node.note(f"{card.name} is a second aggregator; staying with {self.aggregator.value.name}", "warning")
+
+    def lost(self, card: NodeCard, reason: str) -> None:
+        """Follow another aggregator, if there is one, when this was ours."""
+        if self.aggregator.value is None or card.id != self.aggregator.value.id:
+            return
+        self._node.note(f"{card.name} is gone: {reason}", "warning")
+        self.weights.unfollow()
+        self.state.set(None)
+        self.aggregator.set(None)
+        for other in self._node.peers(Role.AGGREGATOR):
+            self.joined(other)
+            return
+
+    def heard(self, broadcast: Broadcast) -> None:
+        """Take over what the aggregator says of the run; release what its commit names."""
+        ours = self.aggregator.value
+        match broadcast:
+            case Beat() if ours and broadcast.card.id == ours.id and broadcast.state is not None:
+                if broadcast.state != self.state.value:
+                    self.state.set(broadcast.state)
+            case Announcement() if ours and broadcast.node == ours.id:
+                self.state.set(broadcast.state)
+                self._release((*broadcast.counted, *broadcast.dropped))
+            case _:
+                pass
+
+    async def until_aggregator(self, *, other_than: NodeCard | None) -> NodeCard:
+        """The aggregator that this node follows, once it is not `other_than`; NoPeer when none comes in time."""
+        settings = self._node.settings
+        if self.aggregator.value is None:
+            allowed_s = settings.join_s if other_than is None else settings.patience_s
+            try:
+                with self._node.waiting("an aggregator"):
+                    async with asyncio.timeout(allowed_s):
+                        await self.aggregator.wait_for(lambda now: now is not None)
+            except TimeoutError:
+                raise NoPeer(
+                    f"no aggregator came within {allowed_s:g} s; start one with: zsfl node aggregator JOB"
+                ) from None
+        found = await self.aggregator.wait_for(lambda now: now is None or now != other_than)
+        return found if found is not None else await self.until_aggregator(other_than=other_than)
+
+    def offer(self, spilled: SpillOffer) -> None:
+        """Tell the aggregator of a spill; heartbeats repeat it until it is released."""
+        offers = Offers(node=self._node.card.id, offers=(spilled,), counters=self._node.counters.snapshot())
+        self._node.publish(offers)
+
+    def pending(self) -> tuple[SpillOffer, ...]:
+        """The oldest spills held, for a heartbeat."""
+        state = self.state.value
+        return () if state is None else tuple(self.spills.offers(state.run)[:MAX_OFFERS])
+
+    async def answer(self, request: Request) -> tuple[Reply, Sequence[Buffer]]:
+        """Answer what an aggregator asks of a holder of spills."""
+        match request:
+            case FetchSpills():
+                read = await compute(lambda: [(key, self.spills.read(key)) for key in request.wanted])
+                found = [(key, data) for key, data in read if data is not None]
+                return Spills(found=tuple(key for key, _ in found)), [data for _, data in found]
+            case ReleaseSpills():
+                self._release(request.cids)
+                return Ok(), ()
+            case _:
+                raise RemoteProtocolError(f"{self._node.name} does not answer {type(request).__name__}")
+
+    def _release(self, cids: Sequence[Cid]) -> None:
+        if cids and any(self.spills.holds(cid) for cid in cids):
+            self._node.start(compute(self.spills.release, cids), "release spills")
+
+    def check(self, state: RunState) -> bool:
+        """Whether the run is over; RunFailed when it failed."""
+        if state.phase == "failed":
+            raise RunFailed(state.reason)
+        return state.phase == "finished"

@@ -1,0 +1,26 @@
+"""Counters of one node."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+
+class Counters:
+    """Sums by name, since the node started."""
+
+    def __init__(self) -> None:
+        self._sums: defaultdict[str, float] = defaultdict(float)
+
+    def add(self, name: str, amount: float = 1.0) -> None:
+        """Add to one sum."""
+        self._sums[name] += amount
+
+    def snapshot(self) -> dict[str, float]:
+        """All sums as they stand."""
+        return dict(self._sums)
+
+
+def difference(now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    """What was added between two snapshots."""
+    return {name: total - before.get(name, 0.0) for name, total in now.items()}

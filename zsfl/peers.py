@@ -1,0 +1,254 @@
+"""Carries out what the peer table decides: dials, handshakes, listens, lets go."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
+from typing import Any, Literal, Protocol
+
+from zsfl.discovery.events import (
+    Candidate,
+    Dial,
+    DialFailed,
+    Event,
+    Heard,
+    Joined,
+    Left,
+    Lost,
+    Refused,
+    Tick,
+    Welcomed,
+)
+from zsfl.discovery.mdns import Mdns
+from zsfl.discovery.table import PeerTable, PresenceTiming, wants_of
+from zsfl.errors import ConfigError, Rejected, RemoteProtocolError, Unavailable, ZsflError
+from zsfl.ids import PROTOCOL, Address, NodeCard, NodeId, Role
+from zsfl.settings import NodeSettings
+from zsfl.wire.connection import Connection
+from zsfl.wire.messages import MAX_PEERS_EXCHANGED, Beat, Broadcast, Goodbye, Hello, PeerHint, Welcome
+from zsfl.wire.pubsub import Subscriber
+
+HELLO_S = 2.0
+"""Deadline of a handshake."""
+
+Start = Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
+
+
+class PeerUser(Protocol):
+    """Who is told of peers."""
+
+    def connect(self, card: NodeCard, port: int) -> Connection:
+        """A connection to a node."""
+        ...
+
+    def ear(self, card: NodeCard, heard: Callable[[Broadcast], None]) -> Subscriber:
+        """A subscription to what a peer says."""
+        ...
+
+    def peer_joined(self, card: NodeCard, codecs: tuple[str, ...]) -> None:
+        """A peer is there."""
+        ...
+
+    def peer_lost(self, card: NodeCard, reason: str) -> None:
+        """A peer is gone."""
+        ...
+
+    def peer_said(self, broadcast: Broadcast) -> None:
+        """A verified peer said something."""
+        ...
+
+    def note(self, message: str, level: str = "info") -> None:
+        """One line in the log."""
+        ...
+
+
+def disagreement(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
+    """How two nodes' facts about the job differ, told to the other one; empty when they agree."""
+    names = [*mine, *(name for name in theirs if name not in mine)]
+    return ", ".join(
+        f"{name} is {mine.get(name, 'not stated')} there and {theirs.get(name, 'not stated')} here"
+        for name in names
+        if mine.get(name) != theirs.get(name)
+    )
+
+
+class Peers:
+    """The live peers of one node."""
+
+    def __init__(
+        self,
+        user: PeerUser,
+        card: NodeCard,
+        settings: NodeSettings,
+        facts: Mapping[str, str],
+        codecs: tuple[str, ...],
+        start: Start,
+    ) -> None:
+        self._user = user
+        self._card = card
+        self._settings = settings
+        self._facts = dict(facts)
+        self._codecs = codecs
+        self._start = start
+        self._said_codecs: dict[NodeId, tuple[str, ...]] = {}
+        self._ears: dict[NodeId, asyncio.Task[None]] = {}
+        self._mdns: Mdns | None = None
+        self._changed = asyncio.Event()
+        timing = PresenceTiming(
+            beat_s=settings.beat_s,
+            lag_s=(settings.beat_s + settings.lost_after_s) / 2,
+            lost_after_s=settings.lost_after_s,
+        )
+        self.table = PeerTable(card, wants_of(card.role), timing)
+
+    def by_role(self, role: Role) -> list[NodeCard]:
+        """Live peers of one role, by name."""
+        return sorted(self.table.by_role(role), key=lambda card: card.name)
+
+    def hints(self) -> tuple[PeerHint, ...]:
+        """Live peers, for peer exchange."""
+        peers = self.table.peers()[:MAX_PEERS_EXCHANGED]
+        return tuple(PeerHint(id=card.id, role=card.role, address=card.address) for card in peers)
+
+    def advice(self) -> tuple[str, ...]:
+        """What to check when nobody comes."""
+        advice = [f"{address} was refused: {reason}" for address, reason in self.table.refusals().items()]
+        if self._mdns is not None:
+            advice += [f"mDNS sees {text}" for text in self._mdns.others.values()]
+        advice.append("is every node started with the same job file, and on the same network?")
+        if self._settings.mdns:
+            advice.append("Wi-Fi, VPNs and containers often block multicast: try --peer HOST:PORT of any one node")
+        else:
+            advice.append("mDNS is off: is --peer the address of a node that runs? Its first line says it")
+        if self._settings.host.startswith("127."):
+            advice.append(f"this node serves this machine only ({self._settings.host}); for a LAN give --host ADDRESS")
+        return tuple(advice)
+
+    # --- driving the table ------------------------------------------------------------------------------
+
+    async def watch_presence(self) -> None:
+        """Give the table its ticks."""
+        for address in self._settings.peers:
+            self._on(Candidate(Address(address), "seed"))
+        while True:
+            deadline_s = self.table.next_deadline()
+            self._changed.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None if deadline_s is None else max(0.0, deadline_s - time.monotonic())):
+                    await self._changed.wait()
+                    continue
+            self._on(Tick())
+
+    async def discover(self) -> None:
+        """Follow mDNS, where it is wanted and works."""
+        if not self._settings.mdns:
+            return
+        try:
+            async with Mdns(self._card, job_hash(self._facts["name"]), PROTOCOL) as self._mdns:
+                async for candidate in self._mdns.events():
+                    self._on(candidate)
+        except Unavailable as error:
+            self._user.note(str(error), "warning")
+
+    def _on(self, event: Event) -> None:
+        for action in self.table.on(event, time.monotonic()):
+            match action:
+                case Dial():
+                    self._start(self._dial(action.address), f"dial {action.address}")
+                case Joined():
+                    self._join(action.card)
+                case Lost():
+                    self._lose(action.card, action.reason)
+        if not isinstance(event, Heard):  # which only ever moves deadlines back
+            self._changed.set()
+
+    def _join(self, card: NodeCard) -> None:
+        if card.pub_port:
+            ear = self._user.ear(card, lambda broadcast: self._heard(card.id, broadcast))
+            self._ears[card.id] = self._start(ear.run(), f"listen to {card.name}")
+        self._user.peer_joined(card, self._said_codecs.get(card.id, ()))
+
+    def _lose(self, card: NodeCard, reason: str) -> None:
+        if ear := self._ears.pop(card.id, None):
+            ear.cancel()
+        self._said_codecs.pop(card.id, None)
+        self._user.peer_lost(card, reason)
+
+    def _heard(self, node_id: NodeId, broadcast: Broadcast) -> None:
+        match broadcast:
+            case Goodbye():
+                self._on(Left(node_id=node_id, reason=broadcast.reason))
+                return
+            case Beat():
+                if broadcast.card.id != node_id:
+                    raise RemoteProtocolError(f"{node_id} sends heartbeats of {broadcast.card.id}")
+                self._on(Heard(node_id=node_id))
+                self._exchange(broadcast.peers)
+            case _:
+                self._on(Heard(node_id=node_id))
+        self._user.peer_said(broadcast)
+
+    def _exchange(self, hints: tuple[PeerHint, ...]) -> None:
+        for hint in hints:
+            if self.table.get(hint.id) is None:
+                self._on(Candidate(hint.address, "exchange", hint.role, hint.id))
+
+    # --- handshake --------------------------------------------------------------------------------------
+
+    async def _dial(self, address: Address) -> None:
+        host, _, port = address.rpartition(":")
+        somebody = NodeCard(
+            id=NodeId(""),
+            name=f"the node at {address}",
+            role=Role.OBSERVER,
+            host=host,
+            control_port=int(port),
+        )
+        hello = Hello(protocol=PROTOCOL, facts=self._facts, card=self._card, codecs=self._codecs)
+        connection = self._user.connect(somebody, somebody.control_port)
+        try:
+            welcome = (await connection.request(hello, deadline_s=HELLO_S)).expect(Welcome)
+        except Unavailable:
+            self._on(DialFailed(address=address))
+        except ZsflError as error:
+            self._refused(address, str(error))
+        else:
+            self._welcomed(welcome.card, address, welcome.codecs, "me")
+            self._exchange(welcome.peers)
+        finally:
+            connection.close()
+
+    def _refused(self, address: Address, reason: str) -> None:
+        if address in self._settings.peers:
+            raise ConfigError(f"{reason}. Start both with the same job file, or correct --peer {address}")
+        self._user.note(f"{address} refused: {reason}", "warning")
+        self._on(Refused(address=address, reason=reason, final=True))
+
+    def _welcomed(self, card: NodeCard, address: Address, codecs: tuple[str, ...], by: Literal["me", "them"]) -> None:
+        self._said_codecs[card.id] = codecs
+        self._on(Welcomed(card=card, address=address, by=by))
+
+    def answer(self, hello: Hello) -> Welcome:
+        """Answer somebody's HELLO; Rejected with the reason when we are not of one job."""
+        name = self._card.name
+        if hello.protocol != PROTOCOL:
+            raise Rejected(
+                f"{name} speaks version {PROTOCOL} of the protocol and {hello.card.name} version "
+                f"{hello.protocol}: install the same zsfl on both"
+            )
+        if difference := disagreement(self._facts, hello.facts):
+            raise Rejected(f"{name} runs another job than {hello.card.name}: {difference}")
+        hints = self.hints()
+        self._welcomed(hello.card, hello.card.address, hello.codecs, "them")
+        if hello.card.id != self._card.id and self.table.get(hello.card.id) is None:
+            why = self.table.refusals().get(hello.card.address, "it has no room for another peer")
+            raise Rejected(f"{name} does not take {hello.card.name} as a peer: {why}")
+        return Welcome(card=self._card, codecs=self._codecs, peers=hints)
+
+
+def job_hash(name: str) -> str:
+    """What mDNS announces of a job: enough to find its nodes, not its name."""
+    return hashlib.sha256(name.encode()).hexdigest()[:16]

@@ -1,0 +1,118 @@
+"""What nodes tell the people who watch them: one JSON object a line on standard output."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
+    """Base of every report; `node` is the name of the node that speaks."""
+
+    node: str = ""
+
+
+class Ready(Report, frozen=True, kw_only=True, tag="ready"):
+    """The node's sockets are open and its job is loaded."""
+
+    role: str
+    address: str
+    pid: int
+
+
+class Waiting(Report, frozen=True, kw_only=True, tag="waiting"):
+    """The node cannot go on yet; `hints` says what to check once it has waited long."""
+
+    what: str
+    seconds: float
+    hints: tuple[str, ...] = ()
+
+
+class Assembled(Report, frozen=True, kw_only=True, tag="assembled"):
+    """The aggregator knows every expected client and at least one split server."""
+
+    clients: int
+    split_servers: int
+
+
+class WindowReport(Report, frozen=True, kw_only=True, tag="window"):
+    """One version was committed (throttled: not every window is reported)."""
+
+    round: int
+    rounds: int
+    window: int
+    windows: int
+    version: int
+    loss: float
+    steps_per_s: float
+    serving: dict[str, str]
+    """Client name to the name of the split server that took its last step."""
+
+
+class RoundReport(Report, frozen=True, kw_only=True, tag="round"):
+    """One round ended: training loss over it, and the held-out test of the weights it ended with."""
+
+    round: int
+    rounds: int
+    version: int
+    train_loss: float
+    """Sample-weighted mean of the training loss over the round's steps."""
+    loss: float | None
+    """Held-out loss, mean over test samples; None when no client has test data."""
+    accuracy: float | None
+    """Held-out accuracy in 0..1; None when the job has no metric or no client has test data."""
+    steps: int
+    samples: int
+    seconds: float
+    steps_per_s: float
+    bytes_sent: int
+    """Over all nodes, in this round, tensors and headers."""
+    serving: dict[str, dict[str, int]]
+    """Client name to split-server name to steps served in this round."""
+    peers: dict[str, dict[str, float]]
+    """Node name to its counters (steps, bytes_sent, bytes_received, busy, retries, ...) in this round."""
+
+
+class Finished(Report, frozen=True, kw_only=True, tag="finished"):
+    """The rounds asked for are done; `folder` holds what the run leaves."""
+
+    rounds: int
+    version: int
+    accuracy: float | None
+    loss: float | None
+    seconds: float
+    folder: str
+
+
+class Failed(Report, frozen=True, kw_only=True, tag="failed"):
+    """The node stops with an error; `kind` is the error's class name."""
+
+    kind: str
+    message: str
+
+
+class Note(Report, frozen=True, kw_only=True, tag="note"):
+    """Something worth a line in the log: a peer came or went, a contribution was refused."""
+
+    message: str
+    level: str = "info"
+
+
+class Exited(Report, frozen=True, kw_only=True, tag="exited"):
+    """A process ended (reported by whoever started it); a negative code is a signal."""
+
+    code: int
+
+
+AnyReport = Ready | Waiting | Assembled | WindowReport | RoundReport | Finished | Failed | Note | Exited
+
+_decoder = msgspec.json.Decoder(AnyReport)
+
+
+def to_line(report: AnyReport) -> bytes:
+    """One report as one JSON line, newline included."""
+    return msgspec.json.encode(report) + b"\n"
+
+
+def from_line(line: bytes | str) -> AnyReport:
+    """The report in one JSON line; `msgspec.ValidationError` when it is not one."""
+    return _decoder.decode(line)

@@ -1,0 +1,158 @@
+"""From a role, a job and settings to a running node: what `zsfl node ROLE` and every file in `nodes/` call."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import zmq.asyncio
+
+from zsfl.aggregator.role import AggregatorRole
+from zsfl.aggregator.run_folder import RunFolder
+from zsfl.client.role import ClientRole
+from zsfl.compute import use_threads
+from zsfl.errors import ConfigError, ZsflError
+from zsfl.ids import Role
+from zsfl.learning.job import Job, load_job
+from zsfl.node import Node, failed
+from zsfl.reports import AnyReport, to_line
+from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings, parse_shards
+from zsfl.split_server.role import SplitServerRole
+from zsfl.tensors.codec import SUPPORTED
+
+Reporter = Callable[[AnyReport], None]
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto` is the first GPU, if there is one; ConfigError for a GPU that is not there."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise ConfigError(f"device {wanted} is not there: torch sees {count} CUDA devices; use --device cpu or auto")
+    return device
+
+
+async def run_role(
+    role: Role,
+    job: Job,
+    settings: NodeSettings,
+    report: Reporter,
+    *,
+    context: zmq.asyncio.Context,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Run one node until its run ends or `stop` is set."""
+    if settings.clients:
+        job = dataclasses.replace(job, shards=settings.clients)
+    model = job.build()
+    name = settings.name or default_name(role, settings)
+    node = Node(
+        role,
+        name=name,
+        settings=settings,
+        facts=job.facts(model),
+        codecs=SUPPORTED,
+        report=report,
+        context=context,
+        stopping=stop,
+    )
+    spills = settings.runs / (settings.run or job.name) / "spills" / name
+    match role:
+        case Role.CLIENT:
+            shards = parse_shards(settings.shards, job.shards) if settings.shards else ()
+            if not shards:
+                raise ConfigError(f"which shards does this client hold? Give --shard, 0 to {job.shards - 1}")
+            client = ClientRole(node, job, model, shards, choose_device(settings.device), spills)
+            await client.prepare()
+            await node.run(client, data_port=client.data_port)
+        case Role.SPLIT_SERVER:
+            server = SplitServerRole(node, job, model, choose_device(settings.device), spills)
+            await server.prepare()
+            await node.run(server, data_port=server.data_port)
+        case Role.AGGREGATOR:
+            with RunFolder.create(settings.runs, settings.run or job.name, settings.resume) as folder:
+                folder.write_settings(describe(job, settings))
+                aggregator = AggregatorRole(node, job, model, folder)
+                await aggregator.prepare()
+                await node.run(aggregator, data_port=aggregator.data_port, weights_port=aggregator.weights_port)
+        case _:
+            raise ConfigError(f"{role} is not a role that a node can play")
+
+
+def default_name(role: Role, settings: NodeSettings) -> str:
+    """A name that is free in most LANs: a client's by its shards, any other's by its process."""
+    if role is Role.CLIENT:
+        return f"client-{settings.shards.replace(',', '.')}"
+    return f"{role}-{os.uname().nodename.split('.')[0][:20]}-{os.getpid()}"
+
+
+def describe(job: Job, settings: NodeSettings) -> dict[str, object]:
+    """What a run was started with, for its folder."""
+    facts = {name: value for name, value in job.facts(job.build()).items() if name != "parameters"}
+    shown = {
+        name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(settings).items()
+    }
+    return {"job": facts, "node": shown, "torch": str(torch.__version__)}
+
+
+def print_report(report: AnyReport) -> None:
+    """One JSON line on standard output."""
+    sys.stdout.buffer.write(to_line(report))
+    sys.stdout.buffer.flush()
+
+
+def main(role: str, job: Job, argv: Sequence[str] | None = None) -> int:
+    """Run one node of `job`, set up by the flags of `zsfl node ROLE`; the exit code.
+
+    What a file in `nodes/` ends with.
+    """
+    wanted = Role(role)
+    parser = argparse.ArgumentParser(description=f"Run one {role} of job {job.name!r}.")
+    add_flags(parser, NODE_FLAGS[wanted])
+    return run_node(wanted, job, vars(parser.parse_args(argv)))
+
+
+def run_node(role: Role, job: Job | Path, flags: Mapping[str, Any], report: Reporter = print_report) -> int:
+    """Run one node in this process; 0 when it ended well, 1 when it failed, 2 when its job or settings are wrong."""
+    name = str(flags.get("name") or role)
+    try:
+        settings = load_settings(flags, os.environ)
+        use_threads(settings.threads)
+        asyncio.run(_until_done(role, job if isinstance(job, Job) else load_job(job), settings, report))
+    except ZsflError as error:
+        report(failed(name, error))
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+async def _until_done(role: Role, job: Job, settings: NodeSettings, report: Reporter) -> None:
+    """Run a node that SIGTERM or Ctrl-C asks to leave; asked twice, it leaves at once."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    running = asyncio.current_task()
+
+    def asked() -> None:
+        if stop.is_set() and running is not None:
+            running.cancel()
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, asked)
+    context = zmq.asyncio.Context()
+    try:
+        with suppress(asyncio.CancelledError):
+            await run_role(role, job, settings, report, context=context, stop=stop)
+    finally:
+        context.destroy(linger=200)

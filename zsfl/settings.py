@@ -1,0 +1,325 @@
+"""How one node is set up: defaults, then `zsfl.toml`, then ZSFL_* variables, then flags; the last wins."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import math
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast, get_type_hints
+
+import msgspec
+
+from zsfl.errors import ConfigError
+from zsfl.ids import Role
+
+CONFIG_FILE = Path("zsfl.toml")
+"""Read from the working directory when neither the caller nor ZSFL_CONFIG names another file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WireLimits:
+    """Bounds of what one node sends and accepts; reaching one is a typed error."""
+
+    frame_bytes: int = 1 << 20
+    """Size of one chunk of a tensor: small enough that another message never waits long behind it."""
+    max_message_bytes: int = 1 << 30
+    """All parts of one message together, after reassembly."""
+    max_header_bytes: int = 1 << 16
+    """The msgpack header, checked before it is unpacked."""
+    max_parts: int = 4096
+    """Frames of one message."""
+    max_inflight: int = 256
+    """Requests that one connection may have open, and one server may be serving, at once."""
+    max_outbox_bytes: int = 1 << 30
+    """Replies waiting for one peer to read them; no reply may be longer."""
+    copy_below_bytes: int = 1 << 16
+    """Shorter messages are copied into ZeroMQ, cheaper than lending it the buffer (its own threshold)."""
+    default_deadline_s: float = 30.0
+    """How long a request that states no deadline may be served."""
+
+
+def _doc(text: str, *flags: str) -> dict[str, Any]:
+    """Metadata of a field: its help text, and its flags where they are not just `--name`."""
+    return {"help": text, "flags": flags}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSettings:
+    """The settings of one node; `ConfigError` when a value is out of range."""
+
+    host: str = field(default="127.0.0.1", metadata=_doc("the one IPv4 address to bind, announce and multicast on"))
+    port: int = field(default=0, metadata=_doc("control port, 0 being any free one"))
+    peers: tuple[str, ...] = field(default=(), metadata=_doc("a node to ask for the others; may be repeated", "--peer"))
+    mdns: bool = field(default=True, metadata=_doc("announce and find nodes by multicast DNS"))
+    name: str = field(default="", metadata=_doc("what reports and logs call this node; default: its role"))
+    runs: Path = field(default=Path("runs"), metadata=_doc("folder that holds one folder for each run"))
+    run: str = field(default="", metadata=_doc("name of the run; default: the job's name"))
+    device: str = field(default="auto", metadata=_doc("where tensors live: auto, cpu, cuda or cuda:N"))
+    threads: int = field(default=1, metadata=_doc("torch threads of this process"))
+    slots: int = field(default=16, metadata=_doc("requests a split server admits at once"))
+    shards: str = field(
+        default="",
+        metadata=_doc("shards a client holds: 3, or 0-19, or 1,4-6", "--shards", "--shard"),
+    )
+    clients: int = field(default=0, metadata=_doc("how many shards the data is divided among; 0: what the job says"))
+    resume: bool = field(default=False, metadata=_doc("continue the run of that name"))
+    rounds: int | None = field(default=None, metadata=_doc("rounds to train; default: what the job says"))
+    hold: bool = field(default=False, metadata=_doc("the aggregator waits for an order to train"))
+    join_s: float = field(
+        default=600.0, metadata=_doc("seconds a node waits for an aggregator to appear before it gives up")
+    )
+    patience_s: float = field(
+        default=60.0, metadata=_doc("seconds a run may stand still for a missing peer before it fails")
+    )
+    request_s: float = field(default=30.0, metadata=_doc("deadline of one request, in seconds"))
+    beat_s: float = field(default=0.5, metadata=_doc("seconds between two heartbeats"))
+    lost_after_s: float = field(default=2.0, metadata=_doc("seconds of silence after which a peer counts as lost"))
+    codec: str = field(default="", metadata=_doc("how tensors travel; default: what the job says"))
+
+    def __post_init__(self) -> None:
+        for name in _FIELDS:
+            _check(name, getattr(self, name), f"NodeSettings.{name}")
+        if self.lost_after_s <= self.beat_s:
+            raise ConfigError(
+                f"lost_after_s is {self.lost_after_s:g} and beat_s is {self.beat_s:g}: "
+                "lost_after_s must be longer than beat_s, or every healthy peer is lost between two beats"
+            )
+
+
+_COMMON = (
+    "clients",
+    "host",
+    "port",
+    "peers",
+    "mdns",
+    "name",
+    "runs",
+    "run",
+    "threads",
+    "join_s",
+    "patience_s",
+    "request_s",
+)
+NODE_FLAGS: dict[Role, tuple[str, ...]] = {
+    Role.CLIENT: ("shards", "device", "codec", *_COMMON),
+    Role.SPLIT_SERVER: ("device", "slots", "codec", *_COMMON),
+    Role.AGGREGATOR: ("rounds", "resume", "hold", *_COMMON),
+}
+"""Settings that make sense for a role on the command line."""
+
+
+def load_settings(flags: Mapping[str, Any], env: Mapping[str, str], toml: Path | None = None) -> NodeSettings:
+    """Settings from all layers; `flags` holds field names, None meaning not given; other keys are ignored.
+
+    `toml` None means the file that ZSFL_CONFIG names, else `zsfl.toml` where there is one.
+    `ConfigError` names the file and key, variable or flag at fault, and what it accepts.
+    """
+    values = _from_toml(toml, env)
+    for name in _FIELDS:
+        variable = f"ZSFL_{name.upper()}"
+        if variable in env:
+            values[name] = _value(name, env[variable], variable, is_text=True)
+        if flags.get(name) is not None:
+            values[name] = _value(name, flags[name], _flags(name)[0], is_text=True)
+    return NodeSettings(**values)
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Give `parser` the flags of these fields; parsed values are for `load_settings`, which checks them."""
+    for name in names:
+        entry, kind = _FIELDS[name], _kind(name)
+        options: dict[str, Any] = {"dest": name, "default": None, "help": _help(entry)}
+        if kind == "bool":
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["metavar"] = _METAVARS.get(kind, name.upper())
+        if kind == "tuple[str, ...]":
+            options["action"] = "append"
+        parser.add_argument(*_flags(name), **options)
+
+
+def parse_shards(text: str, total: int) -> tuple[int, ...]:
+    """Shards in `text` ("3", "0-19" or "1,4-6"), sorted, each once; `ConfigError` unless below `total`."""
+    try:
+        ranges = _shard_ranges(text)
+    except ValueError as err:
+        raise ConfigError(f"shards are {text!r}: expected {err}") from None
+    beyond = [last for _, last in ranges if last >= total]
+    if beyond:
+        raise ConfigError(
+            f"shard {max(beyond)} is out of range: the data has {total} shards, 0 to {total - 1}; "
+            f"shards were given as {text!r}"
+        )
+    return tuple(sorted({shard for first, last in ranges for shard in range(first, last + 1)}))
+
+
+def _shard_ranges(text: str) -> list[tuple[int, int]]:
+    ranges: list[tuple[int, int]] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*([0-9]{1,9})(?:\s*-\s*([0-9]{1,9}))?\s*", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise ValueError("shard numbers and rising ranges, such as 3, 0-19 or 1,4-6")
+        ranges.append((first, last))
+    return ranges
+
+
+def _from_toml(path: Path | None, env: Mapping[str, str]) -> dict[str, Any]:
+    """The [node] table; other tables are left to others."""
+    named = path or (Path(env["ZSFL_CONFIG"]) if env.get("ZSFL_CONFIG") else None)
+    file = named or CONFIG_FILE
+    if named is None and not file.exists():
+        return {}
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise ConfigError(
+            f"cannot read the settings file {file} ({err.strerror}); correct ZSFL_CONFIG or the path"
+        ) from None
+    except ValueError as err:
+        raise ConfigError(f"{file} is not a TOML file: {err}") from None
+    table = document.get("node", {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{file}: expected a table [node], found {table!r}")
+    values: dict[str, Any] = {}
+    for key, value in cast(dict[str, Any], table).items():
+        if key not in _FIELDS:
+            raise ConfigError(f"{file}: unknown key {key!r} in [node]; known are {', '.join(_FIELDS)}")
+        values[key] = _value(key, value, f"{file} [node] {key}", is_text=False)
+    return values
+
+
+def _value(name: str, given: object, source: str, *, is_text: bool) -> Any:
+    """`given` as the type of the field, checked; `is_text` also lets it be written as a string."""
+    kind = _kind(name)
+    if is_text and isinstance(given, str) and kind == "tuple[str, ...]":
+        given = [part.strip() for part in given.split(",") if part.strip()]
+    try:
+        value = msgspec.convert(given, _TYPES[name], strict=not is_text, dec_hook=_to_path)
+    except msgspec.ValidationError:
+        raise ConfigError(f"{source} is {given!r}: expected {_EXPECTED[kind]}") from None
+    _check(name, value, source)
+    return value
+
+
+def _to_path(_type: type, given: object) -> Path:
+    if not isinstance(given, str | Path):
+        raise ValueError(given)
+    return Path(given)
+
+
+def _check(name: str, value: Any, source: str) -> None:
+    check = _CHECKS.get(name)
+    if check is None:
+        return
+    try:
+        check(value)
+    except ValueError as err:
+        raise ConfigError(f"{source} is {value!r}: expected {err}") from None
+
+
+def _check_host(host: str) -> None:
+    try:
+        address = ipaddress.IPv4Address(host)
+        usable = not (address.is_unspecified or address.is_multicast)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("the IPv4 address of one interface, such as 127.0.0.1 or 192.168.1.5")
+
+
+def _check_peers(peers: tuple[str, ...]) -> None:
+    for peer in peers:
+        found = re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*):([0-9]{1,5})", peer)
+        if not found or not 0 < int(found[1]) < 65536:
+            raise ValueError(f"host:port with a port from 1 to 65535, such as 192.168.1.5:4100, not {peer!r}")
+
+
+def _check_shards(text: str) -> None:
+    if text:
+        _shard_ranges(text)
+
+
+def _at_least(low: int, high: float = math.inf) -> Callable[[int | None], None]:
+    def check(value: int | None) -> None:
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"a whole number from {low}" + (f" to {high:g}" if high < math.inf else " upwards"))
+
+    return check
+
+
+def _positive(value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError("a number of seconds above 0")
+
+
+def _matches(pattern: str, expected: str) -> Callable[[str], None]:
+    def check(value: str) -> None:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(expected)
+
+    return check
+
+
+def _kind(name: str) -> str:
+    return str(_FIELDS[name].type)
+
+
+def _flags(name: str) -> tuple[str, ...]:
+    return _FIELDS[name].metadata["flags"] or ("--" + name.replace("_", "-"),)
+
+
+def _help(entry: Field[Any]) -> str:
+    tail = "" if entry.default in ("", None, ()) else f" (default: {_shown(entry.default)})"
+    return (entry.metadata["help"] + tail).replace("%", "%%")
+
+
+def _shown(default: object) -> str:
+    match default:
+        case bool():
+            return "on" if default else "off"
+        case float():
+            return f"{default:g}"
+        case _:
+            return str(default)
+
+
+_FIELDS: dict[str, Field[Any]] = {entry.name: entry for entry in fields(NodeSettings)}
+
+_TYPES = get_type_hints(NodeSettings)
+
+_EXPECTED = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "int | None": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "Path": "a path",
+    "tuple[str, ...]": 'a list of "host:port"',
+}
+_METAVARS = {"int": "N", "int | None": "N", "float": "S", "tuple[str, ...]": "HOST:PORT"}
+
+_CHECKS: dict[str, Callable[[Any], None]] = {
+    "host": _check_host,
+    "port": _at_least(0, 65535),
+    "peers": _check_peers,
+    # One DNS label, because mDNS announces it; and a file name, because it names the log.
+    "name": _matches(r"|[A-Za-z0-9][A-Za-z0-9_-]{0,62}", "up to 63 letters, digits, - and _"),
+    "run": _matches(r"|[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "up to 100 letters, digits, dots, - and _"),
+    "device": _matches(r"auto|cpu|cuda(:[0-9]{1,3})?", "auto, cpu, cuda or cuda:N"),
+    "threads": _at_least(1),
+    "slots": _at_least(1),
+    "clients": _at_least(0),
+    "shards": _check_shards,
+    "rounds": _at_least(1),
+    "join_s": _positive,
+    "patience_s": _positive,
+    "request_s": _positive,
+    "beat_s": _positive,
+    "lost_after_s": _positive,
+}

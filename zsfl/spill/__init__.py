@@ -1,0 +1,1 @@
+"""The gradient files: layout, atomic write, index, release."""

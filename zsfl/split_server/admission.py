@@ -1,0 +1,50 @@
+"""How much work a split server takes on: decisions only."""
+
+from __future__ import annotations
+
+from zsfl.errors import Busy
+from zsfl.wire.messages import Load
+
+SMOOTHING = 0.1
+"""Weight of the newest measurement in the moving average of the service time."""
+
+
+class Admission:
+    """At most `slots` requests at once; the rest is refused with an estimate of when to come back."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._busy = 0
+        self._service_s = 0.0
+        self._draining = False
+
+    @property
+    def load(self) -> Load:
+        """What to advertise."""
+        return Load(slots=0 if self._draining else self._slots, busy=self._busy, service_s=self._service_s)
+
+    def enter(self) -> None:
+        """Take a slot; Busy when there is none."""
+        if self._draining:
+            raise Busy("this split server is leaving; ask another", retry_after_s=60.0)
+        if self._busy >= self._slots:
+            raise Busy(f"all {self._slots} slots are taken; ask another", retry_after_s=self._service_s * self._busy)
+        self._busy += 1
+
+    def leave(self) -> None:
+        """Give the slot back."""
+        self._busy -= 1
+
+    def measured(self, service_s: float) -> None:
+        """One request took so long to compute."""
+        weight = SMOOTHING if self._service_s else 1.0
+        self._service_s += weight * (service_s - self._service_s)
+
+    def drain(self) -> None:
+        """Take nothing new from now on."""
+        self._draining = True
+
+    @property
+    def idle(self) -> bool:
+        """Whether all requests that were admitted are answered."""
+        return self._busy == 0

@@ -1,0 +1,187 @@
+"""The split server's shell."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from zsfl.compute import compute
+from zsfl.errors import BadShape, RemoteProtocolError
+from zsfl.ids import NodeCard
+from zsfl.latest import Latest
+from zsfl.learning.job import Job
+from zsfl.learning.model import SplitModel
+from zsfl.learning.part import Part, PartWeights
+from zsfl.member import Member
+from zsfl.node import BeatExtras, Node
+from zsfl.split_server.admission import Admission
+from zsfl.split_server.body import BodyWorker, Done
+from zsfl.tensors.codec import Codec, unpack
+from zsfl.tensors.spec import TensorSpec
+from zsfl.wire.framing import Buffer
+from zsfl.wire.messages import Backward, Broadcast, Forward, Infer, Output, Reply, Request, Spilled, Step
+
+_Result = TypeVar("_Result")
+Answer = tuple[Reply, Sequence[Buffer]]
+
+
+class SplitServerRole:
+    """Takes requests of any client while it has slots; holds nothing that cannot vanish."""
+
+    def __init__(self, node: Node, job: Job, model: SplitModel, device: torch.device, spills: Path) -> None:
+        self._node = node
+        part = Part(model.body, "body", device)
+        self._warnings = part.warnings()
+        self._member: Member[PartWeights] = Member(node, "body", part.load, spills)
+        self._codec = Codec.parse(node.settings.codec or job.codec)
+        self._admission = Admission(node.settings.slots)
+        self._worker = BodyWorker(job, part, self._member.spills, node=node.name, slots=node.settings.slots)
+        self._news = Latest(None)
+        """Touched whenever a drain may have come to its end."""
+        self._server = node.serve(self._answer)
+        self.data_port = self._server.port
+
+    async def prepare(self) -> None:
+        """Say what makes the run inexact."""
+        for warning in self._warnings:
+            self._node.note(warning, "warning")
+
+    async def run(self) -> None:
+        """Serve until the run is finished."""
+        async with asyncio.TaskGroup() as tasks:
+            serving = tasks.create_task(self._server.run(), name="data")
+            present = tasks.create_task(self._mind_the_aggregator(), name="aggregator")
+            await self._member.state.wait_for(lambda now: now is not None and self._member.check(now))
+            serving.cancel()
+            present.cancel()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Finish what is in hand, and stay until the aggregator has what was spilled."""
+        self._admission.drain()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._news.wait_for(lambda _: self._handed_over())
+
+    def _handed_over(self) -> bool:
+        """Whether nothing is in hand, and nothing is held that a live aggregator may still want."""
+        return self._admission.idle and not (self._member.pending() and self._member.aggregator.value)
+
+    async def control(self, request: Request) -> Reply:
+        """A split server answers no control requests."""
+        raise RemoteProtocolError(f"{self._node.name} is a split server and does not answer {type(request).__name__}")
+
+    def joined(self, card: NodeCard) -> None:
+        """A peer is there."""
+        self._member.joined(card)
+
+    def lost(self, card: NodeCard, reason: str) -> None:
+        """A peer is gone."""
+        self._member.lost(card, reason)
+        self._news.touch()
+
+    def heard(self, broadcast: Broadcast) -> None:
+        """A peer said something."""
+        self._member.heard(broadcast)
+        self._news.touch()
+
+    def beat(self) -> BeatExtras:
+        """Heartbeats advertise slots and repeat what is still offered."""
+        return BeatExtras(load=self._admission.load, offers=self._member.pending())
+
+    async def _mind_the_aggregator(self) -> None:
+        """Waiting aloud while there is none; giving up when none comes."""
+        followed: NodeCard | None = None
+        while True:
+            followed = await self._member.until_aggregator(other_than=followed)
+
+    # --- requests ---------------------------------------------------------------------------------------
+
+    async def _answer(self, request: Request, parts: Sequence[Buffer]) -> Answer:
+        match request:
+            case Forward() | Infer():
+                with self._admitted():
+                    return await self._run_forward(request, _only(parts, 1))
+            case Backward():
+                with self._admitted():
+                    return await self._run_backward(request, _only(parts, 1 if request.input is None else 2))
+            case Step():
+                with self._admitted():
+                    return await self._run_step(request, _only(parts, 2))
+            case _:
+                return await self._member.answer(request)
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        self._admission.enter()
+        try:
+            yield
+        finally:
+            self._admission.leave()
+            self._news.touch()
+
+    async def _run_forward(self, request: Forward | Infer, parts: Sequence[Buffer]) -> Answer:
+        x = unpack(request.input, parts[0])
+        weights = await self._member.weights.get(request.version)
+
+        def work() -> tuple[TensorSpec, Buffer]:
+            if isinstance(request, Infer):
+                return self._codec.pack("output", self._worker.infer(weights, x))
+            return self._codec.pack("output", self._worker.forward(weights, request, x))
+
+        spec, data = await self._computed(work)
+        self._node.counters.add("forwards")
+        return Output(output=spec, load=self._admission.load), [data]
+
+    async def _run_backward(self, request: Backward, parts: Sequence[Buffer]) -> Answer:
+        grad = unpack(request.grad, parts[0])
+        x = None if request.input is None else unpack(request.input, parts[1])
+        weights = None if x is None else await self._member.weights.get(request.version)
+
+        def needed() -> PartWeights:
+            if weights is None:
+                raise TypeError("a recompute needs weights")
+            return weights
+
+        return await self._spilled(lambda: self._worker.backward(needed, request, grad, x))
+
+    async def _run_step(self, request: Step, parts: Sequence[Buffer]) -> Answer:
+        x, target = unpack(request.input, parts[0]), unpack(request.target, parts[1])
+        weights = await self._member.weights.get(request.version)
+        return await self._spilled(lambda: self._worker.step(weights, request, x, target))
+
+    async def _spilled(self, work: Callable[[], Done]) -> Answer:
+        """Acknowledge a step: only after its spill is in place."""
+
+        def work_and_pack() -> tuple[Done, tuple[TensorSpec, Buffer] | None]:
+            done = work()
+            return done, None if done.grad is None else self._codec.pack("grad", done.grad)
+
+        done, packed = await self._computed(work_and_pack)
+        self._member.offer(done.offer)
+        self._node.counters.add("steps")
+        spec = None if packed is None else packed[0]
+        parts = [] if packed is None else [packed[1]]
+        return Spilled(grad=spec, loss_sum=done.loss_sum, load=self._admission.load), parts
+
+    async def _computed(self, work: Callable[[], _Result]) -> _Result:
+        """Run `work` in the compute thread and learn from how long it took."""
+
+        def timed() -> tuple[_Result, float]:
+            start = time.perf_counter()
+            return work(), time.perf_counter() - start
+
+        result, seconds = await compute(timed)
+        self._admission.measured(seconds)
+        return result
+
+
+def _only(parts: Sequence[Buffer], count: int) -> Sequence[Buffer]:
+    if len(parts) != count:
+        raise BadShape(f"{count} tensors belong to this request, {len(parts)} came with it")
+    return parts

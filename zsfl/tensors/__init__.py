@@ -1,0 +1,1 @@
+"""Tensors as bytes: shapes and bounds (`spec`), packing and its price (`codec`)."""

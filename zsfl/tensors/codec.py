@@ -1,0 +1,245 @@
+"""Tensor <-> bytes: `Codec.pack`, `unpack`, what it costs, and agreeing on a codec with a peer.
+
+Payloads are little-endian. A packed raw CPU tensor is a view of the tensor: leave it alone until it is sent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zsfl.errors import ConfigError
+from zsfl.tensors.compress import Bytes, expand, shuffle, squeeze, unshuffle
+from zsfl.tensors.quantize import from_int8, narrow, to_int8
+from zsfl.tensors.spec import (
+    BASES,
+    DTYPES,
+    MAX_LZ4_RATIO,
+    MAX_TENSOR_BYTES,
+    Base,
+    TensorSpec,
+    applied_base,
+    bad_shape,
+    element_bytes,
+    payload_bytes,
+)
+from zsfl.tensors.spec import SUPPORTED as SUPPORTED
+
+Buffer = bytes | bytearray | memoryview
+
+_TORCH: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
+_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in _TORCH.items()}
+_HALF: dict[Base, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_COST_TRIALS = 3
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a codec did to one tensor."""
+
+    bytes: int
+    """On the wire."""
+    ratio: float
+    """Bytes on the wire over bytes of the tensor; 1 for an empty one."""
+    encode_s: float
+    """Fastest of three."""
+    decode_s: float
+    """Fastest of three."""
+    max_error: float
+    """Largest |after - before| over the finite elements; inf if one of them came back non-finite."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Codec:
+    """How tensors become bytes; `str` gives the canonical spelling, such as `fp16+shuffle+lz4`.
+
+    `fp16`, `bf16` and `int8` apply to floats that they make smaller, everything else travels raw. Finite
+    values beyond the 16-bit range are clamped to it, never turned into inf; inf and NaN stay non-finite
+    (int8: the whole sample becomes NaN).
+    """
+
+    base: Base = "raw"
+    shuffle: bool = False
+    lz4: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Codec:
+        """`raw`, `fp16`, `bf16` or `int8`, then optionally `+shuffle` and `+lz4`; otherwise ConfigError."""
+        first, *steps = text.split("+")
+        if first not in BASES or sorted(steps) not in ([], ["lz4"], ["shuffle"], ["lz4", "shuffle"]):
+            known = f"one of {', '.join(BASES)}, then optionally +shuffle and +lz4"
+            raise ConfigError(f"unknown codec {text!r}: use {known}")
+        return cls(base=first, shuffle="shuffle" in steps, lz4="lz4" in steps)
+
+    def __str__(self) -> str:
+        return self.base + "+shuffle" * self.shuffle + "+lz4" * self.lz4
+
+    def pack(self, name: str, tensor: Tensor) -> tuple[TensorSpec, bytes | memoryview]:
+        """The tensor as read-only bytes, its own if it need not change; BadShape if it is out of bounds."""
+        dtype = _NAMES.get(tensor.dtype) or str(tensor.dtype)
+        shape = tuple(tensor.shape)
+        base = applied_base(self.base, dtype)
+        nbytes = payload_bytes(name, base, dtype, shape, MAX_TENSOR_BYTES)
+        if not nbytes:
+            return TensorSpec(name, dtype, shape, "raw", 0), b""
+        payload = _encode(base, tensor.detach())
+        if not (self.shuffle or self.lz4):
+            return TensorSpec(name, dtype, shape, base, nbytes), payload
+        applied = _CODECS[_applied(str(self), dtype)]
+        done, buffer = applied._lossless(np.frombuffer(payload, np.uint8), dtype)
+        return TensorSpec(name, dtype, shape, str(done), len(buffer)), buffer
+
+    def _lossless(self, payload: Bytes, dtype: str) -> tuple[Codec, bytes | memoryview]:
+        """The payload shuffled and compressed, and the codec that says so; as is where lz4 does not pay."""
+        itemsize = element_bytes(self.base, dtype) if self.shuffle else 1
+        if not self.lz4:
+            return self, (shuffle(payload, itemsize) if self.shuffle else payload).data.toreadonly()
+        block = squeeze(payload, itemsize)
+        return (Codec(base=self.base), payload.data.toreadonly()) if block is None else (self, block)
+
+    def cost(self, tensor: Tensor) -> Cost:
+        """Packs and unpacks this very tensor and says what that took."""
+        encode_s, (spec, buffer) = _fastest(lambda: self.pack("cost", tensor))
+        decode_s, back = _fastest(lambda: unpack(spec, buffer))
+        before = tensor.detach().cpu()
+        error = (back.double() - before.double()).abs()[before.isfinite()]
+        return Cost(
+            bytes=spec.nbytes,
+            ratio=spec.nbytes / max(1, tensor.nbytes) if tensor.numel() else 1.0,
+            encode_s=encode_s,
+            decode_s=decode_s,
+            max_error=float(error.max().nan_to_num(nan=torch.inf)) if error.numel() else 0.0,
+        )
+
+
+_CODECS: dict[str, Codec] = {
+    str(codec): codec
+    for codec in (Codec(base=b, shuffle=s, lz4=z) for b, s, z in product(BASES, (False, True), (False, True)))
+}
+
+
+@cache
+def _applied(codec: str, dtype: str) -> str:
+    """`codec` without the steps that do nothing to `dtype`; both are known words, so the cache is small."""
+    asked = _CODECS[codec]
+    base = applied_base(asked.base, dtype)
+    return str(Codec(base=base, shuffle=asked.shuffle and element_bytes(base, dtype) > 1, lz4=asked.lz4))
+
+
+def _encode(base: Base, values: Tensor) -> memoryview:
+    """The payload before shuffling and lz4, read-only."""
+    if base == "int8":
+        values = to_int8(values)
+    elif base != "raw":
+        values = narrow(values, _HALF[base])
+    values = values.cpu().contiguous()
+    if values.dtype is torch.bfloat16:  # which numpy lacks
+        values = values.view(torch.int16)
+    return values.numpy().data.cast("B").toreadonly()
+
+
+def unpack(spec: TensorSpec, buffer: Buffer, *, max_bytes: int = MAX_TENSOR_BYTES) -> Tensor:
+    """The CPU tensor in `buffer`; BadShape, before anything is allocated, unless spec, bytes, bounds agree.
+
+    Raw values in a writable buffer are not copied: tensor and buffer share memory. A read-only buffer is
+    copied, so the tensor may always be written.
+    """
+    view = memoryview(buffer)
+    codec = _CODECS.get(spec.codec)
+    if codec is None:
+        raise bad_shape(spec.name, f"codec {spec.codec[:80]!r} is not one of {', '.join(_CODECS)}")
+    nbytes = payload_bytes(spec.name, codec.base, spec.dtype, spec.shape, max_bytes)
+    _check(spec, codec, view, nbytes)
+    if not nbytes:
+        return torch.empty(spec.shape, dtype=_TORCH[spec.dtype])
+    payload: Buffer | Bytes = view
+    if codec.lz4:
+        payload = _expanded(spec, view, nbytes)
+    if codec.shuffle:
+        payload = unshuffle(np.frombuffer(payload, np.uint8), element_bytes(codec.base, spec.dtype))
+    elif payload is view and view.readonly:
+        payload = bytearray(view)  # torch warns of read-only memory, and in-place modules would write it
+    return _decode(spec, codec.base, payload)
+
+
+def _check(spec: TensorSpec, codec: Codec, view: memoryview, nbytes: int) -> None:
+    """BadShape unless the codec fits dtype and shape, and the bytes received fit both."""
+    applied = _applied(spec.codec, spec.dtype) if nbytes else "raw"
+    if spec.codec != applied:
+        what = f"codec {spec.codec} does not apply to {spec.dtype} {spec.shape}, {applied} does"
+        raise bad_shape(spec.name, what)
+    if not view.c_contiguous or view.nbytes != spec.nbytes:
+        raise bad_shape(spec.name, f"{view.nbytes} bytes came, {spec.nbytes} were announced")
+    if codec.lz4:
+        if not spec.nbytes < nbytes <= MAX_LZ4_RATIO * spec.nbytes:
+            what = f"{spec.nbytes} bytes of lz4 cannot stand for the {nbytes} of {spec.dtype} {spec.shape}"
+            raise bad_shape(spec.name, what)
+    elif spec.nbytes != nbytes:
+        what = f"{spec.dtype} {spec.shape} as {spec.codec} takes {nbytes} bytes, {spec.nbytes} came"
+        raise bad_shape(spec.name, what)
+
+
+def _expanded(spec: TensorSpec, view: memoryview, nbytes: int) -> bytearray:
+    payload = expand(view, nbytes)
+    if payload is None:
+        raise bad_shape(spec.name, f"its {spec.nbytes} bytes are no lz4 block of {nbytes} bytes")
+    return payload
+
+
+def _decode(spec: TensorSpec, base: Base, payload: Buffer | Bytes) -> Tensor:
+    """The inverse of `_encode`."""
+    dtype = _TORCH[spec.dtype]
+    if base == "int8":
+        return from_int8(_tensor(payload, torch.uint8), spec.shape, dtype)
+    if base != "raw":
+        return _tensor(payload, _HALF[base]).to(dtype).view(spec.shape)
+    if dtype is torch.bool:
+        flags = _tensor(payload, torch.uint8)
+        if int(flags.max()) > 1:
+            raise bad_shape(spec.name, "a bool is neither 0 nor 1")
+        return flags.view(torch.bool).view(spec.shape)
+    return _tensor(payload, dtype).view(spec.shape)
+
+
+def _tensor(payload: Buffer | Bytes, dtype: torch.dtype) -> Tensor:
+    """The payload as a vector, copied only if misaligned for `dtype` (a slice of a larger frame)."""
+    values = torch.frombuffer(payload, dtype=dtype)
+    return values.clone() if values.data_ptr() % dtype.itemsize else values
+
+
+def _fastest(action: Callable[[], _T]) -> tuple[float, _T]:
+    """The shortest time of a few trials, and the result."""
+    times: list[float] = []
+    while True:
+        started = time.perf_counter()
+        result = action()
+        times.append(time.perf_counter() - started)
+        if len(times) == _COST_TRIALS:
+            return min(times), result
+
+
+def negotiate(wanted: str, offered: Sequence[str]) -> Codec:
+    """The codec `wanted` if the peer offers its words (see SUPPORTED); ConfigError if not.
+
+    Lossless steps that the peer lacks are left out; the base is never replaced.
+    """
+    codec = Codec.parse(wanted)
+    needed = dict.fromkeys(("raw", codec.base))  # labels always travel raw
+    if missing := [word for word in needed if word not in offered]:
+        has = ", ".join(offered) or "nothing"
+        raise ConfigError(
+            f"codec {wanted!r} needs {', '.join(missing)}, the peer offers {has}: "
+            "choose a codec made of what it offers, or update the peer"
+        )
+    lz4 = codec.lz4 and "lz4" in offered
+    keep_shuffle = codec.shuffle and "shuffle" in offered and lz4 == codec.lz4  # shuffling only serves lz4
+    return Codec(base=codec.base, shuffle=keep_shuffle, lz4=lz4)

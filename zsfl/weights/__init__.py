@@ -1,0 +1,1 @@
+"""Versions of the weights: publication by the aggregator, following by everybody else."""

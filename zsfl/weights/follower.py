@@ -1,0 +1,120 @@
+"""Follows the versions that the aggregator publishes, and fetches those that were missed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+import torch
+
+from zsfl.compute import compute
+from zsfl.errors import BadShape, NoPeer, ZsflError
+from zsfl.ids import NodeCard, PartName, Version
+from zsfl.latest import Latest
+from zsfl.node import Node
+from zsfl.tensors.codec import unpack
+from zsfl.wire.connection import Connection
+from zsfl.wire.framing import Buffer
+from zsfl.wire.messages import Broadcast, FetchWeights, Weights
+
+KEPT_VERSIONS = 3
+"""The one in use, the one before for steps in flight, and the next."""
+GRACE_S = 0.1
+"""How long a version that was announced may take to begin to arrive before it is asked for."""
+
+_Loaded = TypeVar("_Loaded")
+
+
+class WeightsFollower(Generic[_Loaded]):
+    """The newest versions of one part of the model, loaded and ready to use.
+
+    `load` turns tensors by name into what the role computes with; it runs in the compute thread, once a version.
+    """
+
+    def __init__(self, node: Node, part: PartName, load: Callable[[dict[str, torch.Tensor]], _Loaded]) -> None:
+        self._node = node
+        self._part: PartName = part
+        self._load = load
+        self._source: NodeCard | None = None
+        self._connection: Connection | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self._arriving: Callable[[], list[Weights]] = list
+        self._versions: Latest[dict[Version, asyncio.Task[_Loaded]]] = Latest({})
+        self._fetching: dict[Version, asyncio.Task[None]] = {}
+
+    def follow(self, aggregator: NodeCard) -> None:
+        """Take versions from this aggregator from now on; those of a former one are forgotten."""
+        self.unfollow()
+        self._source = aggregator
+        self._connection = self._node.connect(aggregator, aggregator.data_port)
+        ear = self._node.listen(aggregator, aggregator.weights_port, [self._part.encode()], self._heard)
+        self._arriving = lambda: [body for body in ear.arriving() if isinstance(body, Weights)]
+        self._listening = self._node.start(ear.run(), f"weights of {aggregator.name}")
+
+    def unfollow(self) -> None:
+        """The aggregator is gone."""
+        if self._connection is not None:
+            self._connection.close(f"is gone: {self._source.name if self._source else ''}")
+        if self._listening is not None:
+            self._listening.cancel()
+        self._source = self._connection = self._listening = None
+        self._versions.set({})
+
+    async def get(self, version: Version) -> _Loaded:
+        """The weights of `version`, waiting for them to arrive, fetching them if they do not.
+
+        StaleWeights when the aggregator does not hold it; NoPeer when there is no aggregator.
+        """
+        if version not in self._versions.value:
+            await self._await_broadcast(version)
+        if version not in self._versions.value:
+            await self._fetch_once(version)
+        return await asyncio.shield(self._versions.value[version])
+
+    async def _await_broadcast(self, version: Version) -> None:
+        """Give the broadcast its grace, and all the time it needs once it has begun to arrive."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(GRACE_S):
+                    await self._versions.wait_for(lambda held: version in held)
+                    return
+            if version not in (body.version for body in self._arriving()):
+                return
+
+    async def _fetch_once(self, version: Version) -> None:
+        if version not in self._fetching:
+            task = asyncio.create_task(self._fetch(version))
+            self._fetching[version] = task
+            task.add_done_callback(lambda _: self._fetching.pop(version, None))
+        await asyncio.shield(self._fetching[version])
+
+    async def _fetch(self, version: Version) -> None:
+        if self._connection is None:
+            raise NoPeer("there is no aggregator to fetch weights from")
+        request = FetchWeights(part=self._part, version=version)
+        answer = await self._connection.request(request, deadline_s=self._node.settings.request_s)
+        weights = answer.expect(Weights)
+        if weights.version != version or weights.part != self._part:
+            raise BadShape(f"asked for {self._part} of version {version}, got {weights.part} of {weights.version}")
+        self._take(weights, answer.parts)
+
+    def _heard(self, broadcast: Broadcast, parts: list[Buffer]) -> None:
+        if isinstance(broadcast, Weights) and broadcast.part == self._part:
+            with suppress(ZsflError):
+                self._take(broadcast, parts)
+
+    def _take(self, weights: Weights, parts: Sequence[Buffer]) -> None:
+        held = self._versions.value
+        if weights.version in held:
+            return
+        if len(parts) != len(weights.tensors):
+            raise BadShape(f"{len(weights.tensors)} tensors are declared and {len(parts)} arrived")
+        state = {spec.name: unpack(spec, part) for spec, part in zip(weights.tensors, parts, strict=True)}
+        task = asyncio.create_task(compute(self._load, state))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        held[weights.version] = task
+        while len(held) > KEPT_VERSIONS:
+            del held[min(held)]
+        self._versions.touch()

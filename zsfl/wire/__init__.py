@@ -1,0 +1,1 @@
+"""Typed messages over ZeroMQ: framing, request and reply, publish and subscribe. Knows no torch."""

@@ -1,0 +1,298 @@
+"""Every message that travels between nodes. This file is their only home.
+
+A message is a small header (one of the structs below, in msgpack) and parts (raw tensor or file bytes).
+Requests and their replies stand together; what is broadcast stands last.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from zsfl.ids import Address, Cid, NodeCard, NodeId, PartName, Role, RunId, Version
+from zsfl.tensors.spec import TensorSpec
+
+MAX_PEERS_EXCHANGED = 256
+"""Addresses in one peer exchange: enough for a LAN, small enough for a heartbeat."""
+MAX_OFFERS = 1024
+"""Spills offered in one message; the rest follows in the next."""
+
+Phase = Literal["waiting", "training", "evaluating", "idle", "finished", "failed"]
+"""What the aggregator asks of its peers; see `RunState`."""
+
+Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+ShortText = Annotated[str, Meta(max_length=200)]
+LongText = Annotated[str, Meta(max_length=4000)]
+CidText = Annotated[Cid, Meta(max_length=64)]
+VersionNumber = Annotated[Version, Meta(ge=0, le=1 << 53)]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", forbid_unknown_fields=True):
+    """Base of everything that travels."""
+
+
+class PeerHint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a verified peer of the sender listens; to whoever reads it, no more than a hint."""
+
+    id: NodeId
+    role: Role
+    address: Address
+
+
+# --- control: who is there -------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True, kw_only=True, tag="hello"):
+    """A node introduces itself; answered by Welcome, or refused with the reason."""
+
+    protocol: int
+    facts: Annotated[dict[ShortText, ShortText], Meta(max_length=64)]
+    """What both must agree on about the job (`Job.facts`)."""
+    card: NodeCard
+    codecs: Annotated[tuple[ShortText, ...], Meta(max_length=32)]
+
+
+class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
+    """HELLO agreed."""
+
+    card: NodeCard
+    codecs: Annotated[tuple[ShortText, ...], Meta(max_length=32)]
+    peers: Annotated[tuple[PeerHint, ...], Meta(max_length=MAX_PEERS_EXCHANGED)]
+
+
+class ShardInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many samples a shard has; the samples themselves never leave the client."""
+
+    shard: Count
+    train_samples: Count
+    test_samples: Count
+
+
+class Join(Message, frozen=True, kw_only=True, tag="join"):
+    """A client tells the aggregator which shards it holds; answered by Ok."""
+
+    node: NodeId
+    shards: Annotated[tuple[ShardInfo, ...], Meta(max_length=4096)]
+
+
+class Evaluated(Message, frozen=True, kw_only=True, tag="evaluated"):
+    """One shard's held-out test at one version; answered by Ok."""
+
+    shard: Count
+    version: VersionNumber
+    samples: Count
+    weight: float
+    """What `loss_sum` is divided by: the samples, unless the loss weighs them."""
+    correct: float | None
+    loss_sum: float
+
+
+class Train(Message, frozen=True, kw_only=True, tag="train"):
+    """Asks an aggregator on hold to train so many more rounds (None: what its job has left); answered by Ok."""
+
+    rounds: Annotated[int, Meta(ge=1, le=1 << 31)] | None
+
+
+class Ok(Message, frozen=True, kw_only=True, tag="ok"):
+    """Done, nothing to tell."""
+
+
+class Refusal(Message, frozen=True, kw_only=True, tag="refusal"):
+    """The request failed; `kind` names a class of `zsfl.errors`."""
+
+    kind: ShortText
+    message: LongText
+    retry_after_s: float = 0.0
+
+
+# --- data: steps ------------------------------------------------------------------------------------------
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How busy a split server is; travels with every reply and heartbeat."""
+
+    slots: Count
+    """Requests it admits at once."""
+    busy: Count
+    """Requests it holds now, waiting ones included."""
+    service_s: float
+    """Moving average of the compute time of one request."""
+
+
+class Forward(Message, frozen=True, kw_only=True, tag="forward"):
+    """Run the body forward at `version`; the graph may be cached for the backward."""
+
+    cid: CidText
+    version: VersionNumber
+    seed: Count
+    input: TensorSpec
+
+
+class Infer(Message, frozen=True, kw_only=True, tag="infer"):
+    """Run the body forward in evaluation mode; nothing is kept. Answered by Output."""
+
+    version: VersionNumber
+    input: TensorSpec
+
+
+class Output(Message, frozen=True, kw_only=True, tag="output"):
+    """Activations of the body."""
+
+    output: TensorSpec
+    load: Load
+
+
+class Backward(Message, frozen=True, kw_only=True, tag="backward"):
+    """Run the body backward and spill its contribution; parts: gradient, then the input if `input` is given.
+
+    Without the input, a server that no longer holds the forward answers InputNeeded.
+    """
+
+    cid: CidText
+    version: VersionNumber
+    seed: Count
+    n: float
+    """Weight sum of the batch (its sample count, unless the loss weighs samples)."""
+    samples: Count
+    grad: TensorSpec
+    input: TensorSpec | None
+    want_grad: bool
+    """Whether the client needs the gradient of the input (not when its head is frozen)."""
+    provenance: ShortText
+    """Name of the client, for the record."""
+
+
+class Step(Message, frozen=True, kw_only=True, tag="step"):
+    """Label sharing: forward, loss and backward of the body in one; parts: input, then target."""
+
+    cid: CidText
+    version: VersionNumber
+    seed: Count
+    n: float
+    samples: Count
+    input: TensorSpec
+    target: TensorSpec
+    want_grad: bool
+    provenance: ShortText
+
+
+class Spilled(Message, frozen=True, kw_only=True, tag="spilled"):
+    """The body's contribution is in place on the server's disk; part: the gradient of the input, if wanted."""
+
+    grad: TensorSpec | None
+    loss_sum: float | None
+    load: Load
+
+
+# --- data: spills and weights -----------------------------------------------------------------------------
+
+
+class SpillOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, order=True):
+    """One spill that a node holds."""
+
+    cid: CidText
+    part: PartName
+    version: VersionNumber
+    size_bytes: Count
+
+
+class FetchSpills(Message, frozen=True, kw_only=True, tag="fetch-spills"):
+    """Asks a holder for spills; answered by Spills."""
+
+    wanted: Annotated[tuple[tuple[CidText, PartName], ...], Meta(max_length=MAX_OFFERS)]
+
+
+class Spills(Message, frozen=True, kw_only=True, tag="spills"):
+    """Stored bytes of those spills asked for that the holder still has, one part each, in this order."""
+
+    found: Annotated[tuple[tuple[CidText, PartName], ...], Meta(max_length=MAX_OFFERS)]
+
+
+class ReleaseSpills(Message, frozen=True, kw_only=True, tag="release-spills"):
+    """Tells a holder that a commit record names these cids; answered by Ok."""
+
+    cids: Annotated[tuple[CidText, ...], Meta(max_length=MAX_OFFERS)]
+
+
+class FetchWeights(Message, frozen=True, kw_only=True, tag="fetch-weights"):
+    """Asks the aggregator for weights, the newest when `version` is None; answered by Weights."""
+
+    part: PartName
+    version: VersionNumber | None
+
+
+class Weights(Message, frozen=True, kw_only=True, tag="weights"):
+    """The weights of one part of the model at one version, one part of the message a tensor."""
+
+    part: PartName
+    version: VersionNumber
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=4000)]
+
+
+# --- broadcasts -------------------------------------------------------------------------------------------
+
+
+class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the run stands, as its aggregator sees it.
+
+    training: every client makes its step of `window` of `round` at `version`, once.
+    evaluating: every client tests `version` on its held-out samples.
+    waiting, idle: nothing to do yet. finished, failed: nothing to do any more.
+    """
+
+    run: Annotated[RunId, Meta(pattern="^[0-9a-f]{6}$")]
+    phase: Phase
+    version: VersionNumber
+    round: Count
+    rounds: Count
+    window: Count
+    windows: Count
+    evaluation: Count = 0
+    """Counts evaluations, so that a client tells a new one from one it has answered."""
+    reason: LongText = ""
+
+
+class Beat(Message, frozen=True, kw_only=True, tag="beat"):
+    """Heartbeat: proof of life, and everything a peer may have missed."""
+
+    card: NodeCard
+    peers: Annotated[tuple[PeerHint, ...], Meta(max_length=MAX_PEERS_EXCHANGED)]
+    counters: Annotated[dict[ShortText, float], Meta(max_length=64)]
+    load: Load | None = None
+    offers: Annotated[tuple[SpillOffer, ...], Meta(max_length=MAX_OFFERS)] = ()
+    state: RunState | None = None
+
+
+class Offers(Message, frozen=True, kw_only=True, tag="offers"):
+    """Gossip digest: spills that just came into place at this node."""
+
+    node: NodeId
+    offers: Annotated[tuple[SpillOffer, ...], Meta(max_length=MAX_OFFERS)]
+    counters: Annotated[dict[ShortText, float], Meta(max_length=64)]
+
+
+class Announcement(Message, frozen=True, kw_only=True, tag="announcement"):
+    """The aggregator's new state; after a commit also the cids that the new version settles."""
+
+    node: NodeId
+    state: RunState
+    counted: tuple[CidText, ...] = ()
+    dropped: tuple[CidText, ...] = ()
+
+
+class Goodbye(Message, frozen=True, kw_only=True, tag="goodbye"):
+    """The node leaves on purpose."""
+
+    node: NodeId
+    reason: ShortText
+
+
+Request = (
+    Hello | Join | Evaluated | Train | Forward | Infer | Backward | Step
+    | FetchSpills | ReleaseSpills | FetchWeights
+)  # fmt: skip
+Reply = Welcome | Ok | Refusal | Output | Spilled | Spills | Weights
+Broadcast = Beat | Offers | Announcement | Goodbye | Weights
+AnyMessage = Request | Reply | Broadcast

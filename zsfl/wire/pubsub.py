@@ -1,0 +1,99 @@
+"""Broadcasts: a PUB socket for what a node says, a SUB socket for what its peers say."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
+
+import zmq
+import zmq.asyncio
+
+from zsfl.errors import RemoteProtocolError
+from zsfl.metrics import Counters
+from zsfl.settings import WireLimits
+from zsfl.wire.connection import FAIR_SHARE
+from zsfl.wire.framing import Assembler, Buffer, Header, encode, nbytes
+from zsfl.wire.messages import AnyMessage, Broadcast
+from zsfl.wire.sockets import bind, send_now
+
+BROADCAST_QUEUE = 10_000
+"""Multiparts that ZeroMQ holds for one slow subscriber before it drops; subscribers ask for what they missed."""
+
+Heard = Callable[[Broadcast, list[Buffer]], None]
+
+
+class Publisher:
+    """Says each thing once, to all who listen. Nobody listening, or too slowly, costs nothing."""
+
+    def __init__(self, context: zmq.asyncio.Context, host: str, *, limits: WireLimits, counters: Counters) -> None:
+        self._limits = limits
+        self._counters = counters
+        self._ids = itertools.count(1)
+        self._socket = context.socket(zmq.PUB)
+        self._socket.linger = 0
+        self._socket.set_hwm(BROADCAST_QUEUE)
+        self.port = bind(self._socket, host, 0)
+
+    def publish(self, topic: bytes, body: Broadcast, parts: Sequence[Buffer] = ()) -> None:
+        """Hand a broadcast to ZeroMQ; never waits."""
+        header = Header(kind="publish", id=next(self._ids), body=body)
+        for frames in encode(header, parts, self._limits):
+            size = sum(nbytes(frame) for frame in frames)
+            send_now(self._socket, [topic, *frames], copy=size < self._limits.copy_below_bytes)
+            self._counters.add("bytes_sent", size)
+
+    def close(self, linger_s: float = 0.0) -> None:
+        """Close the socket, giving what was said last `linger_s` to leave."""
+        self._socket.close(linger=int(linger_s * 1000))
+
+
+class Subscriber:
+    """Listens to one publisher on some topics."""
+
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        endpoint: str,
+        topics: Sequence[bytes],
+        heard: Heard,
+        *,
+        limits: WireLimits,
+        counters: Counters,
+    ) -> None:
+        self._heard = heard
+        self._counters = counters
+        self._assembler = Assembler(limits)
+        self._socket = context.socket(zmq.SUB)
+        self._socket.linger = 0
+        self._socket.set_hwm(BROADCAST_QUEUE)
+        for topic in topics:
+            self._socket.subscribe(topic)
+        self._socket.connect(endpoint)
+
+    def arriving(self) -> list[AnyMessage]:
+        """Bodies of the broadcasts whose parts are still on their way."""
+        return self._assembler.arriving()
+
+    async def run(self) -> None:
+        """Listen until cancelled."""
+        try:
+            await self._read()
+        finally:
+            self._socket.close(linger=0)
+
+    async def _read(self) -> None:
+        for turn in itertools.count():
+            _topic, *frames = await self._socket.recv_multipart(copy=False)
+            views = [frame.buffer for frame in frames]
+            self._counters.add("bytes_received", sum(view.nbytes for view in views))
+            try:
+                arrived = self._assembler.feed(views)
+                if arrived is not None:
+                    if arrived.kind != "publish" or not isinstance(arrived.body, Broadcast):
+                        raise RemoteProtocolError(f"a {arrived.kind} where a broadcast was due")
+                    self._heard(arrived.body, arrived.parts)
+            except RemoteProtocolError:
+                self._counters.add("protocol_errors")
+            if turn % FAIR_SHARE == 0:
+                await asyncio.sleep(0)

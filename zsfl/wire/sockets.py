@@ -1,0 +1,47 @@
+"""The few ZeroMQ calls that the wire makes, typed and with their traps dealt with."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, cast
+
+import zmq
+import zmq.asyncio
+
+from zsfl.errors import ConfigError
+from zsfl.wire.framing import Buffer
+
+
+def bind(socket: zmq.asyncio.Socket, host: str, port: int) -> int:
+    """Bind to `port`, or any free one for 0; the port. ConfigError when it is taken or not ours."""
+    try:
+        if port == 0:
+            return socket.bind_to_random_port(f"tcp://{host}")
+        socket.bind(f"tcp://{host}:{port}")
+    except zmq.ZMQError as error:
+        socket.close(linger=0)
+        if error.errno == zmq.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} on {host} is taken by another process; choose another with --port, or 0 for any free one"
+            ) from error
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}; is {host} an address of this machine?") from error
+    return port
+
+
+async def send(socket: zmq.asyncio.Socket, frames: Sequence[Buffer], *, copy: bool) -> None:
+    """Send one multipart, waiting for room."""
+    await cast(Any, socket).send_multipart(frames, copy=copy)
+
+
+def send_now(socket: zmq.asyncio.Socket, frames: Sequence[Buffer], *, copy: bool) -> bool:
+    """Send one multipart if there is room; whether there was.
+
+    Raises zmq.ZMQError, EHOSTUNREACH among them. Never waits: on a ROUTER one awaited send would hold up all peers.
+    """
+    done = cast("asyncio.Future[Any]", cast(Any, socket).send_multipart(frames, flags=zmq.DONTWAIT, copy=copy))
+    try:
+        done.result()
+    except zmq.Again:
+        return False
+    return True
