@@ -13,7 +13,7 @@ help:
 	@echo "make demo    train the handwritten digits: 5 clients, 2 split servers, 1 aggregator, on this machine"
 	@echo "make test    all checks, then all tests"
 	@echo "make check   ruff, pyright, import-linter and the line budget"
-	@echo "make bench   every benchmark, one after the other"
+	@echo "make bench   every benchmark, one after the other; ZSFL_DATA names the folder with MNIST"
 	@echo "make clean   remove the environment and the caches; runs/ stays"
 
 demo: $(stamp)
@@ -21,12 +21,15 @@ demo: $(stamp)
 
 test: check
 	$(VENV)/bin/python -m pytest
+	@echo "make test: all checks and all tests passed"
 
 check: $(stamp)
 	VENV=$(VENV) tools/check
 
 bench: $(stamp)
-	@set -e; for file in $(benchmarks); do echo "+ $(VENV)/bin/python $$file"; $(VENV)/bin/python $$file; done
+	@failed=; for file in $(benchmarks); do echo "+ $(VENV)/bin/python $$file"; \
+	    $(VENV)/bin/python $$file || failed="$$failed $$file"; done; \
+	    [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

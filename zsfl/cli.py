@@ -50,11 +50,12 @@ examples, for a LAN of three machines (give each its own address with --host):
 
 Nodes find one another by mDNS. Where multicast is blocked, one address is enough:
   zsfl node aggregator mnist.py --host 192.168.1.10 --port 7700
+  zsfl node split-server mnist.py --host 192.168.1.20 --peer 192.168.1.10:7700
   zsfl node client mnist.py --host 192.168.1.30 --shard 0 --peer 192.168.1.10:7700
 """
 
 UP_FLAGS = (
-    "rounds", "run", "runs", "resume", "device", "slots", "codec", "mdns", "host", "threads", "patience_s",
+    "rounds", "cluster", "run", "runs", "resume", "device", "slots", "codec", "mdns", "host", "threads", "patience_s",
 )  # fmt: skip
 
 
@@ -69,9 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ZsflError as error:
         print(f"zsfl: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("zsfl: interrupted; all nodes have left", file=sys.stderr)
-        return 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -118,7 +116,8 @@ class _PrintVersion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
 
-        parser.exit(message=f"zsfl {version('zsfl')}\n")
+        print(f"zsfl {version('zsfl')}")
+        parser.exit()
 
 
 def _add_cluster_flags(target: argparse.ArgumentParser, *, clients: int | None) -> None:
@@ -167,8 +166,7 @@ async def _train(job: Path, flags: dict[str, Any], settings: NodeSettings) -> No
 
     # Only what was given here: each node reads the file and the environment by itself.
     given = {name: getattr(settings, name) for name in UP_FLAGS if flags.get(name) is not None}
-    mdns, rounds = given.pop("mdns", None), settings.rounds
-    given.pop("rounds", None)
+    mdns = given.pop("mdns", None)
     with ProgressPrinter() as printer:
         cluster = LocalCluster(
             job,
@@ -181,5 +179,5 @@ async def _train(job: Path, flags: dict[str, Any], settings: NodeSettings) -> No
             **given,
         )
         async with cluster:
-            async for _ in cluster.train(rounds):
+            async for _ in cluster.train():  # up to --rounds, of which a resumed run has done some
                 pass

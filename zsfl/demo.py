@@ -9,9 +9,9 @@ import zsfl
 def model() -> zsfl.SplitModel:
     """64 pixels in, 10 digits out; the body is what the split servers run."""
     return zsfl.SplitModel(
-        head=nn.Sequential(nn.Linear(64, 64), nn.ReLU()),
-        body=nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU()),
-        tail=nn.Linear(64, 10),
+        head=nn.Sequential(nn.Linear(64, 128), nn.ReLU()),
+        body=nn.Sequential(nn.Linear(128, 128), nn.ReLU()),
+        tail=nn.Linear(128, 10),
     )
 
 
@@ -21,8 +21,8 @@ job = zsfl.Job(
     loss=F.cross_entropy,
     data=zsfl.shards(zsfl.digits, by=zsfl.iid()),
     optimizer=zsfl.sgd(lr=0.1, momentum=0.9),
-    batch_size=32,
-    rounds=10,
+    batch_size=16,
+    rounds=20,
     shards=5,
     codec="fp16+lz4",
 )

@@ -62,7 +62,10 @@ class NodeCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return f"tcp://{self.host}:{port}"
 
 
-_CID = re.compile(r"([0-9a-f]{6})-v(\d{8,16})-s(\d{5,9})")
+# One spelling for each step; \d would match the digits of other scripts too.
+_CID = re.compile(r"([0-9a-f]{6})-v([0-9]{8}|[1-9][0-9]{8,15})-s([0-9]{5}|[1-9][0-9]{5,8})")
+CID_PATTERN = rf"^{_CID.pattern}\Z"
+"""What a cid looks like, for message schemas."""
 
 
 def step_cid(run: RunId, shard: int, version: Version) -> Cid:

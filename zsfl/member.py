@@ -48,6 +48,9 @@ class Member(Generic[_Loaded]):
         self.aggregator: Latest[NodeCard | None] = Latest(None)
         self.weights = WeightsFollower(node, part, load)
         self.spills = SpillStore(spills)
+        self.followed = 0
+        """How often this node began to follow an aggregator: what an earlier one asked for is asked anew."""
+        self._releasing: set[asyncio.Task[None]] = set()
 
     def joined(self, card: NodeCard) -> None:
         """Follow the first aggregator there is."""
@@ -55,6 +58,7 @@ class Member(Generic[_Loaded]):
             return
         if self.aggregator.value is None:
             self.weights.follow(card)
+            self.followed += 1
             self.aggregator.set(card)
         else:
             self._node.note(f"{card.name} is a second aggregator; staying with {self.aggregator.value.name}", "warning")
@@ -125,7 +129,19 @@ class Member(Generic[_Loaded]):
 
     def _release(self, cids: Sequence[Cid]) -> None:
         if cids and any(self.spills.holds(cid) for cid in cids):
-            self._node.start(compute(self.spills.release, cids), "release spills")
+            task = asyncio.create_task(compute(self.spills.release, cids), name="release spills")
+            self._releasing.add(task)
+            task.add_done_callback(self._released)
+
+    def _released(self, task: asyncio.Task[None]) -> None:
+        self._releasing.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            self._node.note(f"spills that are settled could not be deleted: {error}", "warning")
+
+    async def close(self) -> None:
+        """Returns when everything that was to be released is."""
+        if self._releasing:
+            await asyncio.wait(self._releasing)
 
     def check(self, state: RunState) -> bool:
         """Whether the run is over; RunFailed when it failed."""

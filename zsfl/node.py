@@ -20,7 +20,7 @@ from zsfl.metrics import Counters
 from zsfl.peers import Peers
 from zsfl.reports import AnyReport, Failed, Note, Ready, Waiting
 from zsfl.settings import NodeSettings, WireLimits
-from zsfl.waits import FIRST_WORD_S, Waits
+from zsfl.waits import LOOK_S, Waits
 from zsfl.wire.connection import Connection
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import (
@@ -231,7 +231,7 @@ class Node:
 
     def _leave(self) -> None:
         with suppress(ZsflError):
-            self.publish(Goodbye(node=self.card.id, reason="it left"))
+            self.publish(Goodbye(node=self.card.id, reason="it said goodbye"))
         for connection in self._links.values():
             connection.close()
         self._publisher.close(GOODBYE_LINGER_S)
@@ -252,7 +252,7 @@ class Node:
 
     async def _say_waits(self) -> None:
         while True:
-            await asyncio.sleep(FIRST_WORD_S)
+            await asyncio.sleep(LOOK_S)
             for wait in self._waits.overdue(time.monotonic()):
                 hints = self._peers.advice() if wait.lonely else ()
                 self.report(Waiting(node=self.name, what=wait.what, seconds=wait.seconds, hints=hints))

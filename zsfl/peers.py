@@ -147,7 +147,9 @@ class Peers:
         if not self._settings.mdns:
             return
         try:
-            async with Mdns(self._card, job_hash(self._facts["name"]), PROTOCOL) as self._mdns:
+            async with Mdns(
+                self._card, job_hash(self._facts["name"], self._facts.get("cluster", "")), PROTOCOL
+            ) as self._mdns:
                 async for candidate in self._mdns.events():
                     self._on(candidate)
         except Unavailable as error:
@@ -233,22 +235,27 @@ class Peers:
 
     def answer(self, hello: Hello) -> Welcome:
         """Answer somebody's HELLO; Rejected with the reason when we are not of one job."""
-        name = self._card.name
-        if hello.protocol != PROTOCOL:
-            raise Rejected(
-                f"{name} speaks version {PROTOCOL} of the protocol and {hello.card.name} version "
-                f"{hello.protocol}: install the same zsfl on both"
-            )
-        if difference := disagreement(self._facts, hello.facts):
-            raise Rejected(f"{name} runs another job than {hello.card.name}: {difference}")
+        if objection := self._objection(hello):
+            self._user.note(f"{hello.card.address} was turned away: {objection}", "warning")
+            raise Rejected(objection)
         hints = self.hints()
         self._welcomed(hello.card, hello.card.address, hello.codecs, "them")
         if hello.card.id != self._card.id and self.table.get(hello.card.id) is None:
             why = self.table.refusals().get(hello.card.address, "it has no room for another peer")
-            raise Rejected(f"{name} does not take {hello.card.name} as a peer: {why}")
+            raise Rejected(f"{self._card.name} does not take {hello.card.name} as a peer: {why}")
         return Welcome(card=self._card, codecs=self._codecs, peers=hints)
 
+    def _objection(self, hello: Hello) -> str:
+        name = self._card.name
+        if hello.protocol != PROTOCOL:
+            return (
+                f"{name} speaks version {PROTOCOL} of the protocol and {hello.card.name} version "
+                f"{hello.protocol}: install the same zsfl on both"
+            )
+        difference = disagreement(self._facts, hello.facts)
+        return f"{name} runs another job than {hello.card.name}: {difference}" if difference else ""
 
-def job_hash(name: str) -> str:
-    """What mDNS announces of a job: enough to find its nodes, not its name."""
-    return hashlib.sha256(name.encode()).hexdigest()[:16]
+
+def job_hash(name: str, cluster: str) -> str:
+    """What mDNS announces of a job and its cluster: enough to find their nodes, not their names."""
+    return hashlib.sha256(f"{name} {cluster}".encode()).hexdigest()[:16]

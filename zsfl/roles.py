@@ -6,10 +6,12 @@ import argparse
 import asyncio
 import dataclasses
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ import zmq.asyncio
 from zsfl.aggregator.role import AggregatorRole
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.client.role import ClientRole
-from zsfl.compute import use_threads
+from zsfl.compute import compute, use_threads
 from zsfl.errors import ConfigError, ZsflError
 from zsfl.ids import Role
 from zsfl.learning.job import Job, load_job
+from zsfl.learning.model import SplitModel
 from zsfl.node import Node, failed
 from zsfl.reports import AnyReport, to_line
 from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings, parse_shards
@@ -55,19 +58,31 @@ async def run_role(
     """Run one node until its run ends or `stop` is set."""
     if settings.clients:
         job = dataclasses.replace(job, shards=settings.clients)
-    model = job.build()
+    # Where all of torch runs: elsewhere it would disturb the random numbers of other nodes of this process.
+    model = await compute(job.build)
     name = settings.name or default_name(role, settings)
     node = Node(
         role,
         name=name,
         settings=settings,
-        facts=job.facts(model),
+        facts=job.facts(model) | {"cluster": settings.cluster},
         codecs=SUPPORTED,
         report=report,
         context=context,
         stopping=stop,
     )
-    spills = settings.runs / (settings.run or job.name) / "spills" / name
+    spills = settings.runs / "spills" / (settings.cluster or settings.run or job.name) / name
+    try:
+        await _play(role, node, job, model, spills)
+    finally:
+        # Left are only spills that no version has counted yet.
+        for folder in (spills, spills.parent):
+            with suppress(OSError):
+                folder.rmdir()
+
+
+async def _play(role: Role, node: Node, job: Job, model: SplitModel, spills: Path) -> None:
+    settings = node.settings
     match role:
         case Role.CLIENT:
             shards = parse_shards(settings.shards, job.shards) if settings.shards else ()
@@ -82,7 +97,7 @@ async def run_role(
             await node.run(server, data_port=server.data_port)
         case Role.AGGREGATOR:
             with RunFolder.create(settings.runs, settings.run or job.name, settings.resume) as folder:
-                folder.write_settings(describe(job, settings))
+                folder.write_settings(await compute(describe, job, settings))
                 aggregator = AggregatorRole(node, job, model, folder)
                 await aggregator.prepare()
                 await node.run(aggregator, data_port=aggregator.data_port, weights_port=aggregator.weights_port)
@@ -99,11 +114,13 @@ def default_name(role: Role, settings: NodeSettings) -> str:
 
 def describe(job: Job, settings: NodeSettings) -> dict[str, object]:
     """What a run was started with, for its folder."""
-    facts = {name: value for name, value in job.facts(job.build()).items() if name != "parameters"}
+    facts: dict[str, object] = dict(job.facts(job.build()))
+    facts |= {name: getattr(job, name) for name in ("batch_size", "rounds", "shards", "seed", "shuffle")}
     shown = {
         name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(settings).items()
     }
-    return {"job": facts, "node": shown, "torch": str(torch.__version__)}
+    versions = {"zsfl": version("zsfl"), "torch": str(torch.__version__), "python": platform.python_version()}
+    return {"job": facts, "node": shown, "versions": versions}
 
 
 def print_report(report: AnyReport) -> None:
@@ -132,6 +149,7 @@ def run_node(role: Role, job: Job | Path, flags: Mapping[str, Any], report: Repo
         asyncio.run(_until_done(role, job if isinstance(job, Job) else load_job(job), settings, report))
     except ZsflError as error:
         report(failed(name, error))
+        print(f"zsfl: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130

@@ -35,6 +35,8 @@ class WireLimits:
     """Frames of one message."""
     max_inflight: int = 256
     """Requests that one connection may have open, and one server may be serving, at once."""
+    max_arriving_bytes: int = 4 << 30
+    """Half-finished messages of all peers of one socket together."""
     max_outbox_bytes: int = 1 << 30
     """Replies waiting for one peer to read them; no reply may be longer."""
     copy_below_bytes: int = 1 << 16
@@ -59,6 +61,7 @@ class NodeSettings:
     name: str = field(default="", metadata=_doc("what reports and logs call this node; default: its role"))
     runs: Path = field(default=Path("runs"), metadata=_doc("folder that holds one folder for each run"))
     run: str = field(default="", metadata=_doc("name of the run; default: the job's name"))
+    cluster: str = field(default="", metadata=_doc("nodes are peers only if they all name the same cluster, or none"))
     device: str = field(default="auto", metadata=_doc("where tensors live: auto, cpu, cuda or cuda:N"))
     threads: int = field(default=1, metadata=_doc("torch threads of this process"))
     slots: int = field(default=16, metadata=_doc("requests a split server admits at once"))
@@ -93,6 +96,7 @@ class NodeSettings:
 
 _COMMON = (
     "clients",
+    "cluster",
     "host",
     "port",
     "peers",
@@ -311,6 +315,7 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     # One DNS label, because mDNS announces it; and a file name, because it names the log.
     "name": _matches(r"|[A-Za-z0-9][A-Za-z0-9_-]{0,62}", "up to 63 letters, digits, - and _"),
     "run": _matches(r"|[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "up to 100 letters, digits, dots, - and _"),
+    "cluster": _matches(r"|[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "up to 100 letters, digits, dots, - and _"),
     "device": _matches(r"auto|cpu|cuda(:[0-9]{1,3})?", "auto, cpu, cuda or cuda:N"),
     "threads": _at_least(1),
     "slots": _at_least(1),

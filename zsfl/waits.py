@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-FIRST_WORD_S = 1.0
-"""A wait shorter than this is not worth a word."""
+FIRST_WORD_S = 3.0
+"""A wait shorter than this is not worth a word: on a busy machine a normal start takes as long."""
+LOOK_S = 0.5
+"""How often to look whether a wait has become worth one."""
 LONELY_S = 10.0
 """After so long a wait the node says what to check, and again each time as long has passed."""
 
@@ -33,13 +35,14 @@ class Overdue:
 class Waits:
     """What a node waits for now."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._waits: list[_Wait] = []
 
     @contextmanager
     def waiting(self, what: str | Callable[[], str]) -> Iterator[None]:
         """While inside, the node waits for `what`."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         wait = _Wait(what, now_s, now_s + FIRST_WORD_S)
         self._waits.append(wait)
         try:
@@ -48,13 +51,13 @@ class Waits:
             self._waits.remove(wait)
 
     def overdue(self, now_s: float) -> list[Overdue]:
-        """Waits to speak of now; each again after `LONELY_S`."""
+        """Waits to speak of now: after `FIRST_WORD_S`, then each time `LONELY_S` more have passed."""
         found: list[Overdue] = []
         for wait in self._waits:
             if now_s < wait.due_s:
                 continue
-            lonely = now_s - wait.since_s >= LONELY_S
-            wait.due_s = (wait.due_s if lonely else wait.since_s) + LONELY_S
+            waited_s = now_s - wait.since_s
+            wait.due_s = wait.since_s + LONELY_S * (waited_s // LONELY_S + 1)
             what = wait.what if isinstance(wait.what, str) else wait.what()
-            found.append(Overdue(what, now_s - wait.since_s, lonely))
+            found.append(Overdue(what, waited_s, waited_s >= LONELY_S))
         return found

@@ -9,7 +9,7 @@ import torch
 
 from zsfl.aggregator.gathering import Gathering, Key
 from zsfl.compute import compute
-from zsfl.errors import SpillCorrupt, Unavailable, ZsflError
+from zsfl.errors import BadShape, RemoteProtocolError, SpillCorrupt, Unavailable, ZsflError
 from zsfl.ids import Cid, NodeCard, NodeId
 from zsfl.latest import Latest
 from zsfl.learning.averaging import Contribution
@@ -66,14 +66,17 @@ class Collector:
         if holder is None or not offers:
             return
         sizes = {(offer.cid, offer.part): offer.size_bytes for offer in offers}
-        verdict = self.gathering.offered(node, offers, self._was_counted)
+        try:
+            verdict = self.gathering.offered(node, offers, self._was_counted)
+        except BadShape as error:
+            raise RemoteProtocolError(f"{node} offers what is no spill: {error}") from error
         holder.fetch.update({key: sizes[key] for key in verdict.fetch})
         holder.release.update(verdict.release)
         if holder.fetch or holder.release:
             holder.todo.set()
 
     async def more(self) -> None:
-        """Returns when something more has arrived."""
+        """Returns when a contribution that was not there before has arrived."""
         seen = self._arrivals.value
         await self._arrivals.wait_for(lambda now: now != seen)
 
@@ -94,7 +97,6 @@ class Collector:
             spills, parts = answer
             for data in parts[: len(spills.found)]:
                 await self._take(card, data)
-            self._arrivals.set(self._arrivals.value + 1)
         self.gathering.not_delivered(card.id, keys)
 
     async def _try(
@@ -118,6 +120,7 @@ class Collector:
             return
         if self.gathering.arrived(contribution(meta, tensors)):
             self._seen(meta)
+            self._arrivals.set(self._arrivals.value + 1)
 
 
 def _batch(wanted: dict[Key, int]) -> list[Key]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from zsfl.aggregator.run_folder import RunFolder
+from zsfl.errors import RunFailed
 from zsfl.ids import Cid, Version
 from zsfl.learning.averaging import Contribution
 
@@ -28,6 +30,16 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Digest of the weights this commit made."""
 
 
+def check_losses(window: Sequence[Contribution], place: str) -> None:
+    """RunFailed, naming the step, when one has a loss that is no finite number."""
+    for step in window:
+        if step.loss_sum is not None and not math.isfinite(step.loss_sum):
+            raise RunFailed(
+                f"the loss became {step.loss_sum} at {place}, in the step {step.cid} of {step.node}. "
+                "Lower the learning rate, or look for bad samples there"
+            )
+
+
 class Ledger:
     """Appends records to the run's ledger file. Committing blocks on the disk."""
 
@@ -36,7 +48,8 @@ class Ledger:
         self.last = ""
 
     def resume(self, last: str) -> None:
-        """Go on after the record with this digest."""
+        """Go on after the record with this digest: later ones name versions that are lost and will be made again."""
+        self._folder.cut_commits(lambda line: hashlib.sha256(line).hexdigest() == last)
         self.last = last
 
     def commit(self, at: Version, window: Sequence[Contribution], dropped: Mapping[Cid, str], weights: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from zsfl.ids import Cid, NodeId, PartName, Version, parse_cid
+from zsfl.ids import Cid, NodeId, PartName, RunId, Version, parse_cid
 from zsfl.learning.averaging import Contribution
 from zsfl.wire.messages import SpillOffer
 
@@ -26,27 +26,44 @@ class Gathering:
 
     def __init__(self) -> None:
         self._version = Version(0)
+        self._run: RunId | None = None
         self._expected: Mapping[Cid, int] = {}
         self._asked: dict[Key, NodeId] = {}
         self._held: dict[Key, Contribution] = {}
         self._dropped: dict[Cid, str] = {}
+        self._recording: set[Cid] = set()
+        """Dropped, and handed out for the next commit record."""
+        self._named: set[Cid] = set()
+        """Dropped, and named so by a commit record."""
 
     def begin(self, version: Version, expected: Mapping[Cid, int]) -> None:
         """Gather the steps of this version from now on; every earlier version is committed."""
         self._version, self._expected = version, expected
+        for cid in expected:
+            self._run = parse_cid(cid)[0]
+            break
+        self._named |= self._recording
+        self._recording.clear()
         self._asked.clear()
         self._held.clear()
 
     def offered(self, node: NodeId, offers: Iterable[SpillOffer], was_counted: Callable[[Cid], bool]) -> Verdict:
-        """Sort what a holder offers; `was_counted` tells of a cid of an earlier version what became of it."""
+        """Sort what a holder offers; `was_counted` tells of a cid of an earlier version what became of it.
+
+        A late spill that was not counted is dropped, and released once a commit record says so. Spills of other
+        runs are let be.
+        """
         verdict = Verdict()
         for offer in offers:
             key = (offer.cid, offer.part)
-            _, version, _ = parse_cid(offer.cid)
+            run, version, _ = parse_cid(offer.cid)
+            if run != self._run:
+                continue
             if version < self._version:
-                if not was_counted(offer.cid):
-                    self._dropped.setdefault(offer.cid, "came after its version was committed without it")
-                verdict.release.append(offer.cid)
+                if offer.cid in self._named or was_counted(offer.cid):
+                    verdict.release.append(offer.cid)
+                elif offer.cid not in self._recording:
+                    self._dropped[offer.cid] = "came after its version was committed without it"
             elif version == self._version and self._wants(key):
                 self._asked[key] = node
                 verdict.fetch.append(key)
@@ -59,7 +76,7 @@ class Gathering:
         """Take a verified contribution; whether it was news (a second copy is not)."""
         key = (contribution.cid, contribution.part)
         self._asked.pop(key, None)
-        if contribution.cid not in self._expected or key in self._held:
+        if contribution.cid not in self._expected or contribution.version != self._version or key in self._held:
             return False
         self._held[key] = contribution
         return True
@@ -87,4 +104,5 @@ class Gathering:
     def take_dropped(self) -> dict[Cid, str]:
         """Cids that will never be counted, with the reason, since the last call."""
         dropped, self._dropped = self._dropped, {}
+        self._recording |= dropped.keys()
         return dropped

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import secrets
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 
 import msgspec
+from torch import Tensor
 
 from zsfl.aggregator import progress
 from zsfl.aggregator.collector import Collector
-from zsfl.aggregator.commit import Ledger
+from zsfl.aggregator.commit import Ledger, check_losses
 from zsfl.aggregator.roster import Roster, ranges
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.aggregator.schedule import Schedule
@@ -22,7 +22,6 @@ from zsfl.compute import compute
 from zsfl.errors import ConfigError, NoPeer, RemoteProtocolError, RunFailed, StorageError
 from zsfl.ids import Cid, NodeCard, PartName, Role, RunId, Version, parse_cid
 from zsfl.latest import Latest
-from zsfl.learning.averaging import Contribution
 from zsfl.learning.job import Job
 from zsfl.learning.master import Master
 from zsfl.learning.model import SplitModel
@@ -70,16 +69,15 @@ class AggregatorRole:
         self._schedule: Schedule
         self._collector = Collector(node, self._was_counted, lambda meta: self._tally.served(meta))
         self._state = RunState(
-            run=RunId(secrets.token_hex(3)),
-            phase="waiting",
-            version=Version(0),
-            round=0,
-            rounds=0,
-            window=0,
-            windows=0,
+            run=RunId(secrets.token_hex(3)), phase="waiting", version=Version(0), round=0, rounds=0, window=0, windows=0
         )
+        self._version = self._state.version
+        """Of the master; peers hear of it only together with what is asked of them at it (`_enter`)."""
         self._rounds_done = 0
         self._packed: dict[PartName, Packed] = {}
+        self._newest: tuple[Version, dict[str, Tensor]]
+        self._proven: tuple[Version, dict[str, Tensor]]
+        """The newest version that gave finite losses and gradients (the first one is taken on trust)."""
         self._settled: tuple[tuple[Cid, ...], tuple[Cid, ...]] = ((), ())
         self._resumed: progress.Place | None = None
         self._server = node.serve(self._answer)
@@ -92,9 +90,11 @@ class AggregatorRole:
         if self._node.settings.resume:
             place = await compute(progress.restore, self._folder.checkpoint_path, self._master)
             self._resumed, self._rounds_done = place, place.round
+            self._version = place.version
             self._state = msgspec.structs.replace(self._state, run=place.run, version=place.version, round=place.round)
-            self._ledger.resume(place.commit)
-        self._shelf.put(self._state.version, self._master.state())
+            await compute(self._ledger.resume, place.commit)
+        self._take_state(self._version)
+        self._proven = self._newest
 
     # --- what the node asks -----------------------------------------------------------------------------
 
@@ -127,6 +127,7 @@ class AggregatorRole:
         self._collector.joined(card)
         if card.role is not Role.OBSERVER:
             self._node.note(f"{card.name} joined from {card.address}")
+        self._roster.value.returned(card.id)
         self._roster.touch()
 
     def lost(self, card: NodeCard, reason: str) -> None:
@@ -194,6 +195,7 @@ class AggregatorRole:
 
     async def _run_job(self) -> None:
         self._schedule = await self._assemble()
+        self._publish_weights()
         settings = self._node.settings
         if not settings.hold:
             await self._train(self._rounds_left())
@@ -220,9 +222,8 @@ class AggregatorRole:
         samples = dict(self._roster.value.samples())
         if self._resumed is not None and self._resumed.samples != samples:
             raise ConfigError("the shards have other sizes than when the run began; resume it with the same data")
-        clients = {card.id for card in self._node.peers(Role.CLIENT)}
-        servers = self._node.peers(Role.SPLIT_SERVER)
-        self._node.report(Assembled(node=self._node.name, clients=len(clients), split_servers=len(servers)))
+        clients, servers = (len(self._node.peers(role)) for role in (Role.CLIENT, Role.SPLIT_SERVER))
+        self._node.report(Assembled(node=self._node.name, clients=clients, split_servers=servers))
         return Schedule(run=self._state.run, samples=samples, batch_size=self._job.batch_size)
 
     def _missing(self) -> str:
@@ -243,7 +244,7 @@ class AggregatorRole:
         finished = Finished(
             node=self._node.name,
             rounds=self._rounds_done,
-            version=self._state.version,
+            version=self._version,
             accuracy=last.accuracy if last else None,
             loss=last.loss if last else None,
             seconds=time.monotonic() - begun_s,
@@ -262,19 +263,19 @@ class AggregatorRole:
         )
         self._tally.baseline(self._counters.by_name())
         for window in range(self._schedule.windows):
-            version = self._state.version
-            self._collector.gathering.begin(version, self._schedule.expected(version))
+            self._collector.gathering.begin(self._version, self._schedule.expected(self._version))
             self._enter("training", round=round_, rounds=total, window=window, windows=self._schedule.windows)
             await self._gathered()
-            await self._commit(version)
-            if report := self._tally.window_report(window + 1, self._state.version, time.monotonic()):
+            await self._commit(self._version)
+            if report := self._tally.window_report(window + 1, self._version, time.monotonic()):
+                await compute(self._folder.append_metrics, report)
                 self._node.report(report)
         trained_s = time.monotonic()
         await self._evaluate()
         self._rounds_done = round_ + 1
         self._count_own()
         report = self._tally.round_report(
-            self._state.version, self._evaluated.value, self._counters.by_name(), trained_s, time.monotonic()
+            self._version, self._evaluated.value, self._counters.by_name(), trained_s, time.monotonic()
         )
         await compute(self._keep, report)
         self._node.report(report)
@@ -303,30 +304,36 @@ class AggregatorRole:
     async def _commit(self, version: Version) -> None:
         """Make version + 1 of the window, record it, publish it."""
         window = self._collector.gathering.window()
-        self._check_losses(window)
+        place = f"round {self._state.round + 1}, window {self._state.window + 1} of {self._state.windows}"
         dropped = self._collector.gathering.take_dropped()
 
         def step() -> None:
+            check_losses(window, f"{place} (version {version})")
             self._master.step(window)
+            self._proven = self._newest
             self._ledger.commit(version, window, dropped, self._master.digest())
-            self._packed = self._shelf.put(Version(version + 1), self._master.state())
+            self._take_state(Version(version + 1))
 
-        await compute(step)
+        try:
+            await compute(step)
+        except RunFailed:
+            self._newest = self._proven
+            raise
         self._tally.counted(window)
-        self._state = msgspec.structs.replace(self._state, version=Version(version + 1))
+        self._version = Version(version + 1)
+        self._publish_weights()
+        self._settled = tuple(self._schedule.expected(version)), tuple(sorted(dropped))
+        # From here on a late copy of one of these steps is to be released, whatever the run does next.
+        self._collector.gathering.begin(self._version, {})
+
+    def _take_state(self, version: Version) -> None:
+        """The master is at this version now; blocking."""
+        self._newest = version, self._master.state()
+        self._packed = self._shelf.put(*self._newest)
+
+    def _publish_weights(self) -> None:
         for part, (body, parts) in self._packed.items():
             self._publisher.publish(part.encode(), body, parts)
-        self._settled = tuple(self._schedule.expected(version)), tuple(sorted(dropped))
-
-    def _check_losses(self, window: Sequence[Contribution]) -> None:
-        for contribution in window:
-            if contribution.loss_sum is not None and not math.isfinite(contribution.loss_sum):
-                state = self._state
-                raise RunFailed(
-                    f"the loss became {contribution.loss_sum} at round {state.round + 1}, window {state.window + 1} "
-                    f"of {state.windows} (version {state.version}), in the step {contribution.cid} of "
-                    f"{contribution.node}. Lower the learning rate, or look for bad samples there"
-                )
 
     async def _evaluate(self) -> None:
         """Have every client with held-out samples test this version."""
@@ -339,21 +346,20 @@ class AggregatorRole:
             late = sorted(tested - self._evaluated.value.keys())
             return f"the held-out test of {', '.join(self._roster.value.name(shard) for shard in late[:8])}"
 
-        try:
-            with self._node.waiting(what):
-                async with asyncio.timeout(self._node.settings.patience_s):
-                    await self._evaluated.wait_for(lambda done: done.keys() >= tested)
-        except TimeoutError:
-            raise RunFailed(f"{what()} did not come; start what is missing, then go on with --resume") from None
+        with self._node.waiting(what):
+            while late := len(tested - self._evaluated.value.keys()):
+                try:
+                    async with asyncio.timeout(self._node.settings.patience_s):
+                        await self._evaluated.wait_for(lambda done, late=late: len(tested - done.keys()) < late)
+                except TimeoutError:
+                    raise RunFailed(f"{what()} did not come; start what is missing, then --resume") from None
 
     def _enter(self, phase: Phase, **place: int) -> None:
         """Say what is asked of everybody now, and what the last commit settled."""
         counted, dropped = self._settled
         self._settled = (), ()
-        self._state = msgspec.structs.replace(self._state, phase=phase, evaluation=self._evaluations, **place)
-        self._announce(counted, dropped)
-
-    def _announce(self, counted: tuple[Cid, ...] = (), dropped: tuple[Cid, ...] = ()) -> None:
+        now = {"phase": phase, "version": self._version, "evaluation": self._evaluations, **place}
+        self._state = msgspec.structs.replace(self._state, **now)
         self._node.publish(Announcement(node=self._node.card.id, state=self._state, counted=counted, dropped=dropped))
 
     # --- what the run leaves ----------------------------------------------------------------------------
@@ -364,7 +370,7 @@ class AggregatorRole:
         self._keep_model()
         place = progress.Place(
             run=self._state.run,
-            version=self._state.version,
+            version=self._version,
             round=self._rounds_done,
             samples=dict(self._schedule.samples),
             commit=self._ledger.last,
@@ -372,16 +378,15 @@ class AggregatorRole:
         progress.save(self._folder.checkpoint_path, place, self._master)
 
     def _keep_model(self) -> None:
-        self._folder.write_model(self._model.merged_state(self._master.state()), self._model.load_lines())
+        self._folder.write_model(self._model.merged_state(self._newest[1]), self._model.load_lines())
 
     async def _fail(self, error: Exception) -> None:
         """Keep the last good version, and tell everybody why the run ends."""
-        reason = f"{error} (version {self._state.version} is kept in {self._folder.path})"
         with suppress(StorageError):
             await compute(self._keep_model)
             await compute(self._folder.write_plot)
         self._state = msgspec.structs.replace(self._state, reason=str(error)[:2000])
-        error.args = (reason,)
+        error.args = (f"{error} (version {self._newest[0]} is kept in {self._folder.path})",)
         await self._farewell("failed")
 
     async def _farewell(self, phase: Phase) -> None:

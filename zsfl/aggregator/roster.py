@@ -30,6 +30,8 @@ class Roster:
         for info in infos:
             if info.shard >= self._shards:
                 raise ConfigError(f"shard {info.shard} is out of range: this job has shards 0 to {self._shards - 1}")
+            if not info.train_samples:
+                raise ConfigError(f"shard {info.shard} holds no samples; use fewer shards or give it some data")
             seat = self._seats.get(info.shard)
             if seat is not None and seat.present and seat.node != node:
                 raise ConfigError(
@@ -48,6 +50,12 @@ class Roster:
         for seat in self._seats.values():
             if seat.node == node:
                 seat.present = False
+
+    def returned(self, node: NodeId) -> None:
+        """A client that counted as gone is there after all: it need not join again."""
+        for seat in self._seats.values():
+            if seat.node == node:
+                seat.present = True
 
     def missing(self) -> list[int]:
         """Shards that no live client holds."""

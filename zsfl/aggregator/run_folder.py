@@ -1,22 +1,23 @@
 """What a run leaves in runs/NAME. Everything here blocks: call it in a thread.
 
 runs/NAME/
-├── settings.json       what the run was started with
-├── metrics.jsonl       one report a line, as in zsfl.reports
+├── settings.json       the job, the aggregator's settings and the versions the run was started with
+├── metrics.jsonl       one report a line, as in zsfl.reports: a RoundReport a round, WindowReports between them
 ├── ledger.jsonl        one commit record a line
 ├── plot.png            loss and accuracy by round
 ├── model.safetensors   the merged weights
 ├── load_model.py       the lines that load them into ordinary PyTorch
-├── checkpoint.safetensors
-└── logs/NODE.log
+└── checkpoint/         what --resume goes on from
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 _LOCK = ".lock"
 _METRICS = "metrics.jsonl"
 _LEDGER = "ledger.jsonl"
+_TRAIN, _TEST = "#7f7f7f", "#1f6fb4"
+"""Colours of the plot: what was trained on stays behind what counts."""
 
 
 class RunFolder:
@@ -58,7 +61,6 @@ class RunFolder:
             runs.mkdir(parents=True, exist_ok=True)
             if not resume:
                 path = _new_folder(runs, name)
-            (path / "logs").mkdir(exist_ok=True)
             lock = _lock(path)
             for file in (_METRICS, _LEDGER):
                 _drop_torn_line(path / file)
@@ -77,16 +79,12 @@ class RunFolder:
     @property
     def checkpoint_path(self) -> Path:
         """Where the aggregator keeps what `--resume` continues from."""
-        return self.path / "checkpoint.safetensors"
+        return self.path / "checkpoint"
 
     @property
     def ledger_path(self) -> Path:
         """The commit records, one JSON object a line."""
         return self.path / _LEDGER
-
-    def log_path(self, node_name: str) -> Path:
-        """Where the output of one node goes."""
-        return self.path / "logs" / f"{node_name}.log"
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Settings as JSON; paths and other objects as text."""
@@ -101,6 +99,16 @@ class RunFolder:
     def append_commit(self, record: Mapping[str, Any]) -> None:
         """One more line of ledger.jsonl, handed to the operating system when this returns."""
         _append_line(self.ledger_path, msgspec.json.encode(record) + b"\n")
+
+    def cut_commits(self, is_last: Callable[[bytes], bool]) -> None:
+        """Remove all lines of ledger.jsonl after the one that `is_last` finds; StorageError when none is it."""
+        lines = _whole_lines(self.ledger_path)
+        kept = next((number for number, line in enumerate(lines, 1) if is_last(line)), None)
+        if kept is None:
+            raise StorageError(f"{self.ledger_path} has no record of the checkpoint beside it; start the run anew")
+        if kept < len(lines):
+            with _storing(self.ledger_path):
+                os.truncate(self.ledger_path, sum(len(line) + 1 for line in lines[:kept]))
 
     def rounds(self) -> list[RoundReport]:
         """The rounds in metrics.jsonl, in order; of a round that was redone after a resume, the last."""
@@ -120,7 +128,10 @@ class RunFolder:
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
         }
         with _replacing(self.path / "model.safetensors") as file:
+            file.touch()
+            usual = stat.S_IMODE(file.stat().st_mode)
             safetensors.torch.save_file(own, file)
+            file.chmod(usual)  # save_file makes a file that nobody else may read, whatever the umask says
         with _replacing(self.path / "load_model.py") as file:
             file.write_text(load_lines.rstrip() + "\n", encoding="utf-8")
 
@@ -134,7 +145,7 @@ class RunFolder:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
-        figure.suptitle(f"{self.path.name}: {_summary(rounds[-1])}")
+        figure.suptitle(f"{self.path.name}: {_summary(rounds[-1])}", fontweight="bold")
         losses, accuracies = figure.subplots(1, 2)
         _plot_losses(losses, rounds)
         _plot_accuracy(accuracies, rounds)
@@ -145,36 +156,42 @@ class RunFolder:
 def _summary(last: RoundReport) -> str:
     if last.accuracy is None:
         return f"{last.round} of {last.rounds} rounds"
-    return f"{last.accuracy:.2%} held-out accuracy after {last.round} of {last.rounds} rounds"
+    return f"{last.accuracy:.2%} test accuracy after {last.round} of {last.rounds} rounds"
 
 
 def _plot_losses(axes: Axes, rounds: list[RoundReport]) -> None:
-    held_out = [(r.round, r.loss) for r in rounds if r.loss is not None]
-    axes.plot([r.round for r in rounds], [r.train_loss for r in rounds], "o-", label="training")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "s--", label="held-out")
-    axes.set_title("Loss")
-    axes.set_ylabel("loss, mean over samples")
-    axes.legend()
-    _finish(axes)
+    _curve(axes, [(r.round, r.train_loss) for r in rounds], "training", _TRAIN)
+    _curve(axes, [(r.round, r.loss) for r in rounds if r.loss is not None], "test (held out)", _TEST)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    _finish(axes, "Loss, mean over samples")
 
 
 def _plot_accuracy(axes: Axes, rounds: list[RoundReport]) -> None:
-    accuracies = [(r.round, 100 * r.accuracy) for r in rounds if r.accuracy is not None]
-    axes.set_title("Accuracy")
-    axes.set_ylabel("samples classified correctly, %")
-    if accuracies:
-        axes.plot(*zip(*accuracies, strict=True), "s--", color="C1", label="held-out")
-        axes.legend(loc="lower right")
+    points = [(r.round, 100 * r.accuracy) for r in rounds if r.accuracy is not None]
+    if points:
+        _curve(axes, points, "test (held out)", _TEST)
+        axes.set_ylim(bottom=10 * math.floor(min(value for _, value in points) / 10), top=101)
+        axes.legend(frameon=False, loc="lower right")
     else:
         axes.text(0.5, 0.5, "not measured by this job", ha="center", transform=axes.transAxes)
-    _finish(axes)
+    _finish(axes, "Accuracy, % of test samples")
 
 
-def _finish(axes: Axes) -> None:
+def _curve(axes: Axes, points: list[tuple[int, float]], label: str, color: str) -> None:
+    """One line by round, with a dot for each round while they can be told apart."""
+    if not points:
+        return
+    marker = "o" if len(points) <= 40 else ""
+    axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.8, color=color, label=label)
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize="medium")
     axes.set_xlabel("round")
     axes.locator_params(axis="x", integer=True)
-    axes.grid(alpha=0.3)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _known_runs(runs: Path) -> str:
@@ -183,12 +200,16 @@ def _known_runs(runs: Path) -> str:
 
 
 def _new_folder(runs: Path, name: str) -> Path:
-    """The first free name, taken by making it, so that two processes never take the same one."""
+    """The first free name, taken by making its lock file, so that two processes never take the same one.
+
+    The folder alone does not take the name: nodes that started earlier may have put their spills there.
+    """
     number = 1
     while True:
         path = runs / (name if number == 1 else f"{name}-{number}")
+        path.mkdir(exist_ok=True)
         try:
-            path.mkdir()
+            (path / _LOCK).touch(exist_ok=False)
         except FileExistsError:
             number += 1
         else:

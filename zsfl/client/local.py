@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from zsfl.ids import Cid, Version
+from zsfl.ids import Cid, Version, parse_cid
 from zsfl.learning.job import Job
 from zsfl.learning.model import SplitModel
 from zsfl.learning.part import Backward, Forward, Part, PartWeights, loss_sum
@@ -43,8 +43,9 @@ class StepInHand:
 
 
 def step_seed(seed: int, cid: Cid) -> int:
-    """Seed of everything random in one step, the same on whichever server runs it; below 2**52."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{cid}".encode()).digest()[:6], "little")
+    """Seed of everything random in one step, the same on whichever server runs it and in every run; below 2**52."""
+    _, version, shard = parse_cid(cid)
+    return int.from_bytes(hashlib.sha256(f"{seed}/{version}/{shard}".encode()).digest()[:6], "little")
 
 
 class LocalParts:

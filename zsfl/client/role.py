@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from zsfl.client.local import ClientWeights, LocalParts, StepInHand
 from zsfl.client.remote import RemoteBody
 from zsfl.compute import compute
 from zsfl.errors import ConfigError, RemoteProtocolError, StaleWeights, Unavailable, ZsflError
-from zsfl.ids import NodeCard, NodeId, Role, step_cid
+from zsfl.ids import NodeCard, NodeId, Role, Version, step_cid
 from zsfl.learning.batches import Batches, batch_indices
 from zsfl.learning.dryrun import check_shapes
 from zsfl.learning.job import Job
@@ -30,6 +31,7 @@ from zsfl.wire.messages import (
     Evaluated,
     Join,
     Ok,
+    Phase,
     Reply,
     Request,
     RunState,
@@ -40,6 +42,9 @@ from zsfl.wire.messages import (
 EVALUATION_BATCH = 512
 """Held-out samples in one request."""
 DRY_RUN_SAMPLES = 2
+
+Asked = tuple[int, Phase, Version, int]
+"""Of which aggregator, phase, version, number of the evaluation."""
 
 
 class ShardData:
@@ -114,11 +119,15 @@ class ClientRole:
             joining = tasks.create_task(self._join(), name="join")
             shards = [tasks.create_task(self._run_shard(data), name=f"shard {data.shard}") for data in self._data]
             await asyncio.gather(*shards)
+            await self._member.close()
             serving.cancel()
             joining.cancel()
 
     async def drain(self, timeout_s: float) -> None:
         """Nothing to hand over: a step in hand is made again, under the same cid, by whoever takes the shard."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._member.close()
 
     async def control(self, request: Request) -> Reply:
         """A client answers no control requests."""
@@ -174,21 +183,30 @@ class ClientRole:
     # --- steps ------------------------------------------------------------------------------------------
 
     async def _run_shard(self, data: ShardData) -> None:
-        done: RunState | None = None
+        done: Asked | None = None
         while True:
-            state = await self._member.state.wait_for(partial(_is_news, done=done))
+            state = await self._member.state.wait_for(lambda now, done=done: self._asked(now) not in (None, done))
             if state is None or self._member.check(state):
                 return
+            asked = self._asked(state)
             try:
                 if state.phase == "training":
                     await self._train(data, state)
                 elif state.phase == "evaluating":
                     await self._evaluate(data, state)
-            except StaleWeights:
-                # The run moved on while this step was under way, and the news of it is on its way here.
+            except (StaleWeights, Unavailable) as error:
+                if isinstance(error, Unavailable) and self._asked(self._member.state.value) == asked:
+                    raise
+                # The run moved on, or lost its aggregator, while this was under way; the news may still be coming.
                 await asyncio.sleep(self._node.settings.beat_s)
                 continue
-            done = state
+            done = asked
+
+    def _asked(self, now: RunState | None) -> Asked | None:
+        """What `now` asks for, if anything; of another aggregator, or the same one found again, it is asked anew."""
+        if now is None or now.phase in ("waiting", "idle"):
+            return None
+        return self._member.followed, now.phase, now.version, now.evaluation
 
     async def _train(self, data: ShardData, state: RunState) -> None:
         batch = await compute(data.batch, state.round, state.window)
@@ -307,12 +325,4 @@ class ClientRole:
             loss_sum=loss_sum,
         )
         if aggregator := self._member.aggregator.value:
-            # Unanswered, it is asked for again: the aggregator repeats its state in every heartbeat.
             await self._node.link(aggregator).request(result, deadline_s=self._node.settings.request_s)
-
-
-def _is_news(now: RunState | None, *, done: RunState | None) -> bool:
-    """Whether `now` asks for something that is not done."""
-    if now is None or now.phase in ("waiting", "idle"):
-        return False
-    return done is None or (now.phase, now.version, now.evaluation) != (done.phase, done.version, done.evaluation)

@@ -10,6 +10,8 @@ from zsfl.wire.messages import Load
 
 UNKNOWN_SERVICE_S = 0.001
 """Assumed of a server that no server's service time is known for: short, so that it is tried soon."""
+MIN_SERVICE_S = 1e-6
+"""No server is faster: a weight stays a finite number whatever a server says."""
 SHUN_S = 1.0
 """How long a server is avoided after it failed, while there are others."""
 MAX_SHUN_S = 5.0
@@ -54,7 +56,8 @@ class ServerChooser:
 
     def answered(self, server: NodeId) -> None:
         """A request came to its end, well or not."""
-        if server in self._servers:
+        # One that was lost and came back was not asked what its former self was.
+        if server in self._servers and self._servers[server].asked:
             self._servers[server].asked -= 1
 
     def refused(self, server: NodeId, now_s: float, for_s: float = SHUN_S) -> None:
@@ -67,7 +70,8 @@ class ServerChooser:
         free = {name: server for name, server in self._servers.items() if server.shunned_until_s <= now_s}
         if not free:
             return None
-        known = [server.load.service_s for server in self._servers.values() if server.load and server.load.service_s]
+        loads = [server.load for server in self._servers.values() if server.load is not None]
+        known = [load.service_s for load in loads if load.service_s]
         guess_s = min(known, default=UNKNOWN_SERVICE_S)
         weights = [1.0 / _expected_s(server, guess_s) for server in free.values()]
         return self._rng.choices(list(free), weights)[0]
@@ -80,7 +84,7 @@ class ServerChooser:
 def _expected_s(server: _Server, guess_s: float) -> float:
     """Seconds until the server would answer one more request."""
     if server.load is None:
-        return guess_s * (server.asked + 1)
+        return max(guess_s, MIN_SERVICE_S) * (server.asked + 1)
     queue = max(server.load.busy, server.asked)
     crowded = max(1.0, (queue + 1) / max(server.load.slots, 1))
-    return (server.load.service_s or guess_s) * (queue + 1) * crowded
+    return max(server.load.service_s or guess_s, MIN_SERVICE_S) * (queue + 1) * crowded

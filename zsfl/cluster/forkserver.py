@@ -8,11 +8,14 @@ reason, it ends all nodes; when it is killed itself, they notice and leave: noth
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
+import importlib
 import os
 import selectors
 import signal
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -22,7 +25,7 @@ import msgspec
 
 from zsfl.errors import ZsflError
 from zsfl.ids import Role
-from zsfl.reports import Exited, to_line
+from zsfl.reports import AnyReport, Exited, to_line
 
 GRACE_S = 4.0
 """What nodes may take to leave once they are asked to, before they are killed."""
@@ -57,6 +60,8 @@ class ForkServer:
         self._pids: dict[int, str] = {}
         self._lifeline = os.pipe()
         self._wakeup = os.pipe()
+        self._out = Output(os.dup(1))
+        self._ending = False
         os.set_blocking(self._wakeup[1], False)
 
     def run(self) -> None:
@@ -64,27 +69,27 @@ class ForkServer:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._wakeup[1])
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: os.close(0))
+            signal.signal(number, self._asked_to_end)
         waiting = selectors.DefaultSelector()
         waiting.register(0, selectors.EVENT_READ)
         waiting.register(self._wakeup[0], selectors.EVENT_READ)
         rest = b""
-        while True:
+        while not self._ending:
             ready = {key.fd for key, _ in waiting.select()}
             if self._wakeup[0] in ready:
                 os.read(self._wakeup[0], 4096)
                 self._reap()
             if 0 in ready:
-                try:
-                    data = os.read(0, 65536)
-                except OSError:
-                    data = b""
+                data = os.read(0, 65536)
                 if not data:
                     break
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
                     self._obey(_orders.decode(line))
         self._end_all()
+
+    def _asked_to_end(self, *_: object) -> None:
+        self._ending = True
 
     def _obey(self, order: Spawn | Kill) -> None:
         match order:
@@ -105,7 +110,7 @@ class ForkServer:
             self._become_node(order)
             from zsfl.roles import run_node
 
-            code = run_node(order.role, self._job, order.flags)
+            code = run_node(order.role, self._job, order.flags, self._out.report)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -119,6 +124,8 @@ class ForkServer:
         for end in (self._lifeline[1], *self._wakeup):
             os.close(end)
         log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        # What the job prints must not get between the reports.
+        os.dup2(log, 1)
         os.dup2(log, 2)
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
@@ -129,7 +136,7 @@ class ForkServer:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 name = self._pids.pop(pid)
-                _say(to_line(Exited(node=name, code=os.waitstatus_to_exitcode(status))))
+                self._out.report(Exited(node=name, code=os.waitstatus_to_exitcode(status)))
 
     def _end_all(self) -> None:
         for number, patience_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
@@ -149,10 +156,22 @@ def _leave_with(lifeline: int) -> None:
     os._exit(1)
 
 
-def _say(line: bytes) -> None:
-    # Nobody may be listening any more, and the nodes must be ended all the same.
-    with contextlib.suppress(OSError):
-        os.write(1, line)
+class Output:
+    """Where all processes of the cluster report: one pipe, and a lock, since a long line is not written at once."""
+
+    def __init__(self, pipe: int) -> None:
+        self._pipe = pipe
+        self._lock = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
+
+    def report(self, report: AnyReport) -> None:
+        """Write one line. It begins with a line end too, in case a process was killed while it wrote."""
+        line = b"\n" + to_line(report)
+        fcntl.lockf(self._lock, fcntl.LOCK_EX)
+        # Nobody may be listening any more, and the nodes must be ended all the same.
+        with contextlib.suppress(OSError):
+            while line:
+                line = line[os.write(self._pipe, line) :]
+        fcntl.lockf(self._lock, fcntl.LOCK_UN)
 
 
 def preload(job: Path) -> None:
@@ -161,6 +180,9 @@ def preload(job: Path) -> None:
     from zsfl.learning.job import load_job
 
     del zsfl
+    # Torch imports this, and with it all of sympy, in the first backward of every process: 0.3 s each.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch.fx.experimental.symbolic_shapes")
     # A job that cannot be loaded is reported by the node that needs it, in its own words.
     with contextlib.suppress(ZsflError):
         load_job(job)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 
+import torch
 import zmq.asyncio
 
 from zsfl.cluster.spawner import NodeCommand
-from zsfl.errors import ConfigError, ZsflError
+from zsfl.compute import compute
+from zsfl.errors import RunFailed
 from zsfl.learning.job import Job
 from zsfl.node import failed
 from zsfl.reports import AnyReport, Exited
@@ -22,7 +24,7 @@ class InProcessSpawner:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._nodes: dict[str, tuple[asyncio.Task[None], asyncio.Event]] = {}
-        self._context: zmq.asyncio.Context
+        self._context: zmq.asyncio.Context | None = None
         self.reports: asyncio.Queue[AnyReport] = asyncio.Queue()
 
     async def open(self) -> None:
@@ -31,10 +33,10 @@ class InProcessSpawner:
 
     async def start(self, command: NodeCommand) -> None:
         """Start a node as a task."""
-        if command.name in self._nodes:
-            raise ConfigError(f"there is a node {command.name} already; choose another name")
         stop = asyncio.Event()
-        task = asyncio.create_task(self._run(command, stop), name=command.name)
+        if self._context is None:
+            raise RunFailed("nodes can be started only while the cluster runs")
+        task = asyncio.create_task(self._run(command, self._context, stop), name=command.name)
         self._nodes[command.name] = task, stop
 
     async def stop(self, name: str) -> None:
@@ -57,15 +59,18 @@ class InProcessSpawner:
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
-        self._context.destroy(linger=0)
+        if self._context is not None:
+            self._context.destroy(linger=0)
 
-    async def _run(self, command: NodeCommand, stop: asyncio.Event) -> None:
+    async def _run(self, command: NodeCommand, context: zmq.asyncio.Context, stop: asyncio.Event) -> None:
         code = 1
         try:
             settings = load_settings(command.settings(), os.environ)
-            await run_role(command.role, self._job, settings, self.reports.put_nowait, context=self._context, stop=stop)
+            # As a node of its own process does: the last bits of a sum depend on how many threads make it.
+            await compute(torch.set_num_threads, settings.threads)
+            await run_role(command.role, self._job, settings, self.reports.put_nowait, context=context, stop=stop)
             code = 0
-        except ZsflError as error:
+        except Exception as error:
             self.reports.put_nowait(failed(command.name, error))
         finally:
             self._nodes.pop(command.name, None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+import itertools
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ import zmq.asyncio
 
 from zsfl.cluster.processes import ProcessSpawner
 from zsfl.cluster.spawner import NodeCommand, Spawner
-from zsfl.errors import ConfigError, RunFailed, Unavailable
+from zsfl.errors import ConfigError, RunFailed, Unavailable, ZsflError
 from zsfl.ids import Address, Role
 from zsfl.metrics import Counters
 from zsfl.reports import AnyReport, Assembled, Exited, Failed, Finished, Ready, RoundReport
@@ -28,8 +30,9 @@ if TYPE_CHECKING:
 START_S = 60.0
 """What a cluster may take until all nodes have found one another."""
 ORDER_S = 10.0
-STOP_S = 5.0
+STOP_S = 10.0
 """What one node may take to leave."""
+NOT_RUNNING = "this cluster is not running: use it inside its `async with` block"
 
 
 @dataclass(slots=True)
@@ -40,6 +43,8 @@ class NodeInfo:
     pid: int | None = None
     address: Address | None = None
     exit_code: int | None = None
+    failed: Failed | None = None
+    """Its last words, if it had any."""
 
 
 class LocalCluster:
@@ -50,7 +55,8 @@ class LocalCluster:
                 print(report.round, report.loss, report.accuracy)
 
     Every node is a process of its own, or with `in_process=True` a task of this event loop. Leaving the block, for
-    whatever reason, ends them all. A node that fails, other than one of several split servers, is a RunFailed.
+    whatever reason, ends them all. A node that fails, other than one of several split servers, is a RunFailed, or a
+    ConfigError when its job or settings are wrong.
     """
 
     def __init__(
@@ -70,8 +76,9 @@ class LocalCluster:
         Clients share `client_processes` processes, by default one each. `settings` are fields of
         `zsfl.settings.NodeSettings` for all nodes.
         """
-        if split_servers < 1:
-            raise ConfigError("a cluster needs at least one split server")
+        for what, count in (("split server", split_servers), ("client", clients), ("process", client_processes)):
+            if count is not None and count < 1:
+                raise ConfigError(f"a cluster needs at least one {what}, not {count}")
         self._job = job
         self._clients = clients
         self._split_servers = split_servers
@@ -79,15 +86,17 @@ class LocalCluster:
         self._in_process = in_process
         self._mdns = not in_process if mdns is None else mdns
         self._on_report = on_report
-        self._settings = settings
+        # A name of its own, or two clusters of one job on one machine would find each other by mDNS.
+        own_name = {"cluster": secrets.token_hex(4)} if self._mdns else {}
+        self._settings = {**own_name, **settings}
         self._runs = Path(settings.get("runs", "runs"))
         self._spawner: Spawner
         self._events: asyncio.Queue[AnyReport | None] = asyncio.Queue()
         self._changed = asyncio.Event()
         self._assembled = False
         self._closing = False
-        self._failure: RunFailed | None = None
-        self._leaving: set[str] = set()
+        self._training = False
+        self._failure: Exception | None = RunFailed(NOT_RUNNING)
         self._pump: asyncio.Task[None]
         self.nodes: dict[str, NodeInfo] = {}
         self.result: Finished | None = None
@@ -96,19 +105,21 @@ class LocalCluster:
     # --- life -------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
+        self._failure = None
         self._spawner = self._make_spawner()
-        await self._spawner.open()
         self._pump = asyncio.create_task(self._read_reports())
+        allowed_s = float(self._settings.get("join_s", START_S))
         try:
-            async with asyncio.timeout(START_S):
+            async with asyncio.timeout(allowed_s):
+                await self._spawner.open()
                 await self._start_all()
                 await self._until(lambda: self._assembled and all(node.address for node in self.nodes.values()))
         except TimeoutError:
             await self._close()
             late = [name for name, node in self.nodes.items() if node.address is None]
             raise Unavailable(
-                f"the cluster was not ready after {START_S:g} s; not started yet: {', '.join(late) or 'none'}. "
-                f"See {self._logs}"
+                f"the cluster was not ready after {allowed_s:g} s; not started yet: {', '.join(late) or 'none'}. "
+                f"See {self._logs}, and try mdns=False (--no-mdns) where multicast is blocked"
             ) from None
         except BaseException:
             await self._close()
@@ -121,6 +132,7 @@ class LocalCluster:
         await self._close()
 
     async def _close(self) -> None:
+        self._fail(RunFailed(NOT_RUNNING))
         self._closing = True
         # Shielded: a second Ctrl-C must not leave processes behind.
         await asyncio.shield(self._spawner.close())
@@ -133,13 +145,14 @@ class LocalCluster:
     async def train(self, rounds: int | None = None) -> AsyncIterator[RoundReport]:
         """Train so many more rounds (None: what the job has left), yielding each one's report.
 
-        RunFailed when the run cannot go on.
+        Rounds that an earlier `train` left undone are done first. RunFailed when the run cannot go on.
         """
-        self._events = asyncio.Queue()
+        await self._until(lambda: not self._training)
+        events = self._events = asyncio.Queue[AnyReport | None]()
+        self._training = True
         await self._order(Train(rounds=rounds))
         while True:
-            event = await self._events.get()
-            self._raise_failure()
+            event = await events.get()
             match event:
                 case RoundReport():
                     yield event
@@ -147,28 +160,26 @@ class LocalCluster:
                     self.result = event
                     return
                 case _:
-                    pass
+                    self._raise_failure()
 
     async def start_split_server(self, name: str | None = None) -> str:
         """Start one more split server; its name, once it is ready."""
-        number = sum(node.role is Role.SPLIT_SERVER for node in self.nodes.values())
-        name = name or f"split-server-{number}"
-        await self._start(name, Role.SPLIT_SERVER, {})
+        free = (f"split-server-{number}" for number in itertools.count())
+        name = name or next(free_name for free_name in free if free_name not in self.nodes)
+        node = await self._start(name, Role.SPLIT_SERVER, {})
         async with asyncio.timeout(START_S):
-            await self._until(lambda: self.nodes[name].address is not None)
+            await self._until(lambda: node.address is not None or node.exit_code is not None)
+        if node.exit_code is not None:
+            raise self._death(name, node)
         return name
 
     async def stop(self, name: str) -> None:
         """Ask one node to drain and leave, and wait until it has."""
-        self._leaving.add(name)
-        await self._spawner.stop(name)
-        await self._until_gone(name)
+        await self._until_gone(name, self._spawner.stop)
 
     async def kill(self, name: str) -> None:
         """End one node at once, as a crash would, and wait until it is gone."""
-        self._leaving.add(name)
-        await self._spawner.kill(name)
-        await self._until_gone(name)
+        await self._until_gone(name, self._spawner.kill)
 
     # --- starting ---------------------------------------------------------------------------------------
 
@@ -184,21 +195,18 @@ class LocalCluster:
                 )
             return ProcessSpawner(Path(self._job), self._logs)
         from zsfl.cluster.in_process import InProcessSpawner
-        from zsfl.learning.job import load_job
 
-        return InProcessSpawner(load_job(Path(self._job)) if isinstance(self._job, str | Path) else self._job)
+        return InProcessSpawner(self._loaded())
 
-    def _shards(self) -> int:
-        if self._clients is not None:
-            return self._clients
-        from zsfl.learning.job import load_job
+    def _loaded(self) -> Job:
+        if isinstance(self._job, str | Path):
+            from zsfl.learning.job import load_job
 
-        return (load_job(Path(self._job)) if isinstance(self._job, str | Path) else self._job).shards
+            return load_job(Path(self._job))
+        return self._job
 
     async def _start_all(self) -> None:
-        shards = self._shards()
-        if shards < 1:
-            raise ConfigError("a cluster needs at least one client")
+        shards = self._loaded().shards if self._clients is None else self._clients
         await self._start("aggregator", Role.AGGREGATOR, {"hold": True})
         if not self._mdns:
             await self._until(lambda: self.nodes["aggregator"].address is not None)
@@ -210,12 +218,15 @@ class LocalCluster:
             held = str(first) if first == last else f"{first}-{last}"
             await self._start(f"client-{held}", Role.CLIENT, {"shards": held})
 
-    async def _start(self, name: str, role: Role, flags: Mapping[str, Any]) -> None:
+    async def _start(self, name: str, role: Role, flags: Mapping[str, Any]) -> NodeInfo:
+        if name in self.nodes and self.nodes[name].exit_code is None:
+            raise ConfigError(f"there is a node {name} already; choose another name")
         common: dict[str, Any] = {**self._settings, "mdns": self._mdns, "clients": self._clients}
         if not self._mdns and (aggregator := self.nodes.get("aggregator")) and aggregator.address:
             common["peers"] = (aggregator.address,)
-        self.nodes[name] = NodeInfo(role)
+        node = self.nodes[name] = NodeInfo(role)
         await self._spawner.start(NodeCommand(name=name, role=role, flags={**common, **flags}))
+        return node
 
     # --- listening --------------------------------------------------------------------------------------
 
@@ -223,9 +234,11 @@ class LocalCluster:
         while True:
             report = await self._spawner.reports.get()
             self._take(report)
-            if self._on_report is not None:
-                self._on_report(report)
-            self._events.put_nowait(report)
+            if self._on_report is not None and not self._closing:
+                try:
+                    self._on_report(report)
+                except Exception as error:  # raised where the caller of this cluster waits
+                    self._fail(error)
             self._changed.set()
 
     def _take(self, report: AnyReport) -> None:
@@ -236,42 +249,63 @@ class LocalCluster:
             case Assembled():
                 self._assembled = True
             case Failed():
-                self._fail(report.node, f"{report.node}: {report.message}", report.kind)
+                if node is None:
+                    self._fail(RunFailed(report.message))
+                else:
+                    node.failed = report
             case Exited() if node is not None:
                 node.exit_code = report.code
-                how = f"was killed by signal {-report.code}" if report.code < 0 else f"ended with code {report.code}"
-                self._fail(report.node, f"{report.node} {how}; see {self._logs / report.node}.log", "")
+                self._mind_the_death_of(report.node, node)
+            case RoundReport():
+                self._events.put_nowait(report)
+            case Finished():
+                self._training = False
+                self._events.put_nowait(report)
             case _:
                 pass
 
-    def _fail(self, name: str, message: str, kind: str) -> None:
-        """A node ended that should not have: the end of the run, unless other split servers go on."""
-        if self._closing:
+    def _mind_the_death_of(self, name: str, node: NodeInfo) -> None:
+        """The run goes on without a split server as long as there is another, and without no other node."""
+        servers = [other for other in self.nodes.values() if other.role is Role.SPLIT_SERVER]
+        if self._assembled and node.role is Role.SPLIT_SERVER and any(other.exit_code is None for other in servers):
             return
-        node = self.nodes.get(name)
-        servers = [
-            other for other in self.nodes.values() if other.role is Role.SPLIT_SERVER and other.exit_code is None
-        ]
-        spare = node is not None and node.role is Role.SPLIT_SERVER and servers
-        if name in self._leaving and node is not None and (node.role is Role.SPLIT_SERVER and servers):
-            return
-        if (not spare or kind == "ConfigError") and (self._failure is None or name == "aggregator"):
-            self._failure = RunFailed(message)
+        # What the others know of a failed run they have from the aggregator, whose own words are on the way.
+        if node.role is Role.AGGREGATOR or node.failed is None or node.failed.kind != "RunFailed":
+            self._fail(self._death(name, node))
+
+    def _death(self, name: str, node: NodeInfo) -> ZsflError:
+        if node.failed is not None:
+            kind = ConfigError if node.failed.kind == "ConfigError" else RunFailed
+            return kind(f"{name}: {node.failed.message}")
+        code = node.exit_code or 0
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        last = ", and there is no other split server" if node.role is Role.SPLIT_SERVER else ""
+        return RunFailed(f"{name} {how}{last}; see {self._logs / name}.log")
+
+    def _fail(self, error: Exception) -> None:
+        """The first failure is the one to tell of."""
+        self._failure = self._failure or error
+        self._events.put_nowait(None)
+        self._changed.set()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
 
     async def _until(self, true: Callable[[], bool]) -> None:
+        self._raise_failure()
         while not true():
-            self._raise_failure()
             self._changed.clear()
             await self._changed.wait()
-        self._raise_failure()
+            self._raise_failure()
 
-    async def _until_gone(self, name: str) -> None:
+    async def _until_gone(self, name: str, end: Callable[[str], Awaitable[None]]) -> None:
+        node = self.nodes.get(name)
+        if node is None:
+            raise ConfigError(f"there is no node {name}; there are {', '.join(self.nodes)}")
+        await end(name)
         async with asyncio.timeout(STOP_S):
-            while self.nodes[name].exit_code is None:
+            while node.exit_code is None:
                 self._changed.clear()
                 await self._changed.wait()
 

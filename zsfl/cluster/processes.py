@@ -12,10 +12,10 @@ import msgspec
 
 from zsfl.cluster.forkserver import GRACE_S, Kill, Spawn
 from zsfl.cluster.spawner import NodeCommand
-from zsfl.errors import ConfigError
-from zsfl.reports import AnyReport, Exited, Failed, from_line
+from zsfl.errors import ConfigError, RunFailed
+from zsfl.reports import AnyReport, Failed, from_line
 
-MAX_LINE_BYTES = 1 << 20
+MAX_LINE_BYTES = 1 << 24
 
 
 class ProcessSpawner:
@@ -24,15 +24,19 @@ class ProcessSpawner:
     def __init__(self, job: Path, logs: Path) -> None:
         self._job = job
         self._logs = logs
-        self._names: set[str] = set()
         self._closing = False
-        self._server: asyncio.subprocess.Process
-        self._reader: asyncio.Task[None]
+        self._server: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.Task[None] | None = None
         self.reports: asyncio.Queue[AnyReport] = asyncio.Queue()
 
     async def open(self) -> None:
         """Start the fork server."""
-        self._logs.mkdir(parents=True, exist_ok=True)
+        try:
+            self._logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to {self._logs}: {error.strerror}; choose another folder with --runs"
+            ) from error
         # A session of its own, so that Ctrl-C reaches only us, and nodes leave in an orderly way.
         self._server = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -44,13 +48,10 @@ class ProcessSpawner:
             limit=MAX_LINE_BYTES,
             start_new_session=True,
         )
-        self._reader = asyncio.create_task(self._read())
+        self._reader = asyncio.create_task(self._read(self._server))
 
     async def start(self, command: NodeCommand) -> None:
         """Have a node forked."""
-        if command.name in self._names:
-            raise ConfigError(f"there is a node {command.name} already; choose another name")
-        self._names.add(command.name)
         log = self._logs / f"{command.name}.log"
         await self._order(Spawn(name=command.name, role=command.role, flags=command.settings(), log=str(log)))
 
@@ -65,38 +66,40 @@ class ProcessSpawner:
     async def close(self) -> None:
         """End the fork server, which ends all nodes first."""
         self._closing = True
-        if self._server.stdin is not None:
-            self._server.stdin.close()
+        server = self._server
+        if server is None:
+            return
+        # Not by closing its input, which it reads only once everything is imported.
+        with suppress(ProcessLookupError):
+            server.terminate()
         try:
             async with asyncio.timeout(2 * GRACE_S + 1):
-                await self._server.wait()
+                await server.wait()
         except TimeoutError:
-            self._server.kill()
-            await self._server.wait()
-        self._reader.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._reader
+            server.kill()
+            await server.wait()
+        # The output ends with the last node, even where nodes have to notice by themselves that the server is gone.
+        if self._reader is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._reader, 2 * GRACE_S)
 
     async def _order(self, order: Spawn | Kill) -> None:
-        if self._server.stdin is None:
-            raise ConfigError("the fork server was started without an input")
+        if self._server is None or self._server.stdin is None:
+            raise RunFailed("nodes can be started and ended only while the cluster runs")
         with suppress(ConnectionError):
             self._server.stdin.write(msgspec.json.encode(order) + b"\n")
             await self._server.stdin.drain()
 
-    async def _read(self) -> None:
-        if self._server.stdout is None:
+    async def _read(self, server: asyncio.subprocess.Process) -> None:
+        if server.stdout is None:
             return
-        async for line in self._server.stdout:
-            try:
-                report = from_line(line)
-            except msgspec.MsgspecError:
-                continue  # a job file that prints
-            if isinstance(report, Exited):
-                self._names.discard(report.node)
-            self.reports.put_nowait(report)
-        if not self._closing:
-            self.reports.put_nowait(self._died())
+        try:
+            async for line in server.stdout:
+                with suppress(msgspec.MsgspecError):  # an empty line, or what the job prints while it is imported
+                    self.reports.put_nowait(from_line(line))
+        finally:
+            if not self._closing:
+                self.reports.put_nowait(self._died())
 
     def _died(self) -> Failed:
         message = f"the process that starts nodes ended; see {self._logs}"

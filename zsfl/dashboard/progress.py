@@ -7,6 +7,7 @@ import re
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
 from zsfl.reports import (
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
 LIVE_ROUNDS = 8
 """So few that the live view fits into 24 lines; rich cuts off what does not."""
 FINAL_ROUNDS = 30
+LEFT = (
+    ("plot.png", "loss and accuracy by round"),
+    ("model.safetensors", "the merged model; load_model.py loads it"),
+    ("metrics.jsonl", "every report, a JSON line each"),
+    ("ledger.jsonl", "which steps made which weights"),
+    ("checkpoint/", "what --resume goes on from"),
+)
+"""What a finished run leaves in its folder."""
 SHOWN_NOTES = 4
 RECENT_WINDOWS = 20
 """Window reports over which the live view counts who serves whom."""
@@ -52,7 +61,8 @@ class RunView:
         self.window: WindowReport | None = None
         """The latest of the current round."""
         self.rounds: list[RoundReport] = []
-        self.notes: deque[str] = deque(maxlen=SHOWN_NOTES)
+        self.notes: deque[tuple[str, bool]] = deque(maxlen=SHOWN_NOTES)
+        """Lines, and whether each is a warning; at the end only those are left."""
         self.finished: Finished | None = None
         self.failed: Failed | None = None
         self._recent: deque[Mapping[str, str]] = deque(maxlen=RECENT_WINDOWS)
@@ -79,13 +89,15 @@ class RunView:
             case Finished():
                 self.finished = report
                 self.waiting.clear()
+                self.notes = deque((note for note in self.notes if note[1]), maxlen=SHOWN_NOTES)
             case Failed():
                 self.failed = report
             case Assembled() | Note() | Exited():
                 if isinstance(report, Assembled):
                     self.waiting.clear()
                 if line := plain_line(report):
-                    self.notes.append(line)
+                    warns = isinstance(report, Exited) or (isinstance(report, Note) and report.level != "info")
+                    self.notes.append((line, warns))
 
     def _moved(self) -> None:
         self.waiting.clear()
@@ -219,9 +231,9 @@ def render(view: RunView) -> RenderableType:
         parts += [_serving_table(view.serving), Text()]
     if view.total and view.finished is None:
         parts.append(_bar(view))
-    parts += [Text(note, style="dim") for note in view.notes]
+    parts += [Text(note, style="yellow" if warns else "dim") for note, warns in view.notes]
     if view.finished is not None:
-        parts += [Text(), _result_table(view.finished)]
+        parts += [_result_table(view.finished)]
     if view.failed is not None:
         parts.append(Text(plain_line(view.failed) or "", style="bold red"))
     return Group(*parts)
@@ -259,7 +271,9 @@ def _result_table(finished: Finished) -> Table:
     table.add_row("rounds", f"{finished.rounds} in {finished.seconds:.1f} s (version {finished.version})")
     table.add_row("test accuracy", Text(_percent(finished.accuracy), style="bold green"))
     table.add_row("test loss", _number(finished.loss))
-    table.add_row("left in", Text(finished.folder, overflow="fold"))
+    table.add_row("left in", Text(f"{finished.folder}/", style="bold", overflow="fold"))
+    for name, what in LEFT:
+        table.add_row("", Text.assemble(f"{name:18}", (what, "dim")))
     return table
 
 
@@ -328,11 +342,18 @@ class ProgressPrinter:
             self._live.update(render(self.view), refresh=True)
             self._live.stop()
             self._live = None
+        elif self.view.finished is not None:
+            with suppress(SystemExit):  # as in `on`
+                self._console.print(render(self.view))
 
     def on(self, report: AnyReport) -> None:
         """Take one report in and show what it changes."""
         now_s = self._clock_s()
         self.view.on(report, now_s)
+        with suppress(SystemExit):  # rich's answer to a closed pipe; a run goes on when nobody watches any more
+            self._show(report, now_s)
+
+    def _show(self, report: AnyReport, now_s: float) -> None:
         if self._live is None:
             self._tell(report, now_s)
         elif not isinstance(report, WindowReport) or now_s - self._drawn_s >= REDRAW_S:

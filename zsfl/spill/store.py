@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -48,7 +49,8 @@ class SpillStore:
             aside.write_bytes(data)
             aside.rename(path)
         except OSError as error:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
             raise _storage_error(error, self.folder) from error
         offer = SpillOffer(cid=meta.cid, part=part, version=version, size_bytes=len(data))
         with self._lock:
@@ -70,6 +72,8 @@ class SpillStore:
             with self._lock:
                 self._held.pop(key, None)
             return None
+        except OSError as error:
+            raise StorageError(f"cannot read {self._path(key)}: {error.strerror}; check that disk") from error
 
     def release(self, cids: Iterable[Cid]) -> None:
         """Delete the spills of cids that a committed version names; others are not touched."""
@@ -78,8 +82,11 @@ class SpillStore:
             keys = [key for key in self._held if key[0] in released]
             for key in keys:
                 del self._held[key]
-        for key in keys:
-            self._path(key).unlink(missing_ok=True)
+        try:
+            for key in keys:
+                self._path(key).unlink(missing_ok=True)
+        except OSError as error:
+            raise _storage_error(error, self.folder) from error
 
     def offers(self, run: RunId) -> list[SpillOffer]:
         """What is held of one run, oldest version first."""
@@ -101,7 +108,7 @@ class SpillStore:
             _, version, _ = parse_cid(cid)
         except BadShape:
             return
-        if path.suffix == _SUFFIX and part in ("body", "client"):
+        if path.suffix == _SUFFIX and path.is_file() and part in ("body", "client"):
             offer = SpillOffer(cid=Cid(cid), part=part, version=version, size_bytes=os.stat(path).st_size)
             self._held[offer.cid, offer.part] = offer
 

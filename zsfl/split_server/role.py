@@ -58,6 +58,7 @@ class SplitServerRole:
             serving = tasks.create_task(self._server.run(), name="data")
             present = tasks.create_task(self._mind_the_aggregator(), name="aggregator")
             await self._member.state.wait_for(lambda now: now is not None and self._member.check(now))
+            await self._member.close()
             serving.cancel()
             present.cancel()
 
@@ -67,6 +68,7 @@ class SplitServerRole:
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._news.wait_for(lambda _: self._handed_over())
+                await self._member.close()
 
     def _handed_over(self) -> bool:
         """Whether nothing is in hand, and nothing is held that a live aggregator may still want."""

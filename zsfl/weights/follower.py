@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -42,7 +42,7 @@ class WeightsFollower(Generic[_Loaded]):
         self._listening: asyncio.Task[None] | None = None
         self._arriving: Callable[[], list[Weights]] = list
         self._versions: Latest[dict[Version, asyncio.Task[_Loaded]]] = Latest({})
-        self._fetching: dict[Version, asyncio.Task[None]] = {}
+        self._fetching: dict[Version, asyncio.Task[asyncio.Task[_Loaded]]] = {}
 
     def follow(self, aggregator: NodeCard) -> None:
         """Take versions from this aggregator from now on; those of a former one are forgotten."""
@@ -60,6 +60,7 @@ class WeightsFollower(Generic[_Loaded]):
         if self._listening is not None:
             self._listening.cancel()
         self._source = self._connection = self._listening = None
+        self._fetching = {}
         self._versions.set({})
 
     async def get(self, version: Version) -> _Loaded:
@@ -69,9 +70,8 @@ class WeightsFollower(Generic[_Loaded]):
         """
         if version not in self._versions.value:
             await self._await_broadcast(version)
-        if version not in self._versions.value:
-            await self._fetch_once(version)
-        return await asyncio.shield(self._versions.value[version])
+        loading = self._versions.value.get(version) or await self._fetch_once(version)
+        return await asyncio.shield(loading)
 
     async def _await_broadcast(self, version: Version) -> None:
         """Give the broadcast its grace, and all the time it needs once it has begun to arrive."""
@@ -83,38 +83,50 @@ class WeightsFollower(Generic[_Loaded]):
             if version not in (body.version for body in self._arriving()):
                 return
 
-    async def _fetch_once(self, version: Version) -> None:
-        if version not in self._fetching:
+    async def _fetch_once(self, version: Version) -> asyncio.Task[_Loaded]:
+        fetching = self._fetching
+        if version not in fetching:
             task = asyncio.create_task(self._fetch(version))
-            self._fetching[version] = task
-            task.add_done_callback(lambda _: self._fetching.pop(version, None))
-        await asyncio.shield(self._fetching[version])
+            fetching[version] = task
+            task.add_done_callback(_seen)
+            task.add_done_callback(lambda _: fetching.pop(version, None))
+        return await asyncio.shield(fetching[version])
 
-    async def _fetch(self, version: Version) -> None:
-        if self._connection is None:
+    async def _fetch(self, version: Version) -> asyncio.Task[_Loaded]:
+        connection = self._connection
+        if connection is None:
             raise NoPeer("there is no aggregator to fetch weights from")
         request = FetchWeights(part=self._part, version=version)
-        answer = await self._connection.request(request, deadline_s=self._node.settings.request_s)
+        answer = await connection.request(request, deadline_s=self._node.settings.request_s)
+        if connection is not self._connection:
+            raise NoPeer("the aggregator that was asked for weights is gone; ask the next one")
         weights = answer.expect(Weights)
         if weights.version != version or weights.part != self._part:
             raise BadShape(f"asked for {self._part} of version {version}, got {weights.part} of {weights.version}")
-        self._take(weights, answer.parts)
+        return self._take(weights, answer.parts)
 
     def _heard(self, broadcast: Broadcast, parts: list[Buffer]) -> None:
         if isinstance(broadcast, Weights) and broadcast.part == self._part:
             with suppress(ZsflError):
                 self._take(broadcast, parts)
 
-    def _take(self, weights: Weights, parts: Sequence[Buffer]) -> None:
+    def _take(self, weights: Weights, parts: Sequence[Buffer]) -> asyncio.Task[_Loaded]:
         held = self._versions.value
         if weights.version in held:
-            return
+            return held[weights.version]
         if len(parts) != len(weights.tensors):
             raise BadShape(f"{len(weights.tensors)} tensors are declared and {len(parts)} arrived")
         state = {spec.name: unpack(spec, part) for spec, part in zip(weights.tensors, parts, strict=True)}
         task = asyncio.create_task(compute(self._load, state))
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        task.add_done_callback(_seen)
         held[weights.version] = task
         while len(held) > KEPT_VERSIONS:
-            del held[min(held)]
+            del held[min(held)]  # which may be the one just taken: whoever asked for it has the task
         self._versions.touch()
+        return task
+
+
+def _seen(task: asyncio.Task[Any]) -> None:
+    """Mark a failure as seen: whoever waits gets it, and nobody waiting is no fault."""
+    if not task.cancelled():
+        task.exception()

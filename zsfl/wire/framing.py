@@ -13,7 +13,8 @@ request may pass between two of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, cast
 
@@ -21,12 +22,17 @@ import msgpack  # pyright: ignore[reportMissingTypeStubs]
 import msgspec
 from msgspec import Meta
 
-from zsfl.errors import LocalProtocolError, RemoteProtocolError
+from zsfl.errors import Busy, LocalProtocolError, RemoteProtocolError
 from zsfl.settings import WireLimits
 from zsfl.wire.messages import AnyMessage
 
 Buffer = bytes | bytearray | memoryview
 Kind = Literal["request", "reply", "publish", "chunk", "cancel"]
+
+STALLED_S = 2.0
+"""A message that nothing more came of for so long is not counted on."""
+RETRY_AFTER_S = 0.1
+"""When to come back with a message that found no room."""
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -113,13 +119,31 @@ def _id_in(fields: object) -> int | None:
     return found if type(found) is int and 0 <= found < 1 << 62 else None
 
 
+class NoRoom(Busy):
+    """A message in chunks found no room and was dropped; its sender may try later."""
+
+    def __init__(self, message: str, message_id: int) -> None:
+        super().__init__(message, RETRY_AFTER_S)
+        self.message_id = message_id
+
+
+class Room:
+    """Memory for the half-finished messages of one socket, whoever sends them."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.used_bytes = 0
+
+
 class _Half:
     """A message whose chunks are still arriving."""
 
-    def __init__(self, header: Header) -> None:
+    def __init__(self, header: Header, now_s: float, due_s: float) -> None:
         self.header = header
-        self.buffer = bytearray(sum(header.sizes))
-        self.filled = 0
+        self.total = sum(header.sizes)
+        self.buffer = bytearray()  # grows as bytes arrive: what a header declares costs the sender nothing
+        self.heard_s = now_s
+        self.due_s = due_s
 
     def parts(self) -> list[Buffer]:
         view, start = memoryview(self.buffer), 0
@@ -133,16 +157,32 @@ class _Half:
 class Assembler:
     """Puts the multiparts of one peer together again.
 
-    Holds at most `max_inflight` half-finished messages of at most `max_message_bytes` together.
+    Holds at most `max_inflight` half-finished messages, each of at most `max_message_bytes`, as long as `room`
+    has room for what has arrived of them. `in_order`: the peer never begins a message before it ended the last.
+    `wanted` tells which messages in chunks are worth keeping.
     """
 
-    def __init__(self, limits: WireLimits) -> None:
+    def __init__(
+        self,
+        limits: WireLimits,
+        room: Room | None = None,
+        *,
+        in_order: bool = False,
+        wanted: Callable[[int], bool] = lambda _: True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._limits = limits
+        self._room = room or Room(limits.max_arriving_bytes)
+        self._in_order = in_order
+        self._wanted = wanted
+        self._clock = clock
         self._halves: dict[int, _Half] = {}
-        self._held_bytes = 0
 
     def feed(self, frames: Sequence[Buffer]) -> Arrived | None:
-        """The message that these frames complete, if any; RemoteProtocolError when they break the protocol."""
+        """The message that these frames complete, if any.
+
+        RemoteProtocolError when they break the protocol; NoRoom when their message had to be dropped.
+        """
         if not frames:
             raise RemoteProtocolError("empty multipart")
         header = decode_header(frames[0], self._limits)
@@ -155,47 +195,74 @@ class Assembler:
             case _:
                 return self._begin(header, list(frames[1:]))
 
+    @property
+    def idle(self) -> bool:
+        """Whether no message is half-finished."""
+        return not self._halves
+
     def forget(self, message_id: int) -> None:
         """Drop a half-finished message."""
         if half := self._halves.pop(message_id, None):
-            self._held_bytes -= len(half.buffer)
+            self._room.used_bytes -= len(half.buffer)
+
+    def forget_all(self) -> None:
+        """Drop all half-finished messages."""
+        for message_id in list(self._halves):
+            self.forget(message_id)
+
+    def forget_overdue(self) -> None:
+        """Drop the half-finished messages whose sender has given up by now."""
+        now_s = self._clock()
+        for message_id, half in list(self._halves.items()):
+            if half.due_s < now_s:
+                self.forget(message_id)
 
     def arriving(self) -> list[AnyMessage]:
-        """Bodies of the messages whose parts are still on their way."""
-        return [half.header.body for half in self._halves.values() if half.header.body is not None]
+        """Bodies of the messages whose parts are still on their way: of one that lost a chunk no more will come."""
+        since_s = self._clock() - STALLED_S
+        halves = [half for half in self._halves.values() if half.heard_s >= since_s]
+        return [half.header.body for half in halves if half.header.body is not None]
 
     def _begin(self, header: Header, parts: list[Buffer]) -> Arrived | None:
         limits, total = self._limits, sum(header.sizes)
+        if self._in_order:
+            self.forget_all()
         if header.body is None:
-            raise RemoteProtocolError(f"{header.kind} without a body")
+            raise RemoteProtocolError(f"{header.kind} without a body", header.id)
         if len(header.sizes) > limits.max_parts or total > limits.max_message_bytes:
             raise RemoteProtocolError(
                 f"message of {total} bytes in {len(header.sizes)} parts; at most {limits.max_message_bytes} "
-                f"bytes in {limits.max_parts} parts allowed"
+                f"bytes in {limits.max_parts} parts allowed",
+                header.id,
             )
         if parts or total == 0:
             if tuple(nbytes(part) for part in parts) != header.sizes:
-                raise RemoteProtocolError("parts do not have the sizes that the header declares")
+                raise RemoteProtocolError("parts do not have the sizes that the header declares", header.id)
             return _arrived(header, parts)
-        if len(self._halves) >= limits.max_inflight or self._held_bytes + total > limits.max_message_bytes:
-            raise RemoteProtocolError("too many half-finished messages from one peer")
         self.forget(header.id)
-        self._halves[header.id] = _Half(header)
-        self._held_bytes += total
+        if len(self._halves) >= limits.max_inflight:
+            raise NoRoom(f"{len(self._halves)} messages of yours are half-finished; end one first", header.id)
+        if self._wanted(header.id):
+            now_s = self._clock()
+            self._halves[header.id] = _Half(header, now_s, now_s + (header.deadline_s or limits.default_deadline_s))
         return None
 
     def _continue(self, header: Header, frames: Sequence[Buffer]) -> Arrived | None:
         half = self._halves.get(header.id)
         if half is None:
             return None  # a chunk of a message that was cancelled or refused
+        more = sum(nbytes(frame) for frame in frames)
+        if len(half.buffer) + more > half.total:
+            self.forget(header.id)
+            raise RemoteProtocolError("more bytes arrived than the header declares", header.id)
+        if self._room.used_bytes + more > self._room.limit_bytes:
+            self.forget(header.id)
+            raise NoRoom(f"{self._room.used_bytes} bytes of messages are arriving, no room for more", header.id)
+        self._room.used_bytes += more
+        half.heard_s = self._clock()
         for frame in frames:
-            end = half.filled + nbytes(frame)
-            if end > len(half.buffer):
-                self.forget(header.id)
-                raise RemoteProtocolError("more bytes arrived than the header declares")
-            half.buffer[half.filled : end] = frame
-            half.filled = end
-        if half.filled < len(half.buffer):
+            half.buffer += frame
+        if len(half.buffer) < half.total:
             return None
         self.forget(header.id)
         return _arrived(half.header, half.parts())

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from zsfl.ids import Address, Cid, NodeCard, NodeId, PartName, Role, RunId, Version
+from zsfl.ids import CID_PATTERN, Address, Cid, NodeCard, NodeId, PartName, Role, RunId, Version
 from zsfl.tensors.spec import TensorSpec
 
 MAX_PEERS_EXCHANGED = 256
@@ -25,8 +25,10 @@ Phase = Literal["waiting", "training", "evaluating", "idle", "finished", "failed
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
 ShortText = Annotated[str, Meta(max_length=200)]
 LongText = Annotated[str, Meta(max_length=4000)]
-CidText = Annotated[Cid, Meta(max_length=64)]
+CidText = Annotated[Cid, Meta(max_length=64, pattern=CID_PATTERN)]
 VersionNumber = Annotated[Version, Meta(ge=0, le=1 << 53)]
+Seconds = Annotated[float, Meta(ge=0, le=86_400)]
+"""A bound also keeps NaN out, which would compare as neither early nor late."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", forbid_unknown_fields=True):
@@ -104,7 +106,7 @@ class Refusal(Message, frozen=True, kw_only=True, tag="refusal"):
 
     kind: ShortText
     message: LongText
-    retry_after_s: float = 0.0
+    retry_after_s: Seconds = 0.0
 
 
 # --- data: steps ------------------------------------------------------------------------------------------
@@ -117,7 +119,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Requests it admits at once."""
     busy: Count
     """Requests it holds now, waiting ones included."""
-    service_s: float
+    service_s: Seconds
     """Moving average of the compute time of one request."""
 
 

@@ -12,13 +12,14 @@ import zmq.asyncio
 from zsfl.errors import RemoteProtocolError
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
-from zsfl.wire.connection import FAIR_SHARE
-from zsfl.wire.framing import Assembler, Buffer, Header, encode, nbytes
+from zsfl.wire.connection import FAIR_BYTES, FAIR_SHARE
+from zsfl.wire.framing import Assembler, Buffer, Header, NoRoom, encode, nbytes
 from zsfl.wire.messages import AnyMessage, Broadcast
-from zsfl.wire.sockets import bind, send_now
+from zsfl.wire.sockets import bind, open_socket, send_now
 
-BROADCAST_QUEUE = 10_000
-"""Multiparts that ZeroMQ holds for one slow subscriber before it drops; subscribers ask for what they missed."""
+BROADCAST_QUEUE = 1000
+"""Multiparts, of up to one frame size, that ZeroMQ holds for one slow subscriber before it drops what follows;
+subscribers ask for what they missed."""
 
 Heard = Callable[[Broadcast, list[Buffer]], None]
 
@@ -30,9 +31,7 @@ class Publisher:
         self._limits = limits
         self._counters = counters
         self._ids = itertools.count(1)
-        self._socket = context.socket(zmq.PUB)
-        self._socket.linger = 0
-        self._socket.set_hwm(BROADCAST_QUEUE)
+        self._socket = open_socket(context, zmq.PUB, limits, BROADCAST_QUEUE)
         self.port = bind(self._socket, host, 0)
 
     def publish(self, topic: bytes, body: Broadcast, parts: Sequence[Buffer] = ()) -> None:
@@ -63,10 +62,9 @@ class Subscriber:
     ) -> None:
         self._heard = heard
         self._counters = counters
-        self._assembler = Assembler(limits)
-        self._socket = context.socket(zmq.SUB)
-        self._socket.linger = 0
-        self._socket.set_hwm(BROADCAST_QUEUE)
+        # In order, so that a broadcast that lost a chunk in a full queue is forgotten when the next one begins.
+        self._assembler = Assembler(limits, in_order=True)
+        self._socket = open_socket(context, zmq.SUB, limits, BROADCAST_QUEUE)
         for topic in topics:
             self._socket.subscribe(topic)
         self._socket.connect(endpoint)
@@ -86,14 +84,15 @@ class Subscriber:
         for turn in itertools.count():
             _topic, *frames = await self._socket.recv_multipart(copy=False)
             views = [frame.buffer for frame in frames]
-            self._counters.add("bytes_received", sum(view.nbytes for view in views))
+            size = sum(view.nbytes for view in views)
+            self._counters.add("bytes_received", size)
             try:
                 arrived = self._assembler.feed(views)
                 if arrived is not None:
                     if arrived.kind != "publish" or not isinstance(arrived.body, Broadcast):
                         raise RemoteProtocolError(f"a {arrived.kind} where a broadcast was due")
                     self._heard(arrived.body, arrived.parts)
-            except RemoteProtocolError:
+            except (RemoteProtocolError, NoRoom):
                 self._counters.add("protocol_errors")
-            if turn % FAIR_SHARE == 0:
+            if turn % FAIR_SHARE == 0 or size >= FAIR_BYTES:
                 await asyncio.sleep(0)

@@ -7,6 +7,7 @@ from zsfl.errors import Busy, Unavailable, ZsflError
 from zsfl.wire.messages import Refusal
 
 MAX_TEXT = 2000
+MAX_RETRY_S = 3600.0
 
 _TRAVELS: tuple[type[ZsflError], ...] = (
     errors.ConfigError,
@@ -28,11 +29,12 @@ _BY_NAME = {kind.__name__: kind for kind in _TRAVELS}
 
 def refusal(error: Exception) -> Refusal:
     """What to answer when handling a request ended in `error`."""
-    if type(error) in _TRAVELS:
-        retry_after_s = error.retry_after_s if isinstance(error, Busy) else 0.0
-        return Refusal(kind=type(error).__name__, message=str(error)[:MAX_TEXT], retry_after_s=retry_after_s)
+    kind = next((kind for kind in type(error).__mro__ if kind in _TRAVELS), None)
     # A fault of ours is worth another server to the peer, hence Unavailable.
-    return Refusal(kind="Unavailable", message=f"{type(error).__name__}: {error}"[:MAX_TEXT])
+    name, text = (kind.__name__, str(error)) if kind else ("Unavailable", f"{type(error).__name__}: {error}")
+    retry_after_s = min(max(error.retry_after_s, 0.0), MAX_RETRY_S) if isinstance(error, Busy) else 0.0
+    # A file name that is not UTF-8 cannot travel as it is.
+    return Refusal(kind=name, message=text[:MAX_TEXT].encode(errors="replace").decode(), retry_after_s=retry_after_s)
 
 
 def to_error(answer: Refusal, peer: str) -> ZsflError:

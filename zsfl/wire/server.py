@@ -6,24 +6,25 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 
 import zmq
 import zmq.asyncio
 
-from zsfl.errors import Busy, DeadlineExceeded, LocalProtocolError, RemoteProtocolError
+from zsfl.errors import Busy, DeadlineExceeded, RemoteProtocolError
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
-from zsfl.wire.connection import FAIR_SHARE
-from zsfl.wire.framing import Arrived, Assembler, Buffer, Header, encode, nbytes
+from zsfl.wire.connection import FAIR_BYTES, FAIR_SHARE
+from zsfl.wire.framing import Arrived, Assembler, Buffer, Header, NoRoom, Room, encode, nbytes
 from zsfl.wire.messages import Reply, Request
 from zsfl.wire.refusals import refusal
-from zsfl.wire.sockets import bind, send_now
+from zsfl.wire.sockets import DATA_QUEUE, bind, open_socket, send_now
 
 MAX_CALLERS = 4096
-"""Connections remembered at once; the longest silent is forgotten first."""
+"""Connections remembered at once; of those that nothing is under way for, the longest silent is forgotten first."""
 RETRY_SEND_S = 0.002
 """How often to try again to send to a peer whose queue is full."""
+SWEEP_S = 5.0
+"""How often to look for half-finished messages of peers that gave up or vanished."""
 
 Handler = Callable[[Request, Sequence[Buffer]], Awaitable[tuple[Reply, Sequence[Buffer]]]]
 
@@ -31,11 +32,22 @@ Handler = Callable[[Request, Sequence[Buffer]], Awaitable[tuple[Reply, Sequence[
 class _Caller:
     """What the server keeps of one connection."""
 
-    def __init__(self, limits: WireLimits) -> None:
-        self.assembler = Assembler(limits)
+    def __init__(self, limits: WireLimits, room: Room) -> None:
+        self.assembler = Assembler(limits, room)
         self.tasks: dict[int, asyncio.Task[None]] = {}
         self.outbox: deque[list[Buffer]] = deque()
         self.outbox_bytes = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not self.tasks and not self.outbox and self.assembler.idle
+
+    def end(self) -> None:
+        """Let go of whatever is under way."""
+        self.assembler.forget_all()
+        for task in self.tasks.values():
+            task.cancel()
 
 
 class Server:
@@ -59,11 +71,11 @@ class Server:
         self._limits = limits
         self._counters = counters
         self._callers: dict[bytes, _Caller] = {}
+        self._room = Room(limits.max_arriving_bytes)
         self._running = 0
         self._full: set[bytes] = set()
         self._kick = asyncio.Event()
-        self._socket = context.socket(zmq.ROUTER)
-        self._socket.linger = 0
+        self._socket = open_socket(context, zmq.ROUTER, limits, DATA_QUEUE)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.port = bind(self._socket, host, port)
 
@@ -72,6 +84,7 @@ class Server:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._flush_outboxes())
+                tasks.create_task(self._sweep())
                 await self._read(tasks)
         finally:
             self._socket.close(linger=0)
@@ -80,7 +93,8 @@ class Server:
         for turn in itertools.count():
             identity, *frames = await self._socket.recv_multipart(copy=False)
             views = [frame.buffer for frame in frames]
-            self._counters.add("bytes_received", sum(view.nbytes for view in views))
+            size = sum(view.nbytes for view in views)
+            self._counters.add("bytes_received", size)
             caller = self._caller(identity.bytes)
             try:
                 if arrived := caller.assembler.feed(views):
@@ -88,16 +102,28 @@ class Server:
             except RemoteProtocolError as error:
                 self._counters.add("protocol_errors")
                 if error.message_id is not None:  # somebody of another version, perhaps, who waits for an answer
-                    self._reply(identity.bytes, caller, error.message_id, refusal(error), ())
-            if turn % FAIR_SHARE == 0:
+                    self._send(identity.bytes, caller, self._encoded(error.message_id, refusal(error)))
+            except NoRoom as error:
+                self._counters.add("busy")
+                self._send(identity.bytes, caller, self._encoded(error.message_id, refusal(error)))
+            if turn % FAIR_SHARE == 0 or size >= FAIR_BYTES:
                 await asyncio.sleep(0)
 
     def _caller(self, identity: bytes) -> _Caller:
-        caller = self._callers.pop(identity, None) or _Caller(self._limits)
+        caller = self._callers.pop(identity, None)
+        if caller is None:
+            while len(self._callers) >= MAX_CALLERS:
+                oldest = next((name for name, other in self._callers.items() if other.idle), next(iter(self._callers)))
+                self._callers.pop(oldest).end()
+            caller = _Caller(self._limits, self._room)
         self._callers[identity] = caller  # youngest last
-        if len(self._callers) > MAX_CALLERS:
-            self._callers.pop(next(iter(self._callers)))
         return caller
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            for caller in self._callers.values():
+                caller.assembler.forget_overdue()
 
     def _arrived(self, tasks: asyncio.TaskGroup, identity: bytes, caller: _Caller, arrived: Arrived) -> None:
         match arrived.kind:
@@ -108,54 +134,54 @@ class Server:
                 if self._running >= self._limits.max_inflight:
                     self._counters.add("busy")
                     busy = refusal(Busy(f"{self._running} requests are being served, no room for more", 0.05))
-                    self._reply(identity, caller, arrived.id, busy, ())
+                    self._send(identity, caller, self._encoded(arrived.id, busy))
                     return
+                if arrived.id in caller.tasks:
+                    raise RemoteProtocolError(f"request {arrived.id} is being served already", arrived.id)
                 task = tasks.create_task(self._serve(identity, caller, arrived, arrived.body))
                 caller.tasks[arrived.id] = task
                 self._running += 1
                 task.add_done_callback(lambda _: self._served(caller, arrived.id))
             case _:
-                raise RemoteProtocolError(f"a {arrived.kind} where a request was due")
+                raise RemoteProtocolError(f"a {arrived.kind} where a request was due", arrived.id)
 
     def _served(self, caller: _Caller, request_id: int) -> None:
         self._running -= 1
         caller.tasks.pop(request_id, None)
 
     async def _serve(self, identity: bytes, caller: _Caller, arrived: Arrived, body: Request) -> None:
-        reply: Reply
-        parts: Sequence[Buffer] = ()
         try:
             async with asyncio.timeout(arrived.deadline_s or self._limits.default_deadline_s):
                 reply, parts = await self._handler(body, arrived.parts)
+            frames = self._encoded(arrived.id, reply, parts)
         except TimeoutError:
-            reply = refusal(DeadlineExceeded(f"{type(body).__name__} took longer than its deadline"))
+            late = DeadlineExceeded(f"{type(body).__name__} took longer than its deadline")
+            frames = self._encoded(arrived.id, refusal(late))
         except Exception as error:  # whatever goes wrong in a handler is the answer, not the end of the node
             self._counters.add("refused")
-            reply = refusal(error)
-        try:
-            self._reply(identity, caller, arrived.id, reply, parts)
-        except LocalProtocolError as error:
-            self._reply(identity, caller, arrived.id, refusal(error), ())
+            frames = self._encoded(arrived.id, refusal(error))
+        self._send(identity, caller, frames)
 
-    def _reply(self, identity: bytes, caller: _Caller, request_id: int, reply: Reply, parts: Sequence[Buffer]) -> None:
-        for frames in encode(Header(kind="reply", id=request_id, body=reply), parts, self._limits):
-            multipart = [identity, *frames]
-            if caller.outbox or not self._sent(multipart):
-                self._enqueue(identity, caller, multipart)
+    def _encoded(self, request_id: int, reply: Reply, parts: Sequence[Buffer] = ()) -> list[list[Buffer]]:
+        return list(encode(Header(kind="reply", id=request_id, body=reply), parts, self._limits))
 
-    def _enqueue(self, identity: bytes, caller: _Caller, multipart: list[Buffer]) -> None:
-        size = sum(nbytes(frame) for frame in multipart)
+    def _send(self, identity: bytes, caller: _Caller, frames: list[list[Buffer]]) -> None:
+        """Hand a reply to ZeroMQ, or what it does not take to the caller's outbox: all of that, or nothing."""
+        rest = deque[list[Buffer]]([identity, *multipart] for multipart in frames)
+        while rest and not caller.outbox and self._sent(rest[0]):
+            rest.popleft()
+        size = sum(_size(multipart) for multipart in rest)
         if caller.outbox_bytes + size > self._limits.max_outbox_bytes:
             self._counters.add("replies_dropped")
-            return
-        caller.outbox.append(multipart)
-        caller.outbox_bytes += size
-        self._full.add(identity)
-        self._kick.set()
+        elif rest:
+            caller.outbox.extend(rest)
+            caller.outbox_bytes += size
+            self._full.add(identity)
+            self._kick.set()
 
     def _sent(self, multipart: list[Buffer]) -> bool:
         """Whether ZeroMQ took it, or there is nobody left to send it to; False: the peer's queue is full."""
-        size = sum(nbytes(frame) for frame in multipart[1:])
+        size = _size(multipart)
         try:
             if not send_now(self._socket, multipart, copy=size < self._limits.copy_below_bytes):
                 return False
@@ -173,10 +199,14 @@ class Server:
             for identity in list(self._full):
                 caller = self._callers.get(identity)
                 while caller and caller.outbox and self._sent(caller.outbox[0]):
-                    caller.outbox_bytes -= sum(nbytes(frame) for frame in caller.outbox.popleft())
+                    caller.outbox_bytes -= _size(caller.outbox.popleft())
                 if caller is None or not caller.outbox:
                     self._full.discard(identity)
             if not self._full:
                 self._kick.clear()
-            with suppress(TimeoutError):
-                await asyncio.sleep(RETRY_SEND_S if self._full else 0)
+            await asyncio.sleep(RETRY_SEND_S if self._full else 0)
+
+
+def _size(multipart: list[Buffer]) -> int:
+    """Bytes of one multipart but for the identity before it."""
+    return sum(nbytes(frame) for frame in multipart[1:])

@@ -10,7 +10,21 @@ import zmq
 import zmq.asyncio
 
 from zsfl.errors import ConfigError
+from zsfl.settings import WireLimits
 from zsfl.wire.framing import Buffer
+
+DATA_QUEUE = 64
+"""Multiparts that ZeroMQ holds for one peer, either way: it counts messages, and each may be one frame size long."""
+
+
+def open_socket(context: zmq.asyncio.Context, kind: int, limits: WireLimits, queue: int) -> zmq.asyncio.Socket:
+    """A socket whose queues and frames are bounded; nothing is worth waiting for when it closes."""
+    socket = context.socket(kind)
+    socket.linger = 0
+    socket.set_hwm(queue)
+    # A peer that sends larger frames is cut off by ZeroMQ before they take any memory.
+    socket.setsockopt(zmq.MAXMSGSIZE, max(limits.max_header_bytes + 1, 4 * limits.frame_bytes))
+    return socket
 
 
 def bind(socket: zmq.asyncio.Socket, host: str, port: int) -> int:
@@ -32,6 +46,12 @@ def bind(socket: zmq.asyncio.Socket, host: str, port: int) -> int:
 async def send(socket: zmq.asyncio.Socket, frames: Sequence[Buffer], *, copy: bool) -> None:
     """Send one multipart, waiting for room."""
     await cast(Any, socket).send_multipart(frames, copy=copy)
+
+
+def send_soon(socket: zmq.asyncio.Socket, frames: Sequence[Buffer]) -> None:
+    """Send one multipart as soon as there is room; whether there ever is, nobody asks."""
+    done = cast("asyncio.Future[Any]", cast(Any, socket).send_multipart(frames))
+    done.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
 
 def send_now(socket: zmq.asyncio.Socket, frames: Sequence[Buffer], *, copy: bool) -> bool:

@@ -43,6 +43,12 @@ def test_a_taken_name_gets_a_number(tmp_path: Path) -> None:
     assert names == ["digits", "digits-2", "digits-3"]
 
 
+def test_a_folder_without_a_run_does_not_take_the_name(tmp_path: Path) -> None:
+    (tmp_path / "digits" / "spills").mkdir(parents=True)
+    with RunFolder.create(tmp_path, "digits", resume=False) as folder:
+        assert folder.path.name == "digits"
+
+
 def test_resume_takes_the_folder_of_that_name(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, "digits", resume=False) as folder:
         folder.append_metrics(round_report(1))
@@ -142,7 +148,14 @@ def test_the_plot_is_a_readable_png(tmp_path: Path, measured: bool) -> None:
     assert struct.unpack(">II", data[16:24]) == (1200, 504)
 
 
-def test_logs_lie_in_the_folder(tmp_path: Path) -> None:
+def test_the_model_may_be_read_by_whom_the_umask_says(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
     with RunFolder.create(tmp_path, "digits", resume=False) as folder:
-        folder.log_path("client-0").write_text("")
-        assert folder.log_path("client-0").parent.parent == folder.checkpoint_path.parent == folder.path
+        folder.write_model({"w": torch.zeros(1)}, "")
+        modes = {path.stat().st_mode for path in (tmp_path / "usual", folder.path / "model.safetensors")}
+    assert len(modes) == 1
+
+
+def test_what_resume_goes_on_from_lies_in_the_folder(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, "digits", resume=False) as folder:
+        assert folder.checkpoint_path == folder.path / "checkpoint"

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from zsfl.dashboard.progress import (
+    LEFT,
     REPEAT_S,
     ProgressPrinter,
     RunView,
@@ -152,10 +153,36 @@ def test_the_live_view_fits_into_80_columns_and_24_lines() -> None:
     assert "round 4/4  loss 1.5000  1,234 steps/s" in text
 
 
-def test_the_result_names_the_folder() -> None:
+def test_the_result_names_the_folder_and_what_is_in_it() -> None:
     text = drawn(folded(window(1), whole_round(4), FINISHED))
     assert "96.25%" in text
-    assert "runs/digits-2" in text
+    assert "runs/digits-2/" in text
+    assert all(name in text for name, _ in LEFT)
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_only_warnings_are_left_at_the_end() -> None:
+    notes = [Note(node="aggregator", message="hello"), Note(node="aggregator", message="help", level="warning")]
+    text = drawn(folded(window(1), *notes, Exited(node="split-server-0", code=-9), whole_round(4), FINISHED))
+    assert "hello" not in text
+    assert "aggregator: help" in text
+    assert "split-server-0 was ended by signal 9" in text
+
+
+class ClosedPipe(io.StringIO):
+    def write(self, _: str, /) -> int:
+        raise BrokenPipeError
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.dup2", lambda *_: None)  # rich would turn pytest's own output off
+    with ProgressPrinter(Console(file=ClosedPipe(), width=80)) as printer:
+        printer.on(whole_round(1))
+        printer.on(whole_round(2))
+    assert len(printer.view.rounds) == 2
 
 
 def ticking(step_s: float) -> Callable[[], float]:
@@ -171,13 +198,14 @@ def test_without_a_terminal_each_round_is_a_line_and_waiting_is_not_repeated_at_
         for report in (waiting, waiting, hinted, hinted, window(1), whole_round(1), FINISHED):
             printer.on(report)
     lines = captured.get().splitlines()
-    assert [line.split(":")[0].strip() for line in lines] == [
+    assert [line.split(":")[0].strip() for line in lines[:5]] == [
         "aggregator waits for a split server (1 s)",
         "aggregator waits for a split server (9 s)",
         "check",
         "round 1/4",
         "finished",
     ]
+    assert any(line.startswith("split server") for line in lines[5:])  # the tables, once
 
 
 def test_on_a_terminal_the_last_frame_stays() -> None:

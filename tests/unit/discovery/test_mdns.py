@@ -46,7 +46,7 @@ async def next_of(events: AsyncIterator[Candidate], wanted: Candidate) -> None:
 
 async def eventually(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110 - zeroconf offers no event to wait for
+        while not condition():
             await asyncio.sleep(0.005)
 
 

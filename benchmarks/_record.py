@@ -1,0 +1,78 @@
+"""What every benchmark writes down beside its figures, and where."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def circumstances() -> dict[str, Any]:
+    """Command, commit, versions and machine: what it takes to run the same thing again."""
+    packages = ("zsfl", "torch", "numpy", "pyzmq", "safetensors", "lz4")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", *sys.argv]),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "load before": round(os.getloadavg()[0], 2),
+        },
+    }
+
+
+def write(name: str, about: Mapping[str, Any], figures: Mapping[str, Any], page: str) -> Path:
+    """Keep the figures as results/DATE-name.json, and the page for people beside it as .md."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{about['date'][:10]}-{name}.json"
+    path.write_text(json.dumps({**about, **figures}, indent=2) + "\n", encoding="utf-8")
+    machine = about["machine"]
+    footer = (
+        f"`{about['command']}` at commit {about['commit']}, {machine['processor']}, {machine['cores']} cores, "
+        f"load {machine['load before']} before it began, "
+        f"{', '.join(f'{package} {number}' for package, number in about['versions'].items())}"
+    )
+    path.with_suffix(".md").write_text(f"# {name}, {about['date'][:10]}\n\n{page}\n\n{footer}\n", encoding="utf-8")
+    return path
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table with aligned columns, readable as it stands."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    lines = [head, ["-" * (width - 1) + ":" for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def _commit() -> str:
+    """The commit of the working tree, with + when it has been changed since."""
+    try:
+        said = [
+            subprocess.run(["git", *order], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for order in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return said[0] + ("+" if said[1] else "")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

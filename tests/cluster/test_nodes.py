@@ -1,0 +1,56 @@
+"""The programs in `nodes/`, started by path as a person would."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+from zsfl.reports import AnyReport, Finished, RoundReport, from_line
+
+NODES = Path(__file__).resolve().parents[2] / "nodes"
+
+
+@asynccontextmanager
+async def program(
+    name: str, *flags: str, cwd: Path, env: Mapping[str, str]
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A running program of `nodes/`, which does not outlive the block."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(NODES / name), *flags, cwd=cwd, env=env, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def reports(process: asyncio.subprocess.Process) -> list[AnyReport]:
+    """Everything a program said until it ended."""
+    said, _ = await process.communicate()
+    return [from_line(line) for line in said.splitlines()]
+
+
+async def test_the_programs_find_each_other_and_finish(tmp_path: Path) -> None:
+    alone = {"ZSFL_CLUSTER": secrets.token_hex(4), "ZSFL_CLIENTS": "2"}  # what else runs here is none of ours
+    place = {"cwd": tmp_path, "env": {**os.environ, **alone}}
+    async with (
+        program("client.py", "--shard", "0", **place) as first,
+        program("client.py", "--shard", "1", **place) as second,
+        program("split_server.py", **place) as server,
+        program("aggregator.py", "--rounds", "2", **place) as aggregator,
+    ):
+        everybody = (first, second, server, aggregator)
+        said = await asyncio.gather(*(reports(process) for process in everybody))
+    assert [process.returncode for process in everybody] == [0, 0, 0, 0]
+    rounds = [report for report in said[3] if isinstance(report, RoundReport)]
+    assert [report.round for report in rounds] == [1, 2]
+    assert set(rounds[-1].serving) == {"client-0", "client-1"}
+    (finished,) = [report for report in said[3] if isinstance(report, Finished)]
+    assert (tmp_path / finished.folder / "model.safetensors").is_file()

@@ -1,0 +1,100 @@
+"""What is left of a cluster's processes when somebody is killed or interrupted: nothing."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from helpers.jobs import write_job
+from helpers.processes import MARK, command, marked
+from helpers.waiting import eventually
+
+import zsfl
+
+LEFT_S = 8.0
+"""What all processes of a cluster may take to leave once nobody tells them to."""
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Every process that the test starts carries it."""
+    monkeypatch.setenv(MARK, str(tmp_path))
+    return str(tmp_path)
+
+
+async def test_a_killed_parent_leaves_no_process(tmp_path: Path, mark: str) -> None:
+    job = write_job(tmp_path, rounds=100_000)
+    async with command("up", job, cwd=tmp_path) as up:
+        await eventually(lambda: "round 2/" in up.text, 30)
+        assert len(marked(mark)) == 7  # the command, the fork server, the aggregator, 2 split servers, 2 clients
+        up.process.kill()
+        await eventually(lambda: not marked(mark), LEFT_S)
+
+
+async def test_a_killed_fork_server_leaves_no_process(tmp_path: Path, mark: str) -> None:
+    async def run() -> None:
+        async with zsfl.LocalCluster(write_job(tmp_path), runs=tmp_path) as cluster:
+            async for report in cluster.train(100_000):
+                if report.round == 2:
+                    (fork_server,) = psutil.Process().children()
+                    fork_server.kill()
+
+    with pytest.raises(zsfl.RunFailed, match=r"the process that starts nodes ended; see .*logs"):
+        await run()
+    await eventually(lambda: not marked(mark), LEFT_S)
+
+
+@pytest.mark.parametrize("moment", ["fork server", "joined", "round 2/"])
+async def test_ctrl_c_at_any_moment(tmp_path: Path, mark: str, moment: str) -> None:
+    async with command("demo", "--clients", "2", "--rounds", "100000", cwd=tmp_path) as demo:
+        if moment == "fork server":
+            await eventually(lambda: len(marked(mark)) > 1)
+        else:
+            await eventually(lambda: moment in demo.text, 30)
+        demo.signal(signal.SIGINT)
+        assert await demo.ended() == 130
+        assert demo.err == ["zsfl: interrupted; all nodes have left\n"]
+    assert not marked(mark)
+
+
+async def test_ctrl_c_while_it_imports(tmp_path: Path) -> None:
+    program = "import os, signal, sys; from zsfl.__main__ import main\n" \
+        "class Interrupt:\n" \
+        "    def find_spec(self, name, path=None, target=None):\n" \
+        "        if name == 'zmq': os.kill(os.getpid(), signal.SIGINT)\n" \
+        "sys.meta_path.insert(0, Interrupt()); sys.argv = ['zsfl', 'demo']; sys.exit(main())"  # fmt: skip
+    async with command(cwd=tmp_path, run=("-c", program)) as demo:
+        assert await demo.ended() == 130
+        assert demo.err == ["zsfl: interrupted; all nodes have left\n"]
+
+
+def test_on_a_terminal(tmp_path: Path, mark: str) -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        args = [sys.executable, "-m", "zsfl", "demo", "--clients", "2", "--split-servers", "1", "--rounds", "100000"]
+        os.execve(sys.executable, args, {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"})
+    shown = b""
+    while b"test accuracy" not in shown:
+        shown += os.read(terminal, 65536)
+    os.write(terminal, b"\x03")  # Ctrl-C, as typed
+    while data := _read(terminal):
+        shown += data
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    text = shown.decode()
+    assert "Traceback" not in text
+    assert text.rstrip().endswith("zsfl: interrupted; all nodes have left")
+    assert not marked(mark)
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # the other end is closed
+        return b""

@@ -1,0 +1,198 @@
+"""A run that is taken up again ends as one that was never left, and its ledger says how it came about."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq.asyncio
+from helpers.exact import Case, Ran, assert_equal, in_process, in_processes, spills_left
+from safetensors.torch import load_file
+
+import zsfl
+from zsfl.errors import RunFailed, ZsflError
+from zsfl.ids import Role
+from zsfl.reports import AnyReport, Ready
+from zsfl.roles import run_role
+from zsfl.settings import NodeSettings
+
+CASE = Case(optimizer="adam", dropout=0.2, norm=True, sizes=(13, 7, 20, 4), rounds=4)
+WINDOWS = 4
+"""The largest shard has so many batches."""
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def assert_sound(ran: Ran, rounds: int) -> None:
+    """One commit a version, each naming the one before, and every step that was due counted in exactly one."""
+    raw = (ran.folder / "ledger.jsonl").read_bytes().splitlines()
+    records = [json.loads(line) for line in raw]
+    assert [record["version"] for record in records] == list(range(1, rounds * WINDOWS + 1))
+    assert [record["predecessor"] for record in records] == [
+        "",
+        *(hashlib.sha256(line).hexdigest() for line in raw[:-1]),
+    ]
+    counted = [cid for record in records for cid in record["counted"]]
+    run = counted[0].split("-")[0]
+    due = [
+        f"{run}-v{round_ * WINDOWS + window:08d}-s{shard:05d}"
+        for round_ in range(rounds)
+        for window in range(WINDOWS)
+        for shard, size in enumerate(CASE.sizes)
+        if window * CASE.batch_size < size
+    ]
+    assert counted == due
+    assert all(record["dropped"] == {} for record in records)
+    assert sum(record["samples"] for record in records) == rounds * sum(CASE.sizes)
+    metrics = [line for line in lines(ran.folder / "metrics.jsonl") if line["event"] == "round"]
+    # A round that was made again is reported again.
+    assert sorted({line["round"] for line in metrics}) == list(range(1, rounds + 1))
+    assert metrics[-1]["version"] == rounds * WINDOWS
+
+
+async def test_two_rounds_and_two_more_are_four(tmp_path: Path) -> None:
+    straight = await in_process(CASE, tmp_path, run="straight", servers=2)
+    begun = await in_process(CASE, tmp_path, run="halves", rounds=2)
+    assert_sound(begun, 2)
+    finished = await in_process(CASE, tmp_path, run="halves", resume=True, servers=3)
+    assert finished.folder == begun.folder
+    assert [report.round for report in finished.reports] == [3, 4]
+    assert_equal(finished.weights, straight.weights)
+    for ran in (straight, finished):
+        assert_sound(ran, 4)
+    weights = [[record["weights"] for record in lines(ran.folder / "ledger.jsonl")] for ran in (straight, finished)]
+    assert weights[0] == weights[1]
+    assert spills_left(tmp_path) == []
+
+
+async def test_resuming_across_processes(tmp_path: Path) -> None:
+    straight = await in_process(CASE, tmp_path, run="straight")
+    await in_process(CASE, tmp_path, run="halves", rounds=2)
+    finished = await in_processes(CASE, tmp_path, run="halves", resume=True, servers=2, client_processes=2)
+    assert_equal(finished.weights, straight.weights)
+    assert_sound(finished, 4)
+    assert spills_left(tmp_path) == []
+
+
+async def test_rounds_after_the_last_checkpoint_are_made_again(tmp_path: Path) -> None:
+    straight = await in_process(CASE, tmp_path, run="straight")
+    await in_process(CASE, tmp_path, run="cut", rounds=2)
+    # As a crash in the fourth round leaves it: ledger and metrics are ahead of the checkpoint.
+    checkpoint, aside = tmp_path / "cut" / "checkpoint", tmp_path / "aside"
+    shutil.copytree(checkpoint, aside)
+    await in_process(CASE, tmp_path, run="cut", resume=True, rounds=1)
+    shutil.rmtree(checkpoint)
+    aside.rename(checkpoint)
+    with (tmp_path / "cut" / "metrics.jsonl").open("ab") as metrics:
+        metrics.write(b'{"event": "round", "round')
+    finished = await in_process(CASE, tmp_path, run="cut", resume=True)
+    assert_equal(finished.weights, straight.weights)
+    assert_sound(finished, 4)
+
+
+async def test_more_orders_continue_the_same_run(tmp_path: Path) -> None:
+    straight = await in_process(CASE, tmp_path, run="straight")
+    async with zsfl.LocalCluster(CASE.job(), in_process=True, runs=tmp_path, run="orders") as cluster:
+        rounds = [report.round for order in (1, 2, None) async for report in cluster.train(order)]
+    assert rounds == [1, 2, 3, 4]
+    assert cluster.result is not None
+    ran = Ran(Path(cluster.result.folder), [])
+    assert_equal(ran.weights, straight.weights)
+    assert_sound(ran, 4)
+
+
+async def test_other_data_cannot_resume_a_run(tmp_path: Path) -> None:
+    await in_process(CASE, tmp_path, run="mine", rounds=1)
+    other = Case(optimizer="adam", dropout=0.2, norm=True, sizes=(13, 7, 20, 8), rounds=4)
+    with pytest.raises(ZsflError, match="other sizes than when the run began"):
+        await in_process(other, tmp_path, run="mine", resume=True)
+
+
+async def test_a_ledger_of_another_run_is_refused(tmp_path: Path) -> None:
+    await in_process(CASE, tmp_path, run="mine", rounds=1)
+    (tmp_path / "mine" / "ledger.jsonl").write_text('{"version": 1}\n')
+    with pytest.raises(ZsflError, match="no record of the checkpoint"):
+        await in_process(CASE, tmp_path, run="mine", resume=True)
+
+
+class Nodes:
+    """Nodes of one job in this event loop, each started and cancelled by itself."""
+
+    def __init__(self, runs: Path) -> None:
+        self._runs = runs
+        self._context = zmq.asyncio.Context()
+        self.ready: asyncio.Queue[Ready] = asyncio.Queue()
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.lost_after_round: int | None = None
+        """The aggregator is cancelled in the moment it reports this round."""
+
+    async def start(self, name: str, role: Role, **flags: Any) -> str:
+        """The address of a new node."""
+        settings = NodeSettings(runs=self._runs, run="nodes", mdns=False, name=name, **flags)
+        self.tasks[name] = asyncio.create_task(
+            run_role(role, CASE.job(), settings, self._report, context=self._context), name=name
+        )
+        return (await self.ready.get()).address
+
+    def _report(self, report: AnyReport) -> None:
+        match report:
+            case Ready():
+                self.ready.put_nowait(report)
+            case zsfl.RoundReport(round=self.lost_after_round):
+                self.tasks[report.node].cancel()
+            case _:
+                pass
+
+    async def close(self) -> None:
+        for task in self.tasks.values():
+            task.cancel()
+        await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+        self._context.destroy(linger=0)
+
+
+async def test_a_new_aggregator_takes_a_run_over_from_its_checkpoint(tmp_path: Path) -> None:
+    straight = await in_process(CASE, tmp_path, run="straight")
+    nodes = Nodes(tmp_path)
+    try:
+        nodes.lost_after_round = 2
+        address = await nodes.start("first", Role.AGGREGATOR)
+        await nodes.start("server", Role.SPLIT_SERVER, peers=(address,))
+        client = await nodes.start("clients", Role.CLIENT, shards="0-3", peers=(address,))
+        await asyncio.wait([nodes.tasks["first"]], timeout=20)
+        assert nodes.tasks["first"].cancelled()
+        # Clients and server are in the middle of the third round, and stay.
+        nodes.lost_after_round = None
+        await nodes.start("second", Role.AGGREGATOR, resume=True, peers=(client,))
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(nodes.tasks[name] for name in ("second", "server", "clients")))
+    finally:
+        await nodes.close()
+    ran = Ran(tmp_path / "nodes", [])
+    assert_equal(ran.weights, straight.weights)
+    assert_sound(ran, 4)
+    assert spills_left(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("norm", "message"),
+    [
+        (False, r"the loss became (nan|inf) at round 1, window 3 of 4 \(version 2\).* \(version 1 is kept"),
+        (True, r"is not finite in body\.1.* \(version 0 is kept"),
+    ],
+    ids=["loss", "statistics"],
+)
+async def test_a_run_that_diverges_keeps_the_last_good_version(norm: bool, message: str, tmp_path: Path) -> None:
+    job = replace(replace(CASE, norm=norm).job(), optimizer=zsfl.sgd(lr=1e308))
+    with pytest.raises(RunFailed, match=message):
+        async with zsfl.LocalCluster(job, in_process=True, runs=tmp_path) as cluster:
+            _ = [report async for report in cluster.train()]
+    kept = load_file(tmp_path / "exact" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())

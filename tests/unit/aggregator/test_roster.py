@@ -1,0 +1,116 @@
+"""Who holds which shard."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zsfl.aggregator.roster import Roster, ranges
+from zsfl.errors import ConfigError
+from zsfl.ids import NodeId
+from zsfl.wire.messages import ShardInfo
+
+A, B = NodeId("a"), NodeId("b")
+
+
+def info(shard: int, train: int = 10, test: int = 2) -> ShardInfo:
+    return ShardInfo(shard=shard, train_samples=train, test_samples=test)
+
+
+def test_shards_are_seated_until_none_is_missing() -> None:
+    roster = Roster(3)
+    assert roster.missing() == [0, 1, 2]
+    roster.join(A, "client-0", [info(0), info(2, train=7, test=0)])
+    assert roster.missing() == [1]
+    roster.join(B, "client-1", [info(1)])
+    roster.join(B, "client-1", [info(1)])
+    assert roster.missing() == []
+    assert roster.samples() == {0: 10, 1: 10, 2: 7}
+    assert roster.tested() == {0, 1}
+
+
+def test_two_nodes_cannot_hold_one_shard_and_a_refused_one_holds_none() -> None:
+    roster = Roster(2)
+    roster.join(A, "client-0", [info(0)])
+    with pytest.raises(ConfigError, match="shard 0 is already held by client-0; give this client another"):
+        roster.join(B, "client-1", [info(1), info(0)])
+    assert roster.missing() == [1]
+
+
+def test_a_shard_of_a_lost_client_can_be_taken_over_with_the_same_data() -> None:
+    roster = Roster(1)
+    roster.join(A, "client-0", [info(0)])
+    roster.lost(A)
+    assert roster.missing() == [0]
+    assert roster.samples() == {0: 10}
+    assert roster.name(0) == "client-0, which is gone"
+    with pytest.raises(ConfigError, match="has 11 samples at other and had 10 when the run began"):
+        roster.join(B, "other", [info(0, train=11)])
+    roster.join(B, "other", [info(0)])
+    assert roster.missing() == []
+    roster.lost(A)  # the news of it may come twice
+    assert roster.missing() == []
+    with pytest.raises(ConfigError, match="already held by other"):
+        roster.join(A, "client-0", [info(0)])
+
+
+def test_a_client_that_is_there_after_all_need_not_join_again() -> None:
+    roster = Roster(1)
+    roster.join(A, "client-0", [info(0)])
+    roster.lost(A)
+    roster.returned(A)
+    assert roster.missing() == []
+    roster.lost(A)
+    roster.join(B, "client-1", [info(0)])
+    roster.returned(A)
+    assert roster.name(0) == "client-1 (shard 0)"
+
+
+@pytest.mark.parametrize(
+    ("offered", "says"),
+    [(info(2), "shard 2 is out of range: this job has shards 0 to 1"), (info(1, train=0), "shard 1 holds no samples")],
+)
+def test_a_shard_that_cannot_be_is_refused(offered: ShardInfo, says: str) -> None:
+    roster = Roster(2)
+    with pytest.raises(ConfigError, match=says):
+        roster.join(A, "client-0", [info(0), offered])
+    assert roster.missing() == [0, 1]
+
+
+def test_shards_are_named_for_people() -> None:
+    roster = Roster(3)
+    roster.join(A, "client-1", [info(1), info(2)])
+    assert [roster.name(shard) for shard in range(3)] == ["shard 0 (no client yet)", "client-1", "client-1 (shard 2)"]
+
+
+joins = st.tuples(st.just("join"), st.sampled_from("abc"), st.sets(st.integers(0, 4), max_size=3))
+losses = st.tuples(st.just("lost"), st.sampled_from("abc"), st.just(set[int]()))
+
+
+@given(st.lists(joins | losses, max_size=40))
+def test_whatever_comes_and_goes_each_shard_has_one_holder(events: list[tuple[str, str, set[int]]]) -> None:
+    roster, holder, present = Roster(4), dict[int, str](), dict[int, bool]()
+    for event, node, wanted in events:
+        if event == "lost":
+            roster.lost(NodeId(node))
+            present.update({shard: False for shard, name in holder.items() if name == node})
+        elif 4 in wanted or any(present.get(shard) and holder[shard] != node for shard in wanted):
+            with pytest.raises(ConfigError):
+                roster.join(NodeId(node), node, [info(shard) for shard in wanted])
+        else:
+            roster.join(NodeId(node), node, [info(shard) for shard in wanted])
+            holder.update(dict.fromkeys(wanted, node))
+            present.update(dict.fromkeys(wanted, True))
+        assert roster.missing() == [shard for shard in range(4) if not present.get(shard)]
+        assert roster.samples().keys() == holder.keys()
+
+
+@given(st.sets(st.integers(0, 60)))
+def test_ranges_name_each_number_once(numbers: set[int]) -> None:
+    text = ranges(sorted(numbers))
+    named: list[int] = []
+    for run in text.split(", ") if text else []:
+        first, _, last = run.partition("-")
+        named += range(int(first), int(last or first) + 1)
+    assert named == sorted(numbers)

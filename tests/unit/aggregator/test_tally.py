@@ -1,0 +1,129 @@
+"""What a round adds up to, against computing it directly."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zsfl.aggregator.tally import WINDOW_REPORT_S, PeerCounters, Tally, pooled
+from zsfl.ids import NodeId, PartName, RunId, Version, step_cid
+from zsfl.learning.averaging import Contribution
+from zsfl.spill.layout import SpillMeta
+from zsfl.wire.messages import Evaluated
+
+RUN = RunId("3fa9c1")
+
+
+def tally(now_s: float = 100.0) -> Tally:
+    return Tally(node="agg", round_=2, rounds=5, windows=3, now_s=now_s)
+
+
+def contribution(part: PartName, n: float, loss_sum: float | None, samples: int) -> Contribution:
+    cid = step_cid(RUN, 0, Version(0))
+    return Contribution(
+        cid=cid,
+        part=part,
+        version=Version(0),
+        n=n,
+        loss_sum=loss_sum,
+        samples=samples,
+        grads={},
+        buffers={},
+        node="n",
+    )
+
+
+def meta(part: PartName, client: str, node: str) -> SpillMeta:
+    cid = step_cid(RUN, 0, Version(0))
+    return SpillMeta(cid=cid, part=part, version=Version(0), n=1.0, samples=1, loss_sum=None, client=client, node=node)
+
+
+def evaluated(samples: int, weight: float, correct: float | None, loss_sum: float) -> Evaluated:
+    return Evaluated(shard=0, version=Version(0), samples=samples, weight=weight, correct=correct, loss_sum=loss_sum)
+
+
+steps = st.tuples(st.floats(0.5, 100), st.floats(-100, 100), st.integers(1, 500))
+
+
+@given(st.lists(steps, min_size=1, max_size=20), st.integers(1, 5))
+def test_the_training_loss_is_the_mean_over_samples_and_not_over_batches(
+    done: list[tuple[float, float, int]], split: int
+) -> None:
+    counting = tally()
+    window = [contribution("client", n, loss_sum, samples) for n, loss_sum, samples in done]
+    bodies = [contribution("body", n, None, samples) for n, _, samples in done]
+    counting.counted([*window[:split], *bodies[:split]])
+    counting.counted([*window[split:], *bodies[split:]])
+    expected = sum(loss_sum for _, loss_sum, _ in done) / sum(n for n, _, _ in done)
+    assert counting.train_loss == pytest.approx(expected)
+    report = counting.round_report(Version(9), {}, {}, trained_s=102.0, now_s=104.0)
+    assert report.train_loss == counting.train_loss
+    assert (report.steps, report.samples) == (len(done), sum(samples for *_, samples in done))
+    assert (report.seconds, report.steps_per_s) == (4.0, len(done) / 2.0)
+    assert (report.round, report.rounds, report.version) == (2, 5, 9)
+
+
+def test_before_any_window_there_is_no_loss_to_speak_of() -> None:
+    assert tally().train_loss == 0.0
+
+
+def test_progress_is_reported_now_and_then() -> None:
+    counting = tally(100.0)
+    counting.counted([contribution("client", 2.0, 3.0, 2)])
+    counting.served(meta("body", "client-0", "server-1"))
+    counting.served(meta("client", "client-0", "client-0"))
+    assert counting.window_report(1, Version(1), 100.0 + WINDOW_REPORT_S / 2) is None
+    report = counting.window_report(1, Version(1), 100.5)
+    assert report is not None
+    assert (report.loss, report.steps_per_s, report.serving) == (1.5, 2.0, {"client-0": "server-1"})
+    assert (report.round, report.rounds, report.window, report.windows, report.version) == (2, 5, 1, 3, 1)
+    assert counting.window_report(2, Version(2), 100.5 + WINDOW_REPORT_S / 2) is None
+    assert counting.window_report(2, Version(2), 100.5 + 2 * WINDOW_REPORT_S) is not None
+
+
+def test_who_served_whom_is_counted() -> None:
+    counting = tally()
+    for server in ("s0", "s1", "s0"):
+        counting.served(meta("body", "c1", server))
+    counting.served(meta("body", "c0", "s1"))
+    counting.served(meta("client", "c0", "c0"))
+    report = counting.round_report(Version(1), {}, {}, 101.0, 101.0)
+    assert report.serving == {"c0": {"s1": 1}, "c1": {"s0": 2, "s1": 1}}
+
+
+def test_bytes_are_those_of_this_round_and_of_all_peers() -> None:
+    counting = tally()
+    counting.baseline({"a": {"bytes_sent": 100.0, "steps": 1.0}})
+    now = {"a": {"bytes_sent": 150.0, "steps": 3.0}, "late": {"bytes_sent": 7.0}, "mute": {}}
+    report = counting.round_report(Version(1), {}, now, 101.0, 101.0)
+    assert report.bytes_sent == 57
+    assert report.peers == {"a": {"bytes_sent": 50.0, "steps": 2.0}, "late": {"bytes_sent": 7.0}, "mute": {}}
+
+
+tests_of_shards = st.tuples(st.integers(0, 50), st.floats(0.5, 50), st.integers(0, 50), st.floats(0, 100))
+
+
+@given(st.lists(tests_of_shards, max_size=8))
+def test_pooling_is_over_samples_and_not_over_shards(shards: list[tuple[int, float, int, float]]) -> None:
+    found = {number: evaluated(*shard) for number, shard in enumerate(shards)}
+    used = [shard for shard in shards if shard[0]]
+    loss, accuracy = pooled(found)
+    if not used:
+        assert (loss, accuracy) == (None, None)
+        return
+    assert loss == pytest.approx(sum(shard[3] for shard in used) / sum(shard[1] for shard in used))
+    assert accuracy == pytest.approx(sum(shard[2] for shard in used) / sum(shard[0] for shard in used))
+
+
+def test_without_right_and_wrong_there_is_no_accuracy() -> None:
+    assert pooled({0: evaluated(4, 4.0, None, 2.0), 1: evaluated(4, 4.0, 3.0, 6.0)}) == (1.0, None)
+    assert pooled({}) == (None, None)
+
+
+def test_of_several_starts_of_one_node_the_newest_counts() -> None:
+    peers = PeerCounters()
+    peers.heard(NodeId("1"), "a", {"steps": 5.0})
+    peers.heard(NodeId("2"), "a", {"steps": 1.0})
+    peers.heard(NodeId("3"), "b", {})
+    assert peers.by_name() == {"a": {"steps": 1.0}, "b": {}}

@@ -1,0 +1,159 @@
+"""Which split server takes the next request."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from zsfl.client.routing import MAX_SHUN_S, ServerChooser
+from zsfl.ids import NodeId
+from zsfl.wire.messages import Load
+
+A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
+
+
+def load(service_s: float = 0.01, *, slots: int = 4, busy: int = 0) -> Load:
+    return Load(slots=slots, busy=busy, service_s=service_s)
+
+
+def picks(chooser: ServerChooser, count: int = 1000) -> Counter[NodeId | None]:
+    return Counter(chooser.pick(0.0) for _ in range(count))
+
+
+@pytest.fixture
+def chooser() -> ServerChooser:
+    made = ServerChooser(random.Random(7))
+    made.joined(A)
+    made.joined(B)
+    return made
+
+
+def test_there_may_be_nobody() -> None:
+    chooser = ServerChooser(random.Random(1))
+    assert chooser.pick(0.0) is None
+    assert chooser.next_free_s() is None
+
+
+def test_a_fast_server_gets_more_in_proportion(chooser: ServerChooser) -> None:
+    chooser.heard(A, load(0.01))
+    chooser.heard(B, load(0.03))
+    share = picks(chooser, 4000)[A] / 4000
+    assert share == pytest.approx(0.75, abs=0.03)
+
+
+def test_a_crowded_server_gets_less(chooser: ServerChooser) -> None:
+    chooser.heard(A, load(slots=1, busy=3))
+    chooser.heard(B, load(slots=4, busy=0))
+    counts = picks(chooser)
+    assert counts[B] > 5 * counts[A] > 0
+
+
+def test_requests_of_ours_count_before_the_server_says_so(chooser: ServerChooser) -> None:
+    chooser.heard(A, load())
+    chooser.heard(B, load())
+    for _ in range(9):
+        chooser.asked(A)
+    assert picks(chooser)[B] > 850
+    for _ in range(9):
+        chooser.answered(A)
+    assert 400 < picks(chooser)[A] < 600
+
+
+def test_a_new_server_is_tried_soon(chooser: ServerChooser) -> None:
+    chooser.heard(A, load(0.01, busy=3))
+    chooser.heard(B, load(0.02))
+    chooser.joined(C)
+    assert picks(chooser)[C] > 500
+
+
+def test_a_server_that_refused_is_left_alone_for_a_while(chooser: ServerChooser) -> None:
+    chooser.refused(A, 0.0, 2.0)
+    assert picks(chooser) == {B: 1000}
+    chooser.refused(B, 0.0, 1.0)
+    assert chooser.pick(0.5) is None
+    assert chooser.next_free_s() == 1.0
+    assert chooser.pick(1.0) == B
+    assert {chooser.pick(2.0) for _ in range(100)} == {A, B}
+
+
+def test_no_server_can_ask_to_be_left_alone_for_long(chooser: ServerChooser) -> None:
+    chooser.lost(B)
+    chooser.refused(A, 10.0, 1e9)
+    assert chooser.next_free_s() == 10.0 + MAX_SHUN_S
+
+
+def test_one_that_was_lost_and_came_back_starts_afresh(chooser: ServerChooser) -> None:
+    chooser.asked(A)
+    chooser.lost(A)
+    chooser.joined(A)
+    chooser.answered(A)
+    assert 400 < picks(chooser)[A] < 600
+
+
+@given(st.lists(st.floats(0, 86_400), min_size=1, max_size=5), st.integers(0, 1 << 53), st.integers(0, 1 << 53))
+def test_whatever_servers_say_one_is_picked(services_s: list[float], slots: int, busy: int) -> None:
+    chooser = ServerChooser(random.Random(1))
+    for number, service_s in enumerate(services_s):
+        chooser.joined(NodeId(str(number)))
+        chooser.heard(NodeId(str(number)), load(service_s, slots=slots, busy=busy))
+    assert chooser.pick(0.0) is not None
+
+
+servers = st.sampled_from([A, B, C])
+
+
+class Choosing(RuleBasedStateMachine):
+    """Whatever happens in whatever order, only servers that are there and not shunned are picked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chooser = ServerChooser(random.Random(1))
+        self.now_s = 0.0
+        self.free_s: dict[NodeId, float] = {}
+
+    @rule(server=servers)
+    def joins(self, server: NodeId) -> None:
+        self.chooser.joined(server)
+        self.free_s.setdefault(server, 0.0)
+
+    @rule(server=servers)
+    def is_lost(self, server: NodeId) -> None:
+        self.chooser.lost(server)
+        self.free_s.pop(server, None)
+
+    @rule(server=servers, for_s=st.floats(0, 20))
+    def refuses(self, server: NodeId, for_s: float) -> None:
+        self.chooser.refused(server, self.now_s, for_s)
+        if server in self.free_s:
+            self.free_s[server] = self.now_s + min(for_s, MAX_SHUN_S)
+
+    @rule(server=servers, service_s=st.floats(0, 10), slots=st.integers(0, 4), busy=st.integers(0, 9))
+    def says(self, server: NodeId, service_s: float, slots: int, busy: int) -> None:
+        self.chooser.heard(server, load(service_s, slots=slots, busy=busy))
+
+    @rule(server=servers)
+    def is_asked(self, server: NodeId) -> None:
+        self.chooser.asked(server)
+
+    @rule(server=servers)
+    def answers(self, server: NodeId) -> None:
+        self.chooser.answered(server)
+
+    @rule(seconds=st.floats(0, 3))
+    def time_passes(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    @invariant()
+    def picks_well(self) -> None:
+        free = {server for server, free_s in self.free_s.items() if free_s <= self.now_s}
+        picked = self.chooser.pick(self.now_s)
+        assert picked in free if free else picked is None
+        assert self.chooser.next_free_s() == min(self.free_s.values(), default=None)
+
+
+TestChoosing = Choosing.TestCase

@@ -1,0 +1,142 @@
+"""What a spill looks like, and that nothing else is taken for one."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+
+from zsfl.errors import SpillCorrupt
+from zsfl.ids import Cid, RunId, Version, step_cid
+from zsfl.spill.layout import MAX_HEADER_BYTES, SpillMeta, decode, encode
+
+META = SpillMeta(
+    cid=step_cid(RunId("3fa9c1"), 3, Version(12)),
+    part="body",
+    version=Version(12),
+    n=17.5,
+    samples=17,
+    loss_sum=3.25,
+    client="client-3",
+    node="server-0",
+)
+TENSORS = {
+    "grad/body.0.weight": torch.randn(3, 5, generator=torch.Generator().manual_seed(1)),
+    "grad/body.0.bias": torch.arange(3, dtype=torch.float64),
+    "buffer/body.1.num_batches_tracked": torch.tensor(7),
+    "grad/empty": torch.zeros(0, 4),
+}
+DATA = encode(META, TENSORS)
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0, 3), (1,), (3, 4), (2, 1, 5)], ids=str)
+def test_tensors_come_back_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = (torch.randn(shape, dtype=torch.float64) * 100).to(dtype)
+    meta, tensors = decode(encode(META, {"grad/a": tensor}))
+    assert meta == META
+    assert tensors["grad/a"].dtype == dtype
+    assert tensors["grad/a"].shape == tensor.shape
+    assert torch.equal(tensors["grad/a"], tensor)
+
+
+def test_views_and_gradients_are_stored_as_plain_tensors() -> None:
+    base = torch.arange(12.0, requires_grad=True).reshape(3, 4)
+    _, tensors = decode(encode(META, {"grad/t": base.t(), "grad/every_other": base[:, ::2]}))
+    assert torch.equal(tensors["grad/t"], base.detach().t())
+    assert torch.equal(tensors["grad/every_other"], base.detach()[:, ::2])
+
+
+def test_anybody_can_open_one() -> None:
+    assert load(DATA).keys() == TENSORS.keys()
+
+
+@pytest.mark.parametrize("loss_sum", [None, math.inf, -math.inf, 0.0])
+def test_a_loss_comes_back_whatever_it_is(loss_sum: float | None) -> None:
+    meta, _ = decode(encode(msgspec.structs.replace(META, loss_sum=loss_sum), TENSORS))
+    assert meta.loss_sum == loss_sum
+
+
+def test_a_loss_that_is_nan_is_not_lost() -> None:
+    meta, _ = decode(encode(msgspec.structs.replace(META, loss_sum=math.nan), TENSORS))
+    assert meta.loss_sum is not None
+    assert math.isnan(meta.loss_sum)
+
+
+@given(st.integers(0, 8 * len(DATA) - 1))
+def test_a_flipped_bit_anywhere_is_noticed(bit: int) -> None:
+    altered = bytearray(DATA)
+    altered[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(SpillCorrupt):
+        decode(altered)
+
+
+def test_every_bit_of_the_header_counts() -> None:
+    for bit in range(8 * (8 + int.from_bytes(DATA[:8], "little"))):
+        altered = bytearray(DATA)
+        altered[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(SpillCorrupt):
+            decode(altered)
+
+
+@given(st.integers(0, len(DATA) - 1))
+def test_a_truncated_one_is_noticed(size: int) -> None:
+    with pytest.raises(SpillCorrupt):
+        decode(DATA[:size])
+
+
+@given(st.binary(min_size=1, max_size=50))
+def test_one_with_something_behind_it_is_noticed(tail: bytes) -> None:
+    with pytest.raises(SpillCorrupt):
+        decode(DATA + tail)
+
+
+@given(st.binary(max_size=300))
+def test_random_bytes_are_no_spill(data: bytes) -> None:
+    with pytest.raises(SpillCorrupt):
+        decode(data)
+
+
+def safetensors(header: object) -> bytes:
+    packed = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(packed).to_bytes(8, "little") + packed
+
+
+NOT_SPILLS = {
+    "foreign": save({"a": torch.ones(2)}),
+    "other metadata": save({"a": torch.ones(2)}, metadata={"format": "pt"}),
+    "empty metadata": save({"a": torch.ones(2)}, metadata={"zsfl": "{}", "crc32": "00000000"}),
+    "number": safetensors(12),
+    "text": safetensors("text"),
+    "list": safetensors([]),
+    "null": safetensors(None),
+    "text as metadata": safetensors({"__metadata__": "text"}),
+    "numbers as metadata": safetensors({"__metadata__": {"zsfl": 1, "crc32": 2}}),
+    "deep": safetensors(b"[" * 5000),
+    "not text": safetensors(b"\xff\xfe"),
+    "size": (1 << 63).to_bytes(8, "little"),
+    "huge": (MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b" " * (MAX_HEADER_BYTES + 1),
+}
+
+
+@pytest.mark.parametrize("data", NOT_SPILLS.values(), ids=NOT_SPILLS.keys())
+def test_what_is_no_spill_is_said_so(data: bytes) -> None:
+    with pytest.raises(SpillCorrupt, match="not a whole spill"):
+        decode(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"cid": Cid("../../x")}, {"version": Version(13)}, {"n": -1.0}, {"n": math.nan}, {"samples": -1}],
+    ids=str,
+)
+def test_metadata_that_makes_no_sense_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(SpillCorrupt):
+        decode(encode(msgspec.structs.replace(META, **change), TENSORS))

@@ -1,0 +1,82 @@
+"""The command line: what there is, that it teaches, and that asking for help costs nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import zsfl
+from zsfl.cli import main, parser
+
+COMMON = {
+    "--clients", "--cluster", "--host", "--join-s", "--mdns", "--name", "--no-mdns", "--patience-s", "--peer", "--port",
+    "--request-s", "--run", "--runs", "--threads",
+}  # fmt: skip
+CLUSTER = {
+    "--client-processes", "--clients", "--cluster", "--codec", "--device", "--host", "--in-process", "--mdns",
+    "--no-mdns", "--no-resume", "--patience-s", "--resume", "--rounds", "--run", "--runs", "--slots", "--split-servers",
+    "--threads",
+}  # fmt: skip
+FLAGS = {
+    "": {"--version"},
+    "demo": {*CLUSTER, "--print-job"},
+    "up": {*CLUSTER, "JOB"},
+    "node": set[str](),
+    "node client": {*COMMON, "JOB", "--codec", "--device", "--shard", "--shards"},
+    "node split-server": {*COMMON, "JOB", "--codec", "--device", "--slots"},
+    "node aggregator": {*COMMON, "JOB", "--hold", "--no-hold", "--no-resume", "--resume", "--rounds"},
+}
+"""Every flag of every command. A change here is a change that people notice."""
+
+
+def _flags(command: argparse.ArgumentParser, name: str = "") -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {name: set()}
+    for action in command._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, inner in action.choices.items():
+                found |= _flags(inner, f"{name} {word}".strip())
+        else:
+            found[name] |= set(action.option_strings or (str(action.metavar),))
+    found[name] -= {"-h", "--help"}
+    return found
+
+
+def test_the_command_line_stays_as_it_is() -> None:
+    assert _flags(parser()) == FLAGS
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_help_teaches_by_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([*command.split(), "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert "examples" in text
+    assert text.count(f"  zsfl {command}".rstrip()) >= 2
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["up", "--help"], ["node", "client", "--help"]])
+def test_help_loads_nothing_heavy(args: list[str]) -> None:
+    program = (
+        "import contextlib, json, os, sys; from zsfl.cli import main\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(open(os.devnull, 'w')): main(sys.argv[1:])\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *args], check=True, capture_output=True, text=True)
+    assert not {"asyncio", "numpy", "rich", "torch", "zeroconf", "zmq"} & set(json.loads(done.stdout))
+
+
+def test_the_demo_prints_its_own_job(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--print-job"]) == 0
+    assert capsys.readouterr().out == Path(zsfl.__file__).with_name("demo.py").read_text()
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert zsfl.__version__ in capsys.readouterr().out
