@@ -24,7 +24,16 @@ from zsfl.discovery.events import (
 )
 from zsfl.discovery.mdns import Mdns
 from zsfl.discovery.table import PeerTable, PresenceTiming, wants_of
-from zsfl.errors import ConfigError, Rejected, RemoteProtocolError, Unavailable, ZsflError
+from zsfl.errors import (
+    Busy,
+    ConfigError,
+    DeadlineExceeded,
+    NoPeer,
+    Rejected,
+    RemoteProtocolError,
+    Unavailable,
+    ZsflError,
+)
 from zsfl.ids import PROTOCOL, Address, NodeCard, NodeId, Role
 from zsfl.settings import NodeSettings
 from zsfl.wire.connection import Connection
@@ -117,7 +126,7 @@ class Peers:
         """What to check when nobody comes."""
         advice = [f"{address} was refused: {reason}" for address, reason in self.table.refusals().items()]
         if self._mdns is not None:
-            advice += [f"mDNS sees {text}" for text in self._mdns.others.values()]
+            advice += self._mdns.others.values()
         advice.append("is every node started with the same job file, and on the same network?")
         if self._settings.mdns:
             advice.append("Wi-Fi, VPNs and containers often block multicast: try --peer HOST:PORT of any one node")
@@ -213,28 +222,29 @@ class Peers:
         connection = self._user.connect(somebody, somebody.control_port)
         try:
             welcome = (await connection.request(hello, deadline_s=HELLO_S)).expect(Welcome)
-        except Unavailable:
+        except (Busy, DeadlineExceeded, NoPeer):
             self._on(DialFailed(address=address))
         except ZsflError as error:
-            self._refused(address, str(error))
+            self._refused(address, str(error), final=not isinstance(error, Unavailable))
         else:
             self._welcomed(welcome.card, address, welcome.codecs, "me")
             self._exchange(welcome.peers)
         finally:
             connection.close()
 
-    def _refused(self, address: Address, reason: str) -> None:
-        if address in self._settings.peers:
+    def _refused(self, address: Address, reason: str, *, final: bool) -> None:
+        if final and address in self._settings.peers:
             raise ConfigError(f"{reason}. Start both with the same job file, or correct --peer {address}")
-        self._user.note(f"{address} refused: {reason}", "warning")
-        self._on(Refused(address=address, reason=reason, final=True))
+        if self.table.refusals().get(address) != reason:
+            self._user.note(f"{address} refused: {reason}", "warning")
+        self._on(Refused(address=address, reason=reason, final=final))
 
     def _welcomed(self, card: NodeCard, address: Address, codecs: tuple[str, ...], by: Literal["me", "them"]) -> None:
         self._said_codecs[card.id] = codecs
         self._on(Welcomed(card=card, address=address, by=by))
 
     def answer(self, hello: Hello) -> Welcome:
-        """Answer somebody's HELLO; Rejected with the reason when we are not of one job."""
+        """Answer somebody's HELLO; Rejected when we are not of one job, Unavailable when a later try may do."""
         if objection := self._objection(hello):
             self._user.note(f"{hello.card.address} was turned away: {objection}", "warning")
             raise Rejected(objection)
@@ -242,7 +252,7 @@ class Peers:
         self._welcomed(hello.card, hello.card.address, hello.codecs, "them")
         if hello.card.id != self._card.id and self.table.get(hello.card.id) is None:
             why = self.table.refusals().get(hello.card.address, "it has no room for another peer")
-            raise Rejected(f"{self._card.name} does not take {hello.card.name} as a peer: {why}")
+            raise Unavailable(f"{self._card.name} does not take {hello.card.name} as a peer: {why}")
         return Welcome(card=self._card, codecs=self._codecs, peers=hints)
 
     def _objection(self, hello: Hello) -> str:

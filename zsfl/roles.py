@@ -9,8 +9,8 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ from zsfl.aggregator.role import AggregatorRole
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.client.role import ClientRole
 from zsfl.compute import compute, use_threads
-from zsfl.errors import ConfigError, ZsflError
+from zsfl.dashboard.progress import plain_line
+from zsfl.errors import ConfigError, StorageError, ZsflError
 from zsfl.ids import Role
 from zsfl.learning.job import Job, load_job
 from zsfl.learning.model import SplitModel
+from zsfl.locks import LOCK, lock_folder
 from zsfl.node import Node, failed
-from zsfl.reports import AnyReport, to_line
+from zsfl.reports import AnyReport, Failed, Ready, to_line
 from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings, parse_shards
 from zsfl.split_server.role import SplitServerRole
 from zsfl.tensors.codec import SUPPORTED
@@ -72,13 +74,27 @@ async def run_role(
         stopping=stop,
     )
     spills = settings.runs / "spills" / (settings.cluster or settings.run or job.name) / name
-    try:
+    with _own_folder(spills):
         await _play(role, node, job, model, spills)
+
+
+@contextmanager
+def _own_folder(spills: Path) -> Iterator[None]:
+    """Nobody else spills into this folder meanwhile; afterwards it is gone, unless spills are left that still count."""
+    try:
+        spills.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(spills, f"does {spills.name} run here already? Give this node another --name")
+    except OSError as error:
+        raise StorageError(f"cannot write in {spills}: {error.strerror}; choose another folder with --runs") from error
+    try:
+        yield
     finally:
-        # Left are only spills that no version has counted yet.
-        for folder in (spills, spills.parent):
-            with suppress(OSError):
-                folder.rmdir()
+        with suppress(OSError):
+            if [path.name for path in spills.iterdir()] == [LOCK]:
+                (spills / LOCK).unlink()
+                spills.rmdir()
+                spills.parent.rmdir()
+        os.close(lock)
 
 
 async def _play(role: Role, node: Node, job: Job, model: SplitModel, spills: Path) -> None:
@@ -124,9 +140,14 @@ def describe(job: Job, settings: NodeSettings) -> dict[str, object]:
 
 
 def print_report(report: AnyReport) -> None:
-    """One JSON line on standard output."""
-    sys.stdout.buffer.write(to_line(report))
-    sys.stdout.buffer.flush()
+    """One line on standard output: JSON for a program that reads it, words for a person at a terminal."""
+    if not sys.stdout.isatty():
+        sys.stdout.buffer.write(to_line(report))
+        sys.stdout.buffer.flush()
+    elif isinstance(report, Ready):
+        print(f"{report.node} is ready at {report.address}", flush=True)
+    elif (line := plain_line(report)) is not None and not isinstance(report, Failed):
+        print(line, flush=True)
 
 
 def main(role: str, job: Job, argv: Sequence[str] | None = None) -> int:

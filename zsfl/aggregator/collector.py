@@ -95,8 +95,8 @@ class Collector:
         answer = await self._try(card, holder, FetchSpills(wanted=tuple(keys)))
         if answer is not None:
             spills, parts = answer
-            for data in parts[: len(spills.found)]:
-                await self._take(card, data)
+            for key, data in zip(spills.found, parts, strict=False):
+                await self._take(card, key, data)
         self.gathering.not_delivered(card.id, keys)
 
     async def _try(
@@ -111,9 +111,11 @@ class Collector:
             self._node.note(f"{card.name} does not hand over its spills: {error}", "warning")
             return None
 
-    async def _take(self, card: NodeCard, data: Buffer) -> None:
+    async def _take(self, card: NodeCard, key: Key, data: Buffer) -> None:
         try:
             meta, tensors = await compute(decode, data)
+            if (meta.cid, meta.part) != key:
+                raise SpillCorrupt(f"it is {meta.part} of {meta.cid} where {key[1]} of {key[0]} was asked for")
         except SpillCorrupt as error:
             self._node.counters.add("spills_corrupt")
             self._node.note(f"{card.name} handed over a corrupt spill: {error}", "warning")

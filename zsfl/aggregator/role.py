@@ -135,7 +135,7 @@ class AggregatorRole:
         self._collector.lost(card)
         self._roster.value.lost(card.id)
         self._roster.touch()
-        if card.role is not Role.OBSERVER:
+        if card.role is not Role.OBSERVER and self._state.phase not in ("finished", "failed"):
             self._node.note(f"{card.name} is gone: {reason}", "warning")
 
     def heard(self, broadcast: Broadcast) -> None:

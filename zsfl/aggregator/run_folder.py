@@ -12,7 +12,6 @@ runs/NAME/
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -28,12 +27,12 @@ import torch
 from torch import Tensor
 
 from zsfl.errors import ConfigError, StorageError
+from zsfl.locks import LOCK, lock_folder
 from zsfl.reports import RoundReport, WindowReport, from_line, to_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LOCK = ".lock"
 _METRICS = "metrics.jsonl"
 _LEDGER = "ledger.jsonl"
 _TRAIN, _TEST = "#7f7f7f", "#1f6fb4"
@@ -61,7 +60,7 @@ class RunFolder:
             runs.mkdir(parents=True, exist_ok=True)
             if not resume:
                 path = _new_folder(runs, name)
-            lock = _lock(path)
+            lock = lock_folder(path, "stop it first, or give this run another name with --run")
             for file in (_METRICS, _LEDGER):
                 _drop_torn_line(path / file)
         return cls(path, lock)
@@ -209,25 +208,11 @@ def _new_folder(runs: Path, name: str) -> Path:
         path = runs / (name if number == 1 else f"{name}-{number}")
         path.mkdir(exist_ok=True)
         try:
-            (path / _LOCK).touch(exist_ok=False)
+            (path / LOCK).touch(exist_ok=False)
         except FileExistsError:
             number += 1
         else:
             return path
-
-
-def _lock(folder: Path) -> int:
-    """The descriptor that holds the lock; the kernel lets go of it when the process ends, however it ends."""
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ConfigError(
-            f"another process is writing the run {folder} (it holds {folder / _LOCK}); "
-            "stop it first, or give this run another name with --run"
-        ) from None
-    return descriptor
 
 
 def _append_line(path: Path, line: bytes) -> None:

@@ -195,7 +195,8 @@ def plain_line(report: AnyReport) -> str | None:
             return (
                 f"round {report.round}/{report.rounds}: train loss {report.train_loss:.4f}, "
                 f"test loss {_number(report.loss)}, test accuracy {_percent(report.accuracy)}, "
-                f"{report.steps_per_s:,.0f} steps/s, {report.bytes_sent / 1e6:,.1f} MB sent"
+                f"{report.steps_per_s:,.0f} steps/s, {report.bytes_sent / 1e6:,.1f} MB sent, served by "
+                + ", ".join(f"{server} {share:.0%}" for server, share, _ in server_shares(report.serving))
             )
         case Note():
             return f"{report.node}: {report.message}" if report.node else report.message

@@ -153,7 +153,7 @@ class Mdns:
             return
         if (mismatch := self._mismatch(seen)) is not None:
             if seen.address in self.others or len(self.others) < MAX_OTHERS:
-                self.others[seen.address] = f"mDNS sees a {seen.role} {mismatch} at {seen.address}"
+                self.others[seen.address] = f"mDNS sees one {seen.role} {mismatch} at {seen.address}"
             else:
                 self.ignored += 1
             return

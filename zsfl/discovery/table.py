@@ -217,7 +217,7 @@ class PeerTable:
             self._settle(known, reached)
             return []
         replaced = self._replaced_by(card, reached)
-        if (objection := self._objection(card, room=bool(replaced))) is not None:
+        if (objection := self._objection(card, replaced)) is not None:
             self._refuse(event.address, *objection, now_s)
             return []
         reason = f"restarted as node {card.id} at {card.address}"
@@ -230,16 +230,22 @@ class PeerTable:
         return [
             node_id
             for node_id, peer in self._peers.items()
-            if node_id == card.id or peer.card.name == card.name or not peer.addresses.isdisjoint(reached)
+            if node_id == card.id or not peer.addresses.isdisjoint(reached)
         ]
 
-    def _objection(self, card: NodeCard, *, room: bool) -> tuple[str, bool] | None:
+    def _objection(self, card: NodeCard, replaced: list[NodeId]) -> tuple[str, bool] | None:
         """Why a node that agrees is no peer all the same, and whether that is final."""
         if card.id == self._me.id:
             return "that is this node itself: give the address of another node", True
         if card.address == self._me.address:
             return f"{card.name} claims this node's own address: start it with another --host or port", True
-        if not room and len(self._peers) >= MAX_PEERS:
+        for node_id, peer in self._peers.items():
+            # A restarted node comes in once its predecessor is lost; taking it at once would let two live ones
+            # of one name push each other out for ever.
+            if peer.card.name == card.name and node_id not in replaced:
+                where = f"there is a node {card.name} at {peer.card.address} already"
+                return f"{where}: give this one another --name, or wait until that one is gone", False
+        if not replaced and len(self._peers) >= MAX_PEERS:
             return f"this node has {MAX_PEERS} peers already (MAX_PEERS)", False
         return None
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from zsfl.compute import compute
-from zsfl.errors import BadShape, RemoteProtocolError
+from zsfl.errors import BadShape, Rejected, RemoteProtocolError, Unavailable
 from zsfl.ids import NodeCard
 from zsfl.latest import Latest
 from zsfl.learning.job import Job
@@ -176,7 +176,12 @@ class SplitServerRole:
 
         def timed() -> tuple[_Result, float]:
             start = time.perf_counter()
-            return work(), time.perf_counter() - start
+            try:
+                return work(), time.perf_counter() - start
+            except torch.OutOfMemoryError as error:
+                raise Unavailable(f"{self._node.name} is out of memory: {error}") from error
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                raise Rejected(f"the body fails on this batch: {type(error).__name__}: {error}") from error
 
         result, seconds = await compute(timed)
         self._admission.measured(seconds)

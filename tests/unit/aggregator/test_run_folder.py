@@ -67,7 +67,7 @@ def test_resume_without_a_folder_lists_the_runs_there_are(tmp_path: Path) -> Non
 
 def test_one_folder_has_one_writer(tmp_path: Path) -> None:
     first = RunFolder.create(tmp_path, "digits", resume=False)
-    with pytest.raises(ConfigError, match=r"another process is writing .*\.lock"):
+    with pytest.raises(ConfigError, match=r"another process uses .*\.lock"):
         RunFolder.create(tmp_path, "digits", resume=True)
     first.close()
     RunFolder.create(tmp_path, "digits", resume=True).close()

@@ -136,7 +136,8 @@ def test_plain_lines() -> None:
     assert plain_line(Note(node="x", message="hello")) == "x: hello"
     assert plain_line(Failed(node="x", kind="RunFailed", message="no")) == "x failed: no (RunFailed)"
     assert plain_line(whole_round(2)) == (
-        "round 2/4: train loss 0.5000, test loss 0.6000, test accuracy 96.25%, 1,234 steps/s, 12.3 MB sent"
+        "round 2/4: train loss 0.5000, test loss 0.6000, test accuracy 96.25%, 1,234 steps/s, 12.3 MB sent, "
+        "served by server-0 75%, server-1 25%"
     )
     assert "test loss -, test accuracy -" in (plain_line(whole_round(2, accuracy=None)) or "")
 

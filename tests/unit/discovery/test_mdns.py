@@ -75,11 +75,11 @@ async def test_running_node_is_seen_quickly() -> None:
 @pytest.mark.parametrize(
     ("job", "protocol", "text"),
     [
-        ("another", 1, "mDNS sees a split-server of another job at 127.0.0.1:4022"),
+        ("another", 1, "mDNS sees one split-server of another job at 127.0.0.1:4022"),
         (
             JOB,
             7,
-            "mDNS sees a split-server of protocol version 7 (this node speaks 1) at 127.0.0.1:4022",
+            "mDNS sees one split-server of protocol version 7 (this node speaks 1) at 127.0.0.1:4022",
         ),
     ],
 )
