@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from zsfl.errors import ConfigError, ZsflError
 from zsfl.ids import Role
-from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings
+from zsfl.settings import NODE_FLAGS, add_flags
 
 EXAMPLES = """\
 examples:
@@ -155,26 +154,21 @@ def _run_cluster(job: Path, args: argparse.Namespace) -> int:
     flags = vars(args)
     import asyncio
 
-    settings = load_settings(flags, os.environ)  # what is wrong is said before anything starts
-    asyncio.run(_train(job, flags, settings))
+    asyncio.run(_train(job, flags))
     return 0
 
 
-async def _train(job: Path, flags: dict[str, Any], settings: NodeSettings) -> None:
+async def _train(job: Path, flags: dict[str, Any]) -> None:
     from zsfl.cluster.local import LocalCluster
     from zsfl.dashboard.progress import ProgressPrinter
 
-    # Only what was given here: each node reads the file and the environment by itself.
-    given = {name: getattr(settings, name) for name in UP_FLAGS if flags.get(name) is not None}
-    mdns = given.pop("mdns", None)
+    given = {name: flags[name] for name in ("clients", "mdns", *UP_FLAGS) if flags.get(name) is not None}
     with ProgressPrinter() as printer:
         cluster = LocalCluster(
             job,
-            clients=flags["clients"],
             split_servers=flags["split_servers"],
             client_processes=flags["client_processes"],
             in_process=flags["in_process"],
-            mdns=mdns,
             on_report=printer.on,
             **given,
         )

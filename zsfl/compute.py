@@ -23,7 +23,16 @@ async def compute(function: Callable[_Args, _Result], *args: _Args.args, **kwarg
 
     Cancelling the caller does not stop a function that has begun.
     """
-    return await asyncio.get_running_loop().run_in_executor(_thread, lambda: function(*args, **kwargs))
+
+    def call() -> _Result:
+        try:
+            return function(*args, **kwargs)
+        except StopIteration as error:  # which no future can carry: the caller would wait for ever
+            raise RuntimeError(
+                f"StopIteration {error} came out of {getattr(function, '__qualname__', function)}"
+            ) from error
+
+    return await asyncio.get_running_loop().run_in_executor(_thread, call)
 
 
 def use_threads(count: int) -> None:

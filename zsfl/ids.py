@@ -15,7 +15,10 @@ NodeId = NewType("NodeId", str)
 Cid = NewType("Cid", str)
 """Identity of one step of one client, chosen by the client, the same however often the step is retried."""
 RunId = NewType("RunId", str)
-"""Identity of one run, six hex digits: chosen by the aggregator that starts it, kept when the run is resumed."""
+"""Identity of one start of one run, six hex digits, chosen by its aggregator.
+
+A resumed run has a new one: steps that are made again are other steps, so that nothing left of before counts.
+"""
 Version = NewType("Version", int)
 """Names one set of weights; v+1 is v plus one window."""
 Address = NewType("Address", str)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from zsfl.compute import compute
 from zsfl.errors import NoPeer, RemoteProtocolError, RunFailed
-from zsfl.ids import Cid, NodeCard, Role
+from zsfl.ids import Cid, NodeCard, Role, RunId, parse_cid
 from zsfl.latest import Latest
 from zsfl.node import Node
 from zsfl.spill.store import SpillStore
 from zsfl.weights.follower import WeightsFollower
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import (
-    MAX_OFFERS,
     Announcement,
     Beat,
     Broadcast,
@@ -50,7 +49,10 @@ class Member(Generic[_Loaded]):
         self.spills = SpillStore(spills)
         self.followed = 0
         """How often this node began to follow an aggregator: what an earlier one asked for is asked anew."""
-        self._releasing: set[asyncio.Task[None]] = set()
+        self._run: RunId | None = None
+        """The run whose spills count."""
+        self._former: set[RunId] = set()
+        self._deleting: set[asyncio.Task[None]] = set()
 
     def joined(self, card: NodeCard) -> None:
         """Follow the first aggregator there is."""
@@ -67,7 +69,8 @@ class Member(Generic[_Loaded]):
         """Follow another aggregator, if there is one, when this was ours."""
         if self.aggregator.value is None or card.id != self.aggregator.value.id:
             return
-        self._node.note(f"{card.name} is gone: {reason}", "warning")
+        if self.state.value is None or self.state.value.phase not in ("finished", "failed"):
+            self._node.note(f"{card.name} is gone: {reason}", "warning")
         self.weights.unfollow()
         self.state.set(None)
         self.aggregator.set(None)
@@ -81,12 +84,30 @@ class Member(Generic[_Loaded]):
         match broadcast:
             case Beat() if ours and broadcast.card.id == ours.id and broadcast.state is not None:
                 if broadcast.state != self.state.value:
-                    self.state.set(broadcast.state)
+                    self._take(broadcast.state)
             case Announcement() if ours and broadcast.node == ours.id:
-                self.state.set(broadcast.state)
+                self._take(broadcast.state)
                 self._release((*broadcast.counted, *broadcast.dropped))
             case _:
                 pass
+
+    def _take(self, state: RunState) -> None:
+        """Take part in this run; once it has begun, nothing that was made for another one counts any more.
+
+        Before, it may still turn out to be a second aggregator's.
+        """
+        self.state.set(state)
+        if state.phase == "waiting" or state.run == self._run:
+            return
+        if self._run is not None:
+            self._former.add(self._run)
+        self._former.discard(state.run)
+        self._run = state.run
+        self._delete(self._keep_only(state.run))
+
+    async def _keep_only(self, run: RunId) -> None:
+        if deleted := await compute(self.spills.keep_only, run):
+            self._node.note(f"deleted {deleted} spills of another run or an earlier start: their steps are made again")
 
     async def until_aggregator(self, *, other_than: NodeCard | None) -> NodeCard:
         """The aggregator that this node follows, once it is not `other_than`; NoPeer when none comes in time."""
@@ -106,13 +127,16 @@ class Member(Generic[_Loaded]):
 
     def offer(self, spilled: SpillOffer) -> None:
         """Tell the aggregator of a spill; heartbeats repeat it until it is released."""
+        if parse_cid(spilled.cid)[0] in self._former:  # its step was under way when the run was taken over
+            self._release((spilled.cid,))
+            return
         offers = Offers(node=self._node.card.id, offers=(spilled,), counters=self._node.counters.snapshot())
         self._node.publish(offers)
 
     def pending(self) -> tuple[SpillOffer, ...]:
-        """The oldest spills held, for a heartbeat."""
+        """The spills held, oldest first, for heartbeats."""
         state = self.state.value
-        return () if state is None else tuple(self.spills.offers(state.run)[:MAX_OFFERS])
+        return () if state is None else tuple(self.spills.offers(state.run))
 
     async def answer(self, request: Request) -> tuple[Reply, Sequence[Buffer]]:
         """Answer what an aggregator asks of a holder of spills."""
@@ -129,19 +153,22 @@ class Member(Generic[_Loaded]):
 
     def _release(self, cids: Sequence[Cid]) -> None:
         if cids and any(self.spills.holds(cid) for cid in cids):
-            task = asyncio.create_task(compute(self.spills.release, cids), name="release spills")
-            self._releasing.add(task)
-            task.add_done_callback(self._released)
+            self._delete(compute(self.spills.release, cids))
 
-    def _released(self, task: asyncio.Task[None]) -> None:
-        self._releasing.discard(task)
+    def _delete(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="delete spills")
+        self._deleting.add(task)
+        task.add_done_callback(self._deleted)
+
+    def _deleted(self, task: asyncio.Task[None]) -> None:
+        self._deleting.discard(task)
         if not task.cancelled() and (error := task.exception()):
             self._node.note(f"spills that are settled could not be deleted: {error}", "warning")
 
     async def close(self) -> None:
-        """Returns when everything that was to be released is."""
-        if self._releasing:
-            await asyncio.wait(self._releasing)
+        """Returns when everything that was to be deleted is."""
+        if self._deleting:
+            await asyncio.wait(self._deleting)
 
     def check(self, state: RunState) -> bool:
         """Whether the run is over; RunFailed when it failed."""

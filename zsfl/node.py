@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import secrets
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import msgspec
 import zmq.asyncio
@@ -24,6 +26,9 @@ from zsfl.waits import LOOK_S, Waits
 from zsfl.wire.connection import Connection
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import (
+    MAX_OFFERS,
+    MAX_SETTLED,
+    Announcement,
     Beat,
     Broadcast,
     Goodbye,
@@ -113,11 +118,12 @@ class Node:
         self.report = report
         self.peer_codecs: dict[NodeId, tuple[str, ...]] = {}
         self._context = context
-        self._facts = facts
+        self.facts = facts
         self._codecs = codecs
         self._stopping = stopping or asyncio.Event()
         self._waits = Waits()
         self._links: dict[NodeId, Connection] = {}
+        self._connections: WeakSet[Connection] = WeakSet()
         self._started: set[asyncio.Task[None]] = set()
         self._leaving = False
         self._tasks: asyncio.TaskGroup
@@ -141,8 +147,8 @@ class Node:
         return Server(self._context, self.settings.host, port, handler, limits=self.limits, counters=self.counters)
 
     def connect(self, card: NodeCard, port: int) -> Connection:
-        """A new connection to one of a node's ports; the caller closes it."""
-        return Connection(
+        """A new connection to one of a node's ports; open until the caller, or at the end the node, closes it."""
+        connection = Connection(
             self._context,
             card.endpoint(port),
             peer=card.name,
@@ -150,10 +156,18 @@ class Node:
             limits=self.limits,
             counters=self.counters,
         )
+        self._connections.add(connection)
+        return connection
 
     def publisher(self) -> Publisher:
         """A new socket to broadcast on; the caller closes it."""
-        return Publisher(self._context, self.settings.host, limits=self.limits, counters=self.counters)
+        return Publisher(
+            self._context,
+            self.settings.host,
+            limits=self.limits,
+            counters=self.counters,
+            note=lambda message: self.note(message, "warning"),
+        )
 
     def listen(self, card: NodeCard, port: int, topics: Sequence[bytes], heard: Heard) -> Subscriber:
         """A new subscription to one of a peer's publishers; the caller runs it."""
@@ -168,7 +182,11 @@ class Node:
 
     def publish(self, broadcast: Broadcast) -> None:
         """Say something to every peer, or, if it is offers, to every aggregator."""
-        self._publisher.publish(OFFERS_TOPIC if isinstance(broadcast, Offers) else TOPIC, broadcast)
+        if isinstance(broadcast, Announcement):
+            for one in in_pieces(broadcast):
+                self._publisher.publish(TOPIC, one)
+        else:
+            self._publisher.publish(OFFERS_TOPIC if isinstance(broadcast, Offers) else TOPIC, broadcast)
 
     # --- what roles use ---------------------------------------------------------------------------------
 
@@ -203,7 +221,7 @@ class Node:
         """Live until the role ends, the node is asked to leave (it drains first), or something fails."""
         self._role = role
         self.card = msgspec.structs.replace(self.card, data_port=data_port, weights_port=weights_port)
-        self._peers = Peers(self, self.card, self.settings, self._facts, self._codecs, self.start)
+        self._peers = Peers(self, self.card, self.settings, self.facts, self._codecs, self.start)
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 self.start(self._control.run(), "control")
@@ -232,19 +250,19 @@ class Node:
     def _leave(self) -> None:
         with suppress(ZsflError):
             self.publish(Goodbye(node=self.card.id, reason="it said goodbye"))
-        for connection in self._links.values():
+        for connection in list(self._connections):
             connection.close()
         self._publisher.close(GOODBYE_LINGER_S)
 
     async def _beat(self) -> None:
-        while True:
+        for turn in itertools.count():
             extras = self._role.beat()
             beat = Beat(
                 card=self.card,
                 peers=self._peers.hints(),
                 counters=self.counters.snapshot(),
                 load=extras.load,
-                offers=extras.offers,
+                offers=in_turn(extras.offers, turn),
                 state=extras.state,
             )
             self.publish(beat)
@@ -286,6 +304,21 @@ class Node:
         return await self._role.control(request), ()
 
 
+def in_turn(offers: tuple[SpillOffer, ...], turn: int) -> tuple[SpillOffer, ...]:
+    """As many offers as a heartbeat holds: the oldest first, the next ones in the next turn, and all over again."""
+    turns = max(1, -(-len(offers) // MAX_OFFERS))
+    first = turn % turns * MAX_OFFERS
+    return offers[first : first + MAX_OFFERS]
+
+
+def in_pieces(announcement: Announcement) -> Iterator[Announcement]:
+    """The announcement as it is, or several of the same state where its cids are too many for one."""
+    counted, dropped = announcement.counted, announcement.dropped
+    for first in range(0, max(len(counted), len(dropped), 1), MAX_SETTLED):
+        piece = slice(first, first + MAX_SETTLED)
+        yield msgspec.structs.replace(announcement, counted=counted[piece], dropped=dropped[piece])
+
+
 def root_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The error in a group that says most: one of zsfl's before any other."""
     leaves = list(_leaves(group))
@@ -303,4 +336,5 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]
 
 def failed(name: str, error: BaseException) -> Failed:
     """The report of a node that ends with an error."""
-    return Failed(node=name, kind=type(error).__name__, message=str(error) or type(error).__name__)
+    said = str(error) if isinstance(error, ZsflError) else f"{type(error).__name__}: {error}; its log has the traceback"
+    return Failed(node=name, kind=type(error).__name__, message=said)

@@ -118,15 +118,17 @@ class Peers:
         return sorted(self.table.by_role(role), key=lambda card: card.name)
 
     def hints(self) -> tuple[PeerHint, ...]:
-        """Live peers, for peer exchange."""
-        peers = self.table.peers()[:MAX_PEERS_EXCHANGED]
-        return tuple(PeerHint(id=card.id, role=card.role, address=card.address) for card in peers)
+        """Live peers, for peer exchange: those that serve first."""
+        cards = self.table.to_tell(MAX_PEERS_EXCHANGED)
+        return tuple(PeerHint(id=card.id, role=card.role, address=card.address) for card in cards)
 
     def advice(self) -> tuple[str, ...]:
         """What to check when nobody comes."""
         advice = [f"{address} was refused: {reason}" for address, reason in self.table.refusals().items()]
         if self._mdns is not None:
             advice += self._mdns.others.values()
+            if self._mdns.ignored:
+                advice.append(f"{self._mdns.ignored} announcements by mDNS made no sense, or were too many at once")
         advice.append("is every node started with the same job file, and on the same network?")
         if self._settings.mdns:
             advice.append("Wi-Fi, VPNs and containers often block multicast: try --peer HOST:PORT of any one node")

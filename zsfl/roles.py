@@ -9,6 +9,7 @@ import os
 import platform
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -98,7 +99,7 @@ def _own_folder(spills: Path) -> Iterator[None]:
 
 
 async def _play(role: Role, node: Node, job: Job, model: SplitModel, spills: Path) -> None:
-    settings = node.settings
+    settings, facts = node.settings, node.facts
     match role:
         case Role.CLIENT:
             shards = parse_shards(settings.shards, job.shards) if settings.shards else ()
@@ -113,7 +114,7 @@ async def _play(role: Role, node: Node, job: Job, model: SplitModel, spills: Pat
             await node.run(server, data_port=server.data_port)
         case Role.AGGREGATOR:
             with RunFolder.create(settings.runs, settings.run or job.name, settings.resume) as folder:
-                folder.write_settings(await compute(describe, job, settings))
+                folder.write_settings(await compute(describe, job, settings, facts))
                 aggregator = AggregatorRole(node, job, model, folder)
                 await aggregator.prepare()
                 await node.run(aggregator, data_port=aggregator.data_port, weights_port=aggregator.weights_port)
@@ -128,15 +129,15 @@ def default_name(role: Role, settings: NodeSettings) -> str:
     return f"{role}-{os.uname().nodename.split('.')[0][:20]}-{os.getpid()}"
 
 
-def describe(job: Job, settings: NodeSettings) -> dict[str, object]:
+def describe(job: Job, settings: NodeSettings, facts: Mapping[str, str]) -> dict[str, object]:
     """What a run was started with, for its folder."""
-    facts: dict[str, object] = dict(job.facts(job.build()))
-    facts |= {name: getattr(job, name) for name in ("batch_size", "rounds", "shards", "seed", "shuffle")}
+    shown_job: dict[str, object] = dict(facts)
+    shown_job |= {name: getattr(job, name) for name in ("batch_size", "rounds", "shards", "seed", "shuffle")}
     shown = {
         name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(settings).items()
     }
     versions = {"zsfl": version("zsfl"), "torch": str(torch.__version__), "python": platform.python_version()}
-    return {"job": facts, "node": shown, "versions": versions}
+    return {"job": shown_job, "node": shown, "versions": versions}
 
 
 def print_report(report: AnyReport) -> None:
@@ -174,6 +175,10 @@ def run_node(role: Role, job: Job | Path, flags: Mapping[str, Any], report: Repo
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # a fault of ours, or of the job's own functions: its traceback says where
+        traceback.print_exc()
+        report(failed(name, error))
+        return 1
     return 0
 
 

@@ -29,8 +29,8 @@ class WireLimits:
     """Size of one chunk of a tensor: small enough that another message never waits long behind it."""
     max_message_bytes: int = 1 << 30
     """All parts of one message together, after reassembly."""
-    max_header_bytes: int = 1 << 16
-    """The msgpack header, checked before it is unpacked."""
+    max_header_bytes: int = 1 << 20
+    """The msgpack header, checked before it is unpacked; whatever the schemas allow fits."""
     max_parts: int = 4096
     """Frames of one message."""
     max_inflight: int = 256
@@ -38,7 +38,7 @@ class WireLimits:
     max_arriving_bytes: int = 4 << 30
     """Half-finished messages of all peers of one socket together."""
     max_outbox_bytes: int = 1 << 30
-    """Replies waiting for one peer to read them; no reply may be longer."""
+    """Replies waiting for the peers of one server to read them, all together; no reply may be longer."""
     copy_below_bytes: int = 1 << 16
     """Shorter messages are copied into ZeroMQ, cheaper than lending it the buffer (its own threshold)."""
     default_deadline_s: float = 30.0

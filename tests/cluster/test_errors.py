@@ -16,6 +16,7 @@ from helpers.processes import command
 from helpers.waiting import until
 from safetensors.torch import load_file
 
+import zsfl
 from zsfl.cli import main
 from zsfl.cluster.processes import ProcessSpawner
 from zsfl.cluster.spawner import NodeCommand
@@ -199,3 +200,32 @@ async def test_a_peer_that_does_not_agree(tmp_path: Path, differs: str) -> None:
     }[differs]
     assert reason in error or reason.replace("there", "here") in error, error
     assert reason in note, note
+
+
+async def test_an_error_in_the_jobs_own_loss_is_told_and_its_traceback_logged(tmp_path: Path) -> None:
+    job = tmp_path / "faulty.py"
+    text = Path(zsfl.__file__).with_name("demo.py").read_text(encoding="utf-8")
+    loss = 'def loss(output, target):\n    if output.requires_grad:\n        raise OSError("out of luck")\n'
+    body = "    return F.cross_entropy(output, target)\n\n\njob = "
+    job.write_text(text.replace("job = ", loss + body, 1).replace("loss=F.cross_entropy", "loss=loss"), "utf-8")
+
+    async def run() -> None:
+        async with zsfl.LocalCluster(job, clients=2, split_servers=1, runs=tmp_path / "runs") as cluster:
+            async for _ in cluster.train(1):
+                pass
+
+    with pytest.raises(zsfl.RunFailed, match=r"client-\d: OSError: out of luck"):
+        await run()
+    logs = [log.read_text("utf-8") for log in (tmp_path / "runs" / "logs").glob("client-*.log")]
+    assert any("in loss" in text and "out of luck" in text for text in logs)
+
+
+async def test_the_environment_means_the_same_to_all_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZSFL_CLIENTS", "3")
+    monkeypatch.setenv("ZSFL_RUNS", str(tmp_path / "elsewhere"))
+    demo = Path(zsfl.__file__).with_name("demo.py")
+    async with zsfl.LocalCluster(demo, split_servers=1, in_process=True) as cluster:
+        assert sum(name.startswith("client-") for name in cluster.nodes) == 3
+        reports = [report async for report in cluster.train(1)]
+    assert len(reports[0].serving) == 3
+    assert (tmp_path / "elsewhere" / "digits" / "metrics.jsonl").exists()

@@ -15,6 +15,7 @@ from helpers.exact import OPTIMIZERS, Case, Ran, assert_close, assert_equal, in_
 from torch import Tensor
 
 import zsfl
+from zsfl.split_server import body
 
 
 def ordinary(case: Case) -> dict[str, Tensor]:
@@ -128,10 +129,12 @@ async def test_reported_losses_are_those_of_ordinary_training(tmp_path: Path) ->
     assert report.train_loss == pytest.approx(case.loss(model(x), y).item(), abs=1e-12)
 
 
-async def test_a_server_that_forgot_a_forward_is_sent_the_input_again(tmp_path: Path) -> None:
-    """One slot, so room for four graphs and one request at a time, and twelve clients in one node."""
+async def test_a_server_that_forgot_a_forward_is_sent_the_input_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = Case(sizes=(13, 7, 20, 4) * 3, dropout=0.2)
     roomy = await in_process(case, tmp_path, slots=64, client_processes=1)
+    monkeypatch.setattr(body, "FORWARDS_PER_SLOT", 0)
     tight = await in_process(case, tmp_path, slots=1, client_processes=1)
     assert_equal(tight.weights, roomy.weights)
     assert sum(peer.get("recomputed", 0) for report in tight.reports for peer in report.peers.values()) > 0

@@ -11,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import zmq.asyncio
 from helpers.exact import Case, Ran, assert_equal, in_process, in_processes, spills_left
 from safetensors.torch import load_file
+from torch.utils.data import TensorDataset
 
 import zsfl
-from zsfl.errors import RunFailed, ZsflError
-from zsfl.ids import Role
-from zsfl.reports import AnyReport, Ready
+from zsfl.errors import ConfigError, RunFailed, ZsflError
+from zsfl.ids import Cid, Role, Version
+from zsfl.reports import AnyReport, Note, Ready
 from zsfl.roles import run_role
 from zsfl.settings import NodeSettings
+from zsfl.spill.layout import SpillMeta
+from zsfl.spill.store import SpillStore
 
 CASE = Case(optimizer="adam", dropout=0.2, norm=True, sizes=(13, 7, 20, 4), rounds=4)
 WINDOWS = 4
@@ -40,10 +44,10 @@ def assert_sound(ran: Ran, rounds: int) -> None:
         "",
         *(hashlib.sha256(line).hexdigest() for line in raw[:-1]),
     ]
-    counted = [cid for record in records for cid in record["counted"]]
-    run = counted[0].split("-")[0]
+    # Without the run's id, which every start of the run chooses anew.
+    counted = [cid.partition("-")[2] for record in records for cid in record["counted"]]
     due = [
-        f"{run}-v{round_ * WINDOWS + window:08d}-s{shard:05d}"
+        f"v{round_ * WINDOWS + window:08d}-s{shard:05d}"
         for round_ in range(rounds)
         for window in range(WINDOWS)
         for shard, size in enumerate(CASE.sizes)
@@ -116,6 +120,19 @@ async def test_other_data_cannot_resume_a_run(tmp_path: Path) -> None:
         await in_process(other, tmp_path, run="mine", resume=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 4}, "batch_size was 5 and is 4"),
+        ({"seed": 3, "shuffle": False}, "seed was 11 and is 3; shuffle was True and is False"),
+    ],
+)
+async def test_another_job_cannot_resume_a_run(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    await in_process(CASE, tmp_path, run="mine", rounds=1)
+    with pytest.raises(ConfigError, match=message):
+        await in_process(replace(CASE, **change), tmp_path, run="mine", resume=True)
+
+
 async def test_a_ledger_of_another_run_is_refused(tmp_path: Path) -> None:
     await in_process(CASE, tmp_path, run="mine", rounds=1)
     (tmp_path / "mine" / "ledger.jsonl").write_text('{"version": 1}\n')
@@ -131,6 +148,7 @@ class Nodes:
         self._context = zmq.asyncio.Context()
         self.ready: asyncio.Queue[Ready] = asyncio.Queue()
         self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.notes: list[str] = []
         self.lost_after_round: int | None = None
         """The aggregator is cancelled in the moment it reports this round."""
 
@@ -146,6 +164,8 @@ class Nodes:
         match report:
             case Ready():
                 self.ready.put_nowait(report)
+            case Note():
+                self.notes.append(report.message)
             case zsfl.RoundReport(round=self.lost_after_round):
                 self.tasks[report.node].cancel()
             case _:
@@ -179,6 +199,87 @@ async def test_a_new_aggregator_takes_a_run_over_from_its_checkpoint(tmp_path: P
     assert_equal(ran.weights, straight.weights)
     assert_sound(ran, 4)
     assert spills_left(tmp_path) == []
+
+
+async def _play(nodes: Nodes, **flags: Any) -> None:
+    """One aggregator, one server and one client for all shards, until the run ends."""
+    address = await nodes.start("aggregator", Role.AGGREGATOR, **flags)
+    await nodes.start("server", Role.SPLIT_SERVER, peers=(address,))
+    await nodes.start("clients", Role.CLIENT, shards="0-3", peers=(address,))
+    async with asyncio.timeout(20):
+        await asyncio.gather(*nodes.tasks.values())
+
+
+def _poison(runs: Path, run: str) -> None:
+    """Leave spills of the first step after round 1, as a crash does, but with other numbers in them."""
+    names = CASE.model().named_parameters()
+    grads = {name: torch.full_like(parameter, 7.0) for name, parameter in names}
+    cid = Cid(f"{run}-v{WINDOWS:08d}-s00000")
+    for part, node in (("body", "server"), ("client", "clients")):
+        tensors = {f"grad/{name}": grad for name, grad in grads.items() if name.startswith("body.") == (part == "body")}
+        meta = SpillMeta(
+            cid=cid,
+            part=part,  # pyright: ignore[reportArgumentType]
+            version=Version(WINDOWS),
+            n=5.0,
+            samples=5,
+            loss_sum=1.0 if part == "client" else None,
+            client="clients",
+            node=node,
+        )
+        SpillStore(runs / "spills" / "nodes" / node).put(meta, tensors)
+
+
+async def test_spills_of_before_are_not_counted_after_a_resume(tmp_path: Path) -> None:
+    straight = await in_process(CASE, tmp_path, run="straight")
+    nodes = Nodes(tmp_path)
+    try:
+        await _play(nodes, rounds=1)
+        _poison(tmp_path, lines(tmp_path / "nodes" / "ledger.jsonl")[0]["counted"][0].split("-")[0])
+        await _play(nodes, resume=True)
+    finally:
+        await nodes.close()
+    ran = Ran(tmp_path / "nodes", [])
+    assert_equal(ran.weights, straight.weights)
+    assert_sound(ran, 4)
+    assert spills_left(tmp_path) == []
+    assert sum(note.startswith("deleted 1 spills of another run") for note in nodes.notes) == 2
+
+
+def _no_held_out(shard: int, _: int) -> tuple[TensorDataset, TensorDataset]:
+    """Held-out samples that no weights give a finite loss for."""
+    x, y = CASE.samples(shard)
+    return TensorDataset(x[:5], y[:5]), TensorDataset(x * torch.nan, y)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"optimizer": zsfl.sgd(lr=1e308, weight_decay=1e10)}, r"made \S+ not finite.* \(version 1 is kept"),
+        ({"data": _no_held_out}, r"the held-out loss became nan after round 2.* \(version 1 is kept"),
+    ],
+    ids=["step", "held-out"],
+)
+async def test_diverging_in_the_last_window_of_a_round_spoils_nothing(
+    bad: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """One window a round, so that no later window shows what is wrong with the weights."""
+    good = replace(replace(CASE, sizes=(5, 5), norm=False, dropout=0.0).job(), optimizer=zsfl.sgd(lr=0.1))
+
+    async def train(job: zsfl.Job, rounds: int, resume: bool = True) -> None:
+        async with zsfl.LocalCluster(job, in_process=True, runs=tmp_path, run="mine", resume=resume) as cluster:
+            _ = [report async for report in cluster.train(rounds)]
+
+    await train(good, 1, resume=False)
+    kept = load_file(tmp_path / "mine" / "model.safetensors")
+    with pytest.raises(RunFailed, match=message):
+        await train(replace(good, **bad), 1)
+    assert_equal(load_file(tmp_path / "mine" / "model.safetensors"), kept)
+    await train(replace(good, optimizer=zsfl.sgd(lr=0.05)), 1)
+    weights = load_file(tmp_path / "mine" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    metrics = [line["round"] for line in lines(tmp_path / "mine" / "metrics.jsonl") if line["event"] == "round"]
+    assert metrics == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from zsfl.aggregator.gathering import Gathering, Key
 from zsfl.compute import compute
-from zsfl.errors import BadShape, RemoteProtocolError, SpillCorrupt, Unavailable, ZsflError
+from zsfl.errors import BadShape, NoPeer, RemoteProtocolError, SpillCorrupt, Unavailable, ZsflError
 from zsfl.ids import Cid, NodeCard, NodeId
 from zsfl.latest import Latest
 from zsfl.learning.averaging import Contribution
@@ -30,6 +30,8 @@ class _Holder:
         self.connection = connection
         self.fetch: dict[Key, int] = {}
         self.release: set[Cid] = set()
+        self.complained: set[Key] = set()
+        """Of the version that is gathered: it was said why they do not come."""
         self.todo = asyncio.Event()
         self.task: asyncio.Task[None]
 
@@ -89,27 +91,36 @@ class Collector:
             if holder.release:
                 cids = tuple(sorted(holder.release))[:MAX_OFFERS]
                 holder.release.clear()  # what is still held will be offered again by the next heartbeat
-                await self._try(card, holder, ReleaseSpills(cids=cids))
+                await self._release(card, holder, ReleaseSpills(cids=cids))
 
     async def _fetch(self, card: NodeCard, holder: _Holder, keys: list[Key]) -> None:
-        answer = await self._try(card, holder, FetchSpills(wanted=tuple(keys)))
-        if answer is not None:
-            spills, parts = answer
-            for key, data in zip(spills.found, parts, strict=False):
-                await self._take(card, key, data)
-        self.gathering.not_delivered(card.id, keys)
-
-    async def _try(
-        self, card: NodeCard, holder: _Holder, request: FetchSpills | ReleaseSpills
-    ) -> tuple[Spills, list[Buffer]] | None:
+        request = FetchSpills(wanted=tuple(keys))
         try:
             answer = await holder.connection.request(request, deadline_s=self._node.settings.request_s)
-            return (answer.body, answer.parts) if isinstance(answer.body, Spills) else None
-        except Unavailable:
-            return None  # presence decides whether it is gone; if not, it will offer again
+            for key, data in zip(answer.expect(Spills).found, answer.parts, strict=False):
+                await self._take(card, key, data)
+        except NoPeer:
+            pass  # presence decides whether it is gone; if not, it will offer again
         except ZsflError as error:
-            self._node.note(f"{card.name} does not hand over its spills: {error}", "warning")
-            return None
+            self._complain(card, holder, keys, error)
+        self.gathering.not_delivered(card.id, keys)
+
+    def _complain(self, card: NodeCard, holder: _Holder, keys: list[Key], error: ZsflError) -> None:
+        """Say why spills do not come: once each, since they are asked for again as often as they are offered."""
+        holder.complained = {key for key in holder.complained if self.gathering.expects(key[0])}
+        if holder.complained.issuperset(keys):
+            return
+        holder.complained.update(keys)
+        others = f" and {len(keys) - 1} others" if len(keys) > 1 else ""
+        self._node.note(f"{card.name} does not hand over {keys[0][1]} of {keys[0][0]}{others}: {error}", "warning")
+
+    async def _release(self, card: NodeCard, holder: _Holder, request: ReleaseSpills) -> None:
+        try:
+            await holder.connection.request(request, deadline_s=self._node.settings.request_s)
+        except Unavailable:
+            pass  # it will offer again what it still holds
+        except ZsflError as error:
+            self._node.note(f"{card.name} does not let go of its spills: {error}", "warning")
 
     async def _take(self, card: NodeCard, key: Key, data: Buffer) -> None:
         try:

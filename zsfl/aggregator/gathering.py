@@ -30,11 +30,6 @@ class Gathering:
         self._expected: Mapping[Cid, int] = {}
         self._asked: dict[Key, NodeId] = {}
         self._held: dict[Key, Contribution] = {}
-        self._dropped: dict[Cid, str] = {}
-        self._recording: set[Cid] = set()
-        """Dropped, and handed out for the next commit record."""
-        self._named: set[Cid] = set()
-        """Dropped, and named so by a commit record."""
 
     def begin(self, version: Version, expected: Mapping[Cid, int]) -> None:
         """Gather the steps of this version from now on; every earlier version is committed."""
@@ -42,16 +37,14 @@ class Gathering:
         for cid in expected:
             self._run = parse_cid(cid)[0]
             break
-        self._named |= self._recording
-        self._recording.clear()
         self._asked.clear()
         self._held.clear()
 
     def offered(self, node: NodeId, offers: Iterable[SpillOffer], was_counted: Callable[[Cid], bool]) -> Verdict:
         """Sort what a holder offers; `was_counted` tells of a cid of an earlier version what became of it.
 
-        A late spill that was not counted is dropped, and released once a commit record says so. Spills of other
-        runs are let be.
+        A late copy of a step that was counted is released. Steps that nobody asked for, and those of other runs,
+        are let be.
         """
         verdict = Verdict()
         for offer in offers:
@@ -60,14 +53,16 @@ class Gathering:
             if run != self._run:
                 continue
             if version < self._version:
-                if offer.cid in self._named or was_counted(offer.cid):
+                if was_counted(offer.cid):
                     verdict.release.append(offer.cid)
-                elif offer.cid not in self._recording:
-                    self._dropped[offer.cid] = "came after its version was committed without it"
             elif version == self._version and self._wants(key):
                 self._asked[key] = node
                 verdict.fetch.append(key)
         return verdict
+
+    def expects(self, cid: Cid) -> bool:
+        """Whether this step belongs to the version that is gathered."""
+        return cid in self._expected
 
     def _wants(self, key: Key) -> bool:
         return key[0] in self._expected and key not in self._held and key not in self._asked
@@ -100,9 +95,3 @@ class Gathering:
     def window(self) -> Sequence[Contribution]:
         """All that arrived, in cid order."""
         return [self._held[key] for key in sorted(self._held)]
-
-    def take_dropped(self) -> dict[Cid, str]:
-        """Cids that will never be counted, with the reason, since the last call."""
-        dropped, self._dropped = self._dropped, {}
-        self._recording |= dropped.keys()
-        return dropped

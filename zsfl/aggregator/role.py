@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 import msgspec
 from torch import Tensor
 
-from zsfl.aggregator import progress
 from zsfl.aggregator.collector import Collector
 from zsfl.aggregator.commit import Ledger, check_losses
+from zsfl.aggregator.progress import Place, Progress
 from zsfl.aggregator.roster import Roster, ranges
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.aggregator.schedule import Schedule
-from zsfl.aggregator.tally import PeerCounters, Tally
+from zsfl.aggregator.tally import PeerCounters, Tally, pooled
 from zsfl.compute import compute
 from zsfl.errors import ConfigError, NoPeer, RemoteProtocolError, RunFailed, StorageError
-from zsfl.ids import Cid, NodeCard, PartName, Role, RunId, Version, parse_cid
+from zsfl.ids import Cid, NodeCard, NodeId, PartName, Role, RunId, Version
 from zsfl.latest import Latest
 from zsfl.learning.job import Job
 from zsfl.learning.master import Master
@@ -55,9 +56,9 @@ class AggregatorRole:
     def __init__(self, node: Node, job: Job, model: SplitModel, folder: RunFolder) -> None:
         self._node = node
         self._job = job
-        self._model = model
         self._folder = folder
         self._master = Master(model, job.optimizer)
+        self._progress = Progress(folder, job, model, self._master)
         self._shelf = Shelf()
         self._roster: Latest[Roster] = Latest(Roster(job.shards))
         self._ledger = Ledger(folder)
@@ -67,19 +68,20 @@ class AggregatorRole:
         self._evaluations = 0
         self._tally: Tally
         self._schedule: Schedule
-        self._collector = Collector(node, self._was_counted, lambda meta: self._tally.served(meta))
+        self._collector = Collector(
+            node, lambda cid: self._schedule.expects(cid), lambda meta: self._tally.served(meta)
+        )
         self._state = RunState(
             run=RunId(secrets.token_hex(3)), phase="waiting", version=Version(0), round=0, rounds=0, window=0, windows=0
         )
         self._version = self._state.version
         """Of the master; peers hear of it only together with what is asked of them at it (`_enter`)."""
-        self._rounds_done = 0
         self._packed: dict[PartName, Packed] = {}
         self._newest: tuple[Version, dict[str, Tensor]]
         self._proven: tuple[Version, dict[str, Tensor]]
         """The newest version that gave finite losses and gradients (the first one is taken on trust)."""
-        self._settled: tuple[tuple[Cid, ...], tuple[Cid, ...]] = ((), ())
-        self._resumed: progress.Place | None = None
+        self._settled: tuple[Cid, ...] = ()
+        self._resumed: Place | None = None
         self._server = node.serve(self._answer)
         self._publisher = node.publisher()
         self.data_port = self._server.port
@@ -88,10 +90,9 @@ class AggregatorRole:
     async def prepare(self) -> None:
         """Restore what is to be resumed, and have the first version ready."""
         if self._node.settings.resume:
-            place = await compute(progress.restore, self._folder.checkpoint_path, self._master)
-            self._resumed, self._rounds_done = place, place.round
-            self._version = place.version
-            self._state = msgspec.structs.replace(self._state, run=place.run, version=place.version, round=place.round)
+            place = await compute(self._progress.restore)
+            self._resumed, self._version = place, place.version
+            self._state = msgspec.structs.replace(self._state, version=place.version, round=place.round)
             await compute(self._ledger.resume, place.commit)
         self._take_state(self._version)
         self._proven = self._newest
@@ -157,6 +158,9 @@ class AggregatorRole:
         self._count_own()
         return BeatExtras(state=self._state)
 
+    def _present(self, node: NodeId) -> bool:
+        return node == self._node.card.id or self._node.peer(node) is not None
+
     def _count_own(self) -> None:
         self._counters.heard(self._node.card.id, self._node.name, self._node.counters.snapshot())
 
@@ -168,10 +172,6 @@ class AggregatorRole:
             raise ConfigError(
                 f"{beat.card.name} at {beat.card.address} already aggregates job {self._job.name!r}; stop either"
             )
-
-    def _was_counted(self, cid: Cid) -> bool:
-        """Whether a step of an earlier version is in the ledger: in exact mode, whether it was expected."""
-        return cid in self._schedule.expected(parse_cid(cid)[1])
 
     async def _answer(self, request: Request, _parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
         if isinstance(request, FetchWeights):
@@ -207,6 +207,10 @@ class AggregatorRole:
             await self._train(self._rounds_left() if ordered is None else ordered)
             self._enter("idle")
 
+    @property
+    def _rounds_done(self) -> int:
+        return self._schedule.place(self._version)[0]
+
     def _rounds_left(self) -> int:
         """Rounds that are still to do of those that the settings, or else the job, ask for."""
         return max(0, (self._node.settings.rounds or self._job.rounds) - self._rounds_done)
@@ -238,8 +242,8 @@ class AggregatorRole:
         begun_s = time.monotonic()
         last: RoundReport | None = None
         total = self._rounds_done + rounds
-        for round_ in range(self._rounds_done, total):
-            last = await self._train_round(round_, total)
+        while self._rounds_done < total:
+            last = await self._train_round(self._rounds_done, total)
         await compute(self._folder.write_plot)
         finished = Finished(
             node=self._node.name,
@@ -254,64 +258,66 @@ class AggregatorRole:
 
     async def _train_round(self, round_: int, total: int) -> RoundReport:
         self._count_own()
+        windows = self._schedule.windows
         self._tally = Tally(
-            node=self._node.name,
-            round_=round_ + 1,
-            rounds=total,
-            windows=self._schedule.windows,
-            now_s=time.monotonic(),
+            node=self._node.name, round_=round_ + 1, rounds=total, windows=windows, now_s=time.monotonic()
         )
-        self._tally.baseline(self._counters.by_name())
-        for window in range(self._schedule.windows):
-            self._collector.gathering.begin(self._version, self._schedule.expected(self._version))
-            self._enter("training", round=round_, rounds=total, window=window, windows=self._schedule.windows)
-            await self._gathered()
+        self._counters.begin(self._present)
+        gathering = self._collector.gathering
+        while self._rounds_done == round_:
+            _, window = self._schedule.place(self._version)
+            gathering.begin(self._version, self._schedule.expected(self._version))
+            self._enter("training", round=round_, rounds=total, window=window, windows=windows)
+            await self._progressing(
+                lambda: f"the steps of {self._names(gathering.missing())}",
+                lambda: gathering.complete,
+                self._collector.more,
+            )
             await self._commit(self._version)
             if report := self._tally.window_report(window + 1, self._version, time.monotonic()):
                 await compute(self._folder.append_metrics, report)
                 self._node.report(report)
         trained_s = time.monotonic()
         await self._evaluate()
-        self._rounds_done = round_ + 1
         self._count_own()
         report = self._tally.round_report(
-            self._version, self._evaluated.value, self._counters.by_name(), trained_s, time.monotonic()
+            self._version, self._evaluated.value, self._counters.added(), trained_s, time.monotonic()
         )
         await compute(self._keep, report)
         self._node.report(report)
         return report
 
-    async def _gathered(self) -> None:
-        """Wait until the window is complete, for as long as it makes progress."""
-        collector = self._collector
+    async def _progressing(
+        self, what: Callable[[], str], done: Callable[[], bool], more: Callable[[], Awaitable[object]]
+    ) -> None:
+        """Wait until `done`, for as long as there is always `more` in time."""
         patience_s = self._node.settings.patience_s
-
-        def what() -> str:
-            late = [self._roster.value.name(shard) for shard in collector.gathering.missing()]
-            return f"the steps of {', '.join(late[:8])}{' and others' if len(late) > 8 else ''}"
-
         with self._node.waiting(what):
-            while not collector.gathering.complete:
+            while not done():
                 try:
                     async with asyncio.timeout(patience_s):
-                        await collector.more()
+                        await more()
                 except TimeoutError:
                     raise RunFailed(
                         f"round {self._state.round + 1} stood still for {patience_s:g} s without {what()}; in exact "
                         "mode every client is needed. Start what is missing, then go on with --resume"
                     ) from None
 
+    def _names(self, shards: Sequence[int]) -> str:
+        """Who holds these shards, for people."""
+        names = ", ".join(self._roster.value.name(shard) for shard in shards[:8])
+        return f"{names} and others" if len(shards) > 8 else names
+
     async def _commit(self, version: Version) -> None:
         """Make version + 1 of the window, record it, publish it."""
         window = self._collector.gathering.window()
         place = f"round {self._state.round + 1}, window {self._state.window + 1} of {self._state.windows}"
-        dropped = self._collector.gathering.take_dropped()
 
         def step() -> None:
             check_losses(window, f"{place} (version {version})")
             self._master.step(window)
             self._proven = self._newest
-            self._ledger.commit(version, window, dropped, self._master.digest())
+            self._ledger.commit(version, window, self._master.digest())
             self._take_state(Version(version + 1))
 
         try:
@@ -322,7 +328,7 @@ class AggregatorRole:
         self._tally.counted(window)
         self._version = Version(version + 1)
         self._publish_weights()
-        self._settled = tuple(self._schedule.expected(version)), tuple(sorted(dropped))
+        self._settled = tuple(self._schedule.expected(version))
         # From here on a late copy of one of these steps is to be released, whatever the run does next.
         self._collector.gathering.begin(self._version, {})
 
@@ -342,48 +348,41 @@ class AggregatorRole:
         tested = self._roster.value.tested()
         self._enter("evaluating")
 
-        def what() -> str:
-            late = sorted(tested - self._evaluated.value.keys())
-            return f"the held-out test of {', '.join(self._roster.value.name(shard) for shard in late[:8])}"
+        def late() -> list[int]:
+            return sorted(tested - self._evaluated.value.keys())
 
-        with self._node.waiting(what):
-            while late := len(tested - self._evaluated.value.keys()):
-                try:
-                    async with asyncio.timeout(self._node.settings.patience_s):
-                        await self._evaluated.wait_for(lambda done, late=late: len(tested - done.keys()) < late)
-                except TimeoutError:
-                    raise RunFailed(f"{what()} did not come; start what is missing, then --resume") from None
+        async def more() -> None:
+            before = len(late())
+            await self._evaluated.wait_for(lambda _: len(late()) < before)
+
+        await self._progressing(lambda: f"the held-out test of {self._names(late())}", lambda: not late(), more)
+        loss, _ = pooled(self._evaluated.value)
+        if loss is not None and not math.isfinite(loss):
+            self._newest = self._proven
+            place = f"round {self._state.round + 1} (version {self._version})"
+            raise RunFailed(
+                f"the held-out loss became {loss} after {place}: lower the learning rate, or look for bad samples"
+            )
 
     def _enter(self, phase: Phase, **place: int) -> None:
         """Say what is asked of everybody now, and what the last commit settled."""
-        counted, dropped = self._settled
-        self._settled = (), ()
+        counted, self._settled = self._settled, ()
         now = {"phase": phase, "version": self._version, "evaluation": self._evaluations, **place}
         self._state = msgspec.structs.replace(self._state, **now)
-        self._node.publish(Announcement(node=self._node.card.id, state=self._state, counted=counted, dropped=dropped))
+        self._node.publish(Announcement(node=self._node.card.id, state=self._state, counted=counted))
 
     # --- what the run leaves ----------------------------------------------------------------------------
 
     def _keep(self, report: RoundReport) -> None:
         """Metrics, model and checkpoint of a round; blocking."""
         self._folder.append_metrics(report)
-        self._keep_model()
-        place = progress.Place(
-            run=self._state.run,
-            version=self._version,
-            round=self._rounds_done,
-            samples=dict(self._schedule.samples),
-            commit=self._ledger.last,
-        )
-        progress.save(self._folder.checkpoint_path, place, self._master)
-
-    def _keep_model(self) -> None:
-        self._folder.write_model(self._model.merged_state(self._newest[1]), self._model.load_lines())
+        self._progress.keep_model(self._newest[1])
+        self._progress.save(self._version, self._rounds_done, self._schedule.samples, self._ledger.last)
 
     async def _fail(self, error: Exception) -> None:
         """Keep the last good version, and tell everybody why the run ends."""
         with suppress(StorageError):
-            await compute(self._keep_model)
+            await compute(self._progress.keep_model, self._newest[1])
             await compute(self._folder.write_plot)
         self._state = msgspec.structs.replace(self._state, reason=str(error)[:2000])
         error.args = (f"{error} (version {self._newest[0]} is kept in {self._folder.path})",)

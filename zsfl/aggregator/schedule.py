@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from zsfl.ids import Cid, RunId, Version, step_cid
+from zsfl.ids import Cid, RunId, Version, parse_cid, step_cid
 from zsfl.learning.batches import windows
 
 
@@ -35,3 +35,9 @@ class Schedule:
             for shard, count in sorted(self.samples.items())
             if window < windows(count, self.batch_size)
         }
+
+    def expects(self, cid: Cid) -> bool:
+        """Whether `cid` is one of the steps that make its version's successor."""
+        run, version, shard = parse_cid(cid)
+        _, window = self.place(version)
+        return run == self.run and window < windows(self.samples.get(shard, 0), self.batch_size)

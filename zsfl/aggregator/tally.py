@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from zsfl.ids import NodeId, Version
 from zsfl.learning.averaging import Contribution
@@ -28,11 +28,6 @@ class Tally:
         self._steps = self._samples = 0
         self._served: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._last: dict[str, str] = {}
-        self._before: dict[str, Mapping[str, float]] = {}
-
-    def baseline(self, counters: Mapping[str, Mapping[str, float]]) -> None:
-        """Counters by node as the round begins; a node that comes later counts from zero."""
-        self._before = dict(counters)
 
     def served(self, meta: SpillMeta) -> None:
         """A split server took a step of a client."""
@@ -75,13 +70,12 @@ class Tally:
         self,
         version: Version,
         evaluated: Mapping[int, Evaluated],
-        counters: Mapping[str, Mapping[str, float]],
+        peers: dict[str, dict[str, float]],
         trained_s: float,
         now_s: float,
     ) -> RoundReport:
-        """The whole round; `trained_s` is when its last version was committed."""
+        """The whole round; `peers` is what nodes added to their counters, `trained_s` when its last commit was."""
         loss, accuracy = pooled(evaluated)
-        peers = {name: difference(now, self._before.get(name, {})) for name, now in sorted(counters.items())}
         return RoundReport(
             node=self._node,
             round=self._round,
@@ -112,17 +106,27 @@ def pooled(evaluated: Mapping[int, Evaluated]) -> tuple[float | None, float | No
 
 
 class PeerCounters:
-    """The newest counters of every node, by name."""
+    """What every node added to its counters in a round."""
 
     def __init__(self) -> None:
         self._names: dict[NodeId, str] = {}
-        self._counters: dict[NodeId, Mapping[str, float]] = {}
+        self._now: dict[NodeId, Mapping[str, float]] = {}
+        self._before: dict[NodeId, Mapping[str, float]] = {}
 
     def heard(self, node: NodeId, name: str, counters: Mapping[str, float]) -> None:
         """A node told its counters."""
         self._names[node] = name
-        self._counters[node] = counters
+        self._now[node] = counters
 
-    def by_name(self) -> dict[str, Mapping[str, float]]:
-        """Counters by the node's name; of several starts of one node, the newest."""
-        return {self._names[node]: counters for node, counters in self._counters.items()}
+    def begin(self, present: Callable[[NodeId], bool]) -> None:
+        """A round begins: nodes that are gone are forgotten, one that comes later counts from zero."""
+        self._now = {node: counters for node, counters in self._now.items() if present(node)}
+        self._names = {node: self._names[node] for node in self._now}
+        self._before = dict(self._now)
+
+    def added(self) -> dict[str, dict[str, float]]:
+        """What was added in this round by each node's name: all starts of one node together."""
+        sums: dict[str, Counter[str]] = {}
+        for node, now in self._now.items():
+            sums.setdefault(self._names[node], Counter()).update(difference(now, self._before.get(node, {})))
+        return {name: dict(added) for name, added in sorted(sums.items())}

@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext, suppress
 
 import torch
 
+from zsfl.client.line import Line
 from zsfl.client.routing import ServerChooser
-from zsfl.errors import Busy, DeadlineExceeded, InputNeeded, NoPeer, SpillFull, Unavailable
+from zsfl.compute import compute
+from zsfl.errors import BadShape, Busy, DeadlineExceeded, InputNeeded, NoPeer, SpillFull, Unavailable
 from zsfl.ids import Cid, NodeCard, NodeId, Version
 from zsfl.latest import Latest
 from zsfl.node import Node
 from zsfl.tensors.codec import Codec, negotiate, unpack
+from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.connection import Answer, Connection
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Backward, Forward, Infer, Load, Output, Request, Spilled, Step
 
 Made = tuple[Request, Sequence[Buffer]]
+Make = Callable[[Codec], Awaitable[Made]]
+Packed = tuple[TensorSpec, Buffer]
+_RAW = Codec.parse("raw")
+
+
+class _Outgoing:
+    """A tensor that is packed at most once a codec, and in the compute thread where that is any work."""
+
+    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+        self._name = name
+        self._tensor = tensor
+        self._packed: dict[Codec, Packed] = {}
+
+    async def packed(self, codec: Codec) -> Packed:
+        """What to send to a peer of this codec."""
+        if codec not in self._packed:
+            if codec == _RAW and self._tensor.device.type == "cpu" and self._tensor.is_contiguous():
+                self._packed[codec] = codec.pack(self._name, self._tensor)  # a view: costs less than the way there
+            else:
+                self._packed[codec] = await compute(codec.pack, self._name, self._tensor)
+        return self._packed[codec]
 
 
 class RemoteBody:
@@ -31,25 +56,35 @@ class RemoteBody:
         self._codec = codec
         self._chooser = ServerChooser(rng)
         self._connections: dict[NodeId, tuple[Connection, Codec]] = {}
-        self._servers = Latest(0)
+        self._servers = Latest(None)
+        self._answers = Latest(None)
+        """Touched at every answer, and whatever else may make room at a server."""
+        self._line = Line()
 
     def joined(self, card: NodeCard) -> None:
         """A split server is there."""
         codec = negotiate(self._codec, self._node.peer_codecs.get(card.id, ()))
         self._connections[card.id] = self._node.connect(card, card.data_port), codec
         self._chooser.joined(card.id)
-        self._servers.set(self._servers.value + 1)
+        self._changed()
 
     def lost(self, card: NodeCard, reason: str) -> None:
         """A split server is gone: what it was asked fails, and is asked of another."""
         if held := self._connections.pop(card.id, None):
             held[0].close(f"is gone ({reason})")
         self._chooser.lost(card.id)
-        self._servers.set(self._servers.value + 1)
+        self._changed()
 
     def heard(self, server: NodeId, load: Load) -> None:
         """A split server said how busy it is."""
         self._chooser.heard(server, load)
+        self._answers.touch()
+        self._line.call()
+
+    def _changed(self) -> None:
+        self._servers.touch()
+        self._answers.touch()
+        self._line.call()
 
     def has(self, server: NodeId) -> bool:
         """Whether this server is still there."""
@@ -62,22 +97,25 @@ class RemoteBody:
     async def infer(self, version: Version, x: torch.Tensor) -> torch.Tensor:
         """The body's output in evaluation mode."""
 
-        def make(codec: Codec) -> Made:
-            spec, data = codec.pack("input", x)
+        sent = _Outgoing("input", x)
+
+        async def make(codec: Codec) -> Made:
+            spec, data = await sent.packed(codec)
             return Infer(version=version, input=spec), [data]
 
         _, answer = await self._ask(make)
-        return unpack(answer.expect(Output).output, answer.parts[0])
+        return await _unpacked(answer.expect(Output).output, answer)
 
     async def forward(self, *, cid: Cid, version: Version, seed: int, x: torch.Tensor) -> tuple[NodeId, torch.Tensor]:
         """The body's output in training mode, and who holds its graph."""
+        sent = _Outgoing("input", x)
 
-        def make(codec: Codec) -> Made:
-            spec, data = codec.pack("input", x)
+        async def make(codec: Codec) -> Made:
+            spec, data = await sent.packed(codec)
             return Forward(cid=cid, version=version, seed=seed, input=spec), [data]
 
         server, answer = await self._ask(make)
-        return server, unpack(answer.expect(Output).output, answer.parts[0])
+        return server, await _unpacked(answer.expect(Output).output, answer)
 
     async def backward(
         self, holder: NodeId | None, request: Callable[..., Backward], x: torch.Tensor, grad: torch.Tensor
@@ -86,43 +124,45 @@ class RemoteBody:
 
         The holder of the graph is asked first; anybody else gets the input again and recomputes.
         """
+        sent_grad, sent_input = _Outgoing("grad", grad), _Outgoing("input", x)
 
-        def make(codec: Codec, *, with_input: bool) -> Made:
-            grad_spec, grad_data = codec.pack("grad", grad)
-            if not with_input:
-                return request(grad=grad_spec, input=None), [grad_data]
-            spec, data = codec.pack("input", x)
+        async def make_short(codec: Codec) -> Made:
+            spec, data = await sent_grad.packed(codec)
+            return request(grad=spec, input=None), [data]
+
+        async def make(codec: Codec) -> Made:
+            (grad_spec, grad_data), (spec, data) = await sent_grad.packed(codec), await sent_input.packed(codec)
             return request(grad=grad_spec, input=spec), [grad_data, data]
 
         if holder is not None and holder in self._connections:
             with suppress(InputNeeded, Unavailable, SpillFull):
-                answer = await self._ask_one(holder, lambda codec: make(codec, with_input=False))
-                return holder, _grad_of(answer)
+                await self._until_room_at(holder)
+                return holder, await _grad_of(await self._ask_one(holder, make_short))
             self._node.counters.add("recomputed")
-        server, answer = await self._ask(lambda codec: make(codec, with_input=True))
-        return server, _grad_of(answer)
+        server, answer = await self._ask(make)
+        return server, await _grad_of(answer)
 
     async def step(
         self, request: Callable[..., Step], x: torch.Tensor, target: torch.Tensor
     ) -> tuple[NodeId, torch.Tensor | None, float]:
         """Label sharing: who spilled the contribution, the gradient of the input if wanted, the loss sum."""
+        sent_input, sent_target = _Outgoing("input", x), _Outgoing("target", target)
 
-        def make(codec: Codec) -> Made:
-            spec, data = codec.pack("input", x)
-            target_spec, target_data = codec.pack("target", target)
+        async def make(codec: Codec) -> Made:
+            (spec, data), (target_spec, target_data) = await sent_input.packed(codec), await sent_target.packed(codec)
             return request(input=spec, target=target_spec), [data, target_data]
 
         server, answer = await self._ask(make)
-        return server, _grad_of(answer), answer.expect(Spilled).loss_sum or 0.0
+        return server, await _grad_of(answer), answer.expect(Spilled).loss_sum or 0.0
 
-    async def _ask(self, make: Callable[[Codec], Made]) -> tuple[NodeId, Answer]:
+    async def _ask(self, make: Make) -> tuple[NodeId, Answer]:
         """Ask one server after another until one answers; what is refused for good is raised."""
         deadline = time.monotonic() + self._node.settings.patience_s
         trouble = "there is no split server"
         while time.monotonic() < deadline:
             server = self._chooser.pick(time.monotonic())
             if server is None:
-                await self._until_free(deadline)
+                deadline = await self._until_free(deadline)
                 continue
             try:
                 return server, await self._ask_one(server, make)
@@ -132,11 +172,14 @@ class RemoteBody:
             f"no split server took a step for {self._node.settings.patience_s:g} s; the last trouble was: {trouble}"
         )
 
-    async def _ask_one(self, server: NodeId, make: Callable[[Codec], Made]) -> Answer:
-        connection, codec = self._connections[server]
-        body, parts = make(codec)
-        self._chooser.asked(server)
+    async def _ask_one(self, server: NodeId, make: Make) -> Answer:
+        held = self._connections.get(server)
+        if held is None:
+            raise NoPeer("that split server is gone")
+        connection, codec = held
+        self._chooser.asked(server)  # before anything is waited for: it was picked because it had room
         try:
+            body, parts = await make(codec)
             answer = await connection.request(body, parts, deadline_s=self._node.settings.request_s)
         except Busy as busy:
             self._node.counters.add("busy")
@@ -148,20 +191,37 @@ class RemoteBody:
             raise
         finally:
             self._chooser.answered(server)
+            self._answers.touch()
+            self._line.call(1)
         if isinstance(answer.body, Output | Spilled):
             self._chooser.heard(server, answer.body.load)
         return answer
 
-    async def _until_free(self, deadline: float) -> None:
-        """Wait for a server to come, or for a shunned one to be worth another try."""
-        free_s = self._chooser.next_free_s()
-        until = deadline if free_s is None else min(free_s, deadline)
-        seen = self._servers.value
-        with self._node.waiting("a split server"), suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, until - time.monotonic())):
-                await self._servers.wait_for(lambda now: now != seen)
+    async def _until_room_at(self, server: NodeId) -> None:
+        """Wait while this server is full of requests of ours; the next room it has is kept for this one."""
+        with self._chooser.due(server):
+            await self._answers.wait_for(lambda _: not self._chooser.is_full(server))
+
+    async def _until_free(self, deadline: float) -> float:
+        """Wait until a server may be worth a try. The deadline, moved by what was spent behind our own requests."""
+        start = time.monotonic()
+        free_s, behind = self._chooser.next_free_s(), self._chooser.occupied
+        until = free_s if behind else min(deadline, math.inf if free_s is None else free_s)
+        aloud = nullcontext() if behind else self._node.waiting("a split server")
+        with aloud, suppress(TimeoutError):
+            async with asyncio.timeout(None if until is None else max(0.0, until - start)):
+                await self._line.wait()
+        return deadline + (time.monotonic() - start if behind else 0.0)
 
 
-def _grad_of(answer: Answer) -> torch.Tensor | None:
+async def _grad_of(answer: Answer) -> torch.Tensor | None:
     spec = answer.expect(Spilled).grad
-    return None if spec is None else unpack(spec, answer.parts[0])
+    return None if spec is None else await _unpacked(spec, answer)
+
+
+async def _unpacked(spec: TensorSpec, answer: Answer) -> torch.Tensor:
+    if len(answer.parts) != 1:
+        raise BadShape(f"one tensor belongs to this reply, {len(answer.parts)} came with it")
+    if spec.codec == str(_RAW):
+        return unpack(spec, answer.parts[0])
+    return await compute(unpack, spec, answer.parts[0])

@@ -281,16 +281,22 @@ class ClientRole:
 
     async def _see_it_counted(self, step: StepInHand, server: NodeId) -> None:
         """Until a version settles the step, drive its body part again whenever the server that spilled it is gone."""
-        while True:
-            settled = asyncio.ensure_future(
-                self._member.state.wait_for(lambda now: now is None or now.version != step.version)
-            )
-            lost = asyncio.ensure_future(self._remote.until_lost(server))
-            await asyncio.wait({settled, lost}, return_when=asyncio.FIRST_COMPLETED)
+        settled = asyncio.ensure_future(
+            self._member.state.wait_for(lambda now: now is None or now.version != step.version)
+        )
+        driving = asyncio.ensure_future(self._keep_spilled(step, server))
+        try:
+            await asyncio.wait({settled, driving}, return_when=asyncio.FIRST_COMPLETED)
+            if not settled.done():
+                await driving
+        finally:
             settled.cancel()
-            lost.cancel()
-            if settled.done() and not settled.cancelled():
-                return
+            driving.cancel()
+            await asyncio.gather(settled, driving, return_exceptions=True)
+
+    async def _keep_spilled(self, step: StepInHand, server: NodeId) -> None:
+        while True:
+            await self._remote.until_lost(server)
             self._node.note(f"the server that spilled {step.cid} is gone; driving it again")
             try:
                 if self._local.u_shaped:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from zsfl.ids import NodeId
@@ -18,12 +20,28 @@ MAX_SHUN_S = 5.0
 """A server that refuses work cannot ask to be left alone for longer."""
 
 
+UNKNOWN_SLOTS = 4
+"""Requests of ours at once to a server that has not said yet how many it admits."""
+MAX_ASKED = 128
+"""Requests of ours at once to any server, whatever it says: well below what a connection carries."""
+
+
 @dataclass(slots=True)
 class _Server:
     load: Load | None = None
     asked: int = 0
     """Requests of ours that it has not answered."""
+    due: int = 0
+    """Requests of ours that only this server can answer well and that wait for it to have room."""
     shunned_until_s: float = 0.0
+
+    @property
+    def slots(self) -> int:
+        return UNKNOWN_SLOTS if self.load is None else min(self.load.slots, MAX_ASKED)
+
+    @property
+    def has_room(self) -> bool:
+        return self.asked + self.due < self.slots
 
 
 class ServerChooser:
@@ -66,8 +84,12 @@ class ServerChooser:
             self._servers[server].shunned_until_s = now_s + min(for_s, MAX_SHUN_S)
 
     def pick(self, now_s: float) -> NodeId | None:
-        """A server to ask now; None when there is none, or all are shunned (see `next_free_s`)."""
-        free = {name: server for name, server in self._servers.items() if server.shunned_until_s <= now_s}
+        """A server to ask now; None when all are shunned (see `next_free_s`) or hold as much of ours as they admit."""
+        free = {
+            name: server
+            for name, server in self._servers.items()
+            if server.shunned_until_s <= now_s and server.has_room
+        }
         if not free:
             return None
         loads = [server.load for server in self._servers.values() if server.load is not None]
@@ -77,8 +99,28 @@ class ServerChooser:
         return self._rng.choices(list(free), weights)[0]
 
     def next_free_s(self) -> float | None:
-        """When the first shunned server may be asked again; None when there is no server at all."""
-        return min((server.shunned_until_s for server in self._servers.values()), default=None)
+        """When the first server that has room may be asked again; None when none has room."""
+        return min((server.shunned_until_s for server in self._servers.values() if server.has_room), default=None)
+
+    @property
+    def occupied(self) -> bool:
+        """Whether any server is busy with requests of ours."""
+        return any(server.asked for server in self._servers.values())
+
+    def is_full(self, server: NodeId) -> bool:
+        """Whether this server answers as many requests of ours as it admits; one that admits none is not full."""
+        held = self._servers.get(server)
+        return held is not None and 0 < held.slots <= held.asked
+
+    @contextmanager
+    def due(self, server: NodeId) -> Iterator[None]:
+        """While inside, the next room at this server is kept for a request that only it can answer well."""
+        held = self._servers.get(server, _Server())
+        held.due += 1
+        try:
+            yield
+        finally:
+            held.due -= 1
 
 
 def _expected_s(server: _Server, guess_s: float) -> float:

@@ -45,7 +45,7 @@ class InProcessSpawner:
             self._nodes[name][1].set()
 
     async def kill(self, name: str) -> None:
-        """Cancel its task."""
+        """Cancel its task: sudden, though unlike a killed process it still closes its sockets and says goodbye."""
         if name in self._nodes:
             self._nodes[name][0].cancel()
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ from zsfl.errors import ConfigError, RunFailed, Unavailable, ZsflError
 from zsfl.ids import Address, Role
 from zsfl.metrics import Counters
 from zsfl.reports import AnyReport, Assembled, Exited, Failed, Finished, Ready, RoundReport
-from zsfl.settings import WireLimits
+from zsfl.settings import WireLimits, load_settings
 from zsfl.wire.connection import Connection
 from zsfl.wire.messages import Train
 
@@ -79,17 +80,21 @@ class LocalCluster:
         for what, count in (("split server", split_servers), ("client", clients), ("process", client_processes)):
             if count is not None and count < 1:
                 raise ConfigError(f"a cluster needs at least one {what}, not {count}")
+        # Said here once for all nodes, so that a flag, a file or a variable means the same to each of them.
+        base = load_settings({**settings, "clients": clients}, os.environ)
         self._job = job
-        self._clients = clients
+        self._shards = base.clients
         self._split_servers = split_servers
         self._client_processes = client_processes
         self._in_process = in_process
-        self._mdns = not in_process if mdns is None else mdns
+        self._mdns = (base.mdns and not in_process) if mdns is None else mdns
         self._on_report = on_report
         # A name of its own, or two clusters of one job on one machine would find each other by mDNS.
-        own_name = {"cluster": secrets.token_hex(4)} if self._mdns else {}
-        self._settings = {**own_name, **settings}
-        self._runs = Path(settings.get("runs", "runs"))
+        name = base.cluster or (secrets.token_hex(4) if self._mdns else "")
+        self._settings = {**settings, "cluster": name, "runs": base.runs, "mdns": self._mdns}
+        self._port = base.port
+        self._join_s = min(base.join_s, START_S)
+        self._runs = base.runs
         self._spawner: Spawner
         self._events: asyncio.Queue[AnyReport | None] = asyncio.Queue()
         self._changed = asyncio.Event()
@@ -108,9 +113,8 @@ class LocalCluster:
         self._failure = None
         self._spawner = self._make_spawner()
         self._pump = asyncio.create_task(self._read_reports())
-        allowed_s = float(self._settings.get("join_s", START_S))
         try:
-            async with asyncio.timeout(allowed_s):
+            async with asyncio.timeout(self._join_s):
                 await self._spawner.open()
                 await self._start_all()
                 await self._until(lambda: self._assembled and all(node.address for node in self.nodes.values()))
@@ -118,7 +122,7 @@ class LocalCluster:
             await self._close()
             late = [name for name, node in self.nodes.items() if node.address is None]
             raise Unavailable(
-                f"the cluster was not ready after {allowed_s:g} s; not started yet: {', '.join(late) or 'none'}. "
+                f"the cluster was not ready after {self._join_s:g} s; not started yet: {', '.join(late) or 'none'}. "
                 f"See {self._logs}, and try mdns=False (--no-mdns) where multicast is blocked"
             ) from None
         except BaseException:
@@ -150,7 +154,11 @@ class LocalCluster:
         await self._until(lambda: not self._training)
         events = self._events = asyncio.Queue[AnyReport | None]()
         self._training = True
-        await self._order(Train(rounds=rounds))
+        try:
+            await self._order(Train(rounds=rounds))
+        except BaseException:
+            self._training = False
+            raise
         while True:
             event = await events.get()
             match event:
@@ -167,7 +175,7 @@ class LocalCluster:
         free = (f"split-server-{number}" for number in itertools.count())
         name = name or next(free_name for free_name in free if free_name not in self.nodes)
         node = await self._start(name, Role.SPLIT_SERVER, {})
-        async with asyncio.timeout(START_S):
+        async with _deadline(START_S, f"{name} is not ready"):
             await self._until(lambda: node.address is not None or node.exit_code is not None)
         if node.exit_code is not None:
             raise self._death(name, node)
@@ -206,8 +214,8 @@ class LocalCluster:
         return self._job
 
     async def _start_all(self) -> None:
-        shards = self._loaded().shards if self._clients is None else self._clients
-        await self._start("aggregator", Role.AGGREGATOR, {"hold": True})
+        shards = self._shards = self._shards or self._loaded().shards
+        await self._start("aggregator", Role.AGGREGATOR, {"hold": True, "port": self._port})
         if not self._mdns:
             await self._until(lambda: self.nodes["aggregator"].address is not None)
         for number in range(self._split_servers):
@@ -221,7 +229,7 @@ class LocalCluster:
     async def _start(self, name: str, role: Role, flags: Mapping[str, Any]) -> NodeInfo:
         if name in self.nodes and self.nodes[name].exit_code is None:
             raise ConfigError(f"there is a node {name} already; choose another name")
-        common: dict[str, Any] = {**self._settings, "mdns": self._mdns, "clients": self._clients}
+        common: dict[str, Any] = {**self._settings, "clients": self._shards, "port": 0}
         if not self._mdns and (aggregator := self.nodes.get("aggregator")) and aggregator.address:
             common["peers"] = (aggregator.address,)
         node = self.nodes[name] = NodeInfo(role)
@@ -304,7 +312,7 @@ class LocalCluster:
         if node is None:
             raise ConfigError(f"there is no node {name}; there are {', '.join(self.nodes)}")
         await end(name)
-        async with asyncio.timeout(STOP_S):
+        async with _deadline(STOP_S, f"{name} has not left"):
             while node.exit_code is None:
                 self._changed.clear()
                 await self._changed.wait()
@@ -325,3 +333,13 @@ class LocalCluster:
         finally:
             connection.close()
             context.destroy(linger=0)
+
+
+@asynccontextmanager
+async def _deadline(seconds: float, what: str) -> AsyncIterator[None]:
+    """Unavailable, saying `what`, when the block takes longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise Unavailable(f"{what} after {seconds:g} s") from None

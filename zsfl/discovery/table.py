@@ -33,8 +33,6 @@ MAX_CANDIDATES = 1024
 """Addresses on trial at once; a further one pushes out the oldest that was neither a seed nor ever a peer."""
 MAX_DIALS = 64
 """HELLOs under way at once, so that a flood of hints does not become a flood of connections."""
-MAX_EXCHANGED = 256
-"""Addresses told to another node in one peer exchange."""
 DIAL_TRIES = 6
 """Failures after which an address that is not a seed is forgotten until somebody hints at it again."""
 
@@ -108,8 +106,6 @@ class PeerTable:
         self._seeds: set[Address] = set()
         self._dialling: set[Address] = set()
         self._last_s: float | None = None
-        self.dropped = 0
-        """Hints given up because MAX_CANDIDATES was reached."""
 
     def on(self, event: Event, now_s: float) -> list[Action]:
         """Take in one event; what to do now, in order. Heard costs O(1) and never asks for anything."""
@@ -169,10 +165,9 @@ class PeerTable:
         peer = self._peers.get(node_id)
         return peer.card if peer else None
 
-    def addresses(self) -> tuple[Address, ...]:
-        """Addresses of live peers to tell another node: at most MAX_EXCHANGED, those that serve first."""
-        cards = sorted(self.peers(), key=lambda card: _EXCHANGE_ORDER.index(card.role))
-        return tuple(card.address for card in cards[:MAX_EXCHANGED])
+    def to_tell(self, count: int) -> tuple[NodeCard, ...]:
+        """At most `count` live peers to tell another node of: those that serve first."""
+        return tuple(sorted(self.peers(), key=lambda card: _EXCHANGE_ORDER.index(card.role))[:count])
 
     def refusals(self) -> dict[Address, str]:
         """Why addresses did not become peers, for people."""
@@ -283,7 +278,6 @@ class PeerTable:
 
     def _add(self, address: Address, node_id: NodeId | None, due_s: float, *, verified: bool = False) -> None:
         if len(self._candidates) >= MAX_CANDIDATES:
-            self.dropped += 1
             oldest = (a for a, c in self._candidates.items() if not c.verified and a not in self._seeds)
             if (evicted := next(oldest, None)) is None:
                 return

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from zsfl.errors import ConfigError
+from zsfl.learning.model import JOB_MODULE_PREFIX
 from zsfl.learning.optim import OptimizerSpec
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 """A DNS label short enough to leave room for a node's part in an mDNS label (63 bytes)."""
+
+LONGEST_FACT = 120
+KEPT_OF_FACT = 80
 
 
 def accuracy(output: Tensor, target: Tensor) -> float:
@@ -132,7 +136,7 @@ class Job:
 
     def facts(self, model: nn.Module) -> dict[str, str]:
         """What all nodes of a run must agree on, as short strings; `rounds` may differ."""
-        return {
+        facts = {
             "name": self.name,
             "mode": self.mode,
             "shards": str(self.shards),
@@ -145,6 +149,14 @@ class Job:
             "loss_weight": _name(self.loss_weight),
             "parameters": _shape_digest(model),
         }
+        return {name: _shortened(fact) for name, fact in facts.items()}
+
+
+def _shortened(fact: str) -> str:
+    """A long fact as its beginning, for people, and a digest that still tells it from any other."""
+    if len(fact) <= LONGEST_FACT:
+        return fact
+    return f"{fact[:KEPT_OF_FACT]}... ({hashlib.sha256(fact.encode()).hexdigest()[:16]})"
 
 
 def _name(function: object) -> str:
@@ -179,7 +191,7 @@ def load_job(path: Path) -> Job:
         raise ConfigError(f"{path} is a folder: name the Python file in it that states the job")
     if not path.exists():
         raise ConfigError(f"there is no job file {path}: check the path, which starts at the current folder")
-    name = f"zsfl_job_{path.stem}"  # prefixed, so that a job file json.py replaces no module
+    name = f"{JOB_MODULE_PREFIX}{path.stem}"
     sys.path.insert(0, str(path.parent))
     try:
         found = _job_in(name, path)

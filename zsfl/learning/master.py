@@ -60,7 +60,8 @@ class Master:
     def step(self, contributions: Sequence[Contribution]) -> None:
         """One optimizer step over the average of `contributions`, then the pooled buffers.
 
-        `RunFailed` names the cid, node and tensor that cannot be used, and leaves everything as it was.
+        `RunFailed` names the cid, node and tensor that cannot be used, and leaves everything as it was. When the
+        step itself overflows, `RunFailed` names the tensor, and this master is spent: go on from what was saved.
         """
         state = self._model.state_dict()
         buffers = {name: state[name] for name, _ in self._model.named_buffers() if name in state}
@@ -74,6 +75,9 @@ class Master:
             parameter.grad = averaged[name].to(parameter.dtype) if name in averaged else None
         cast(Any, self._optimizer).step()
         self._optimizer.zero_grad(set_to_none=True)
+        for name, parameter in self._trained.items():
+            if not torch.isfinite(parameter).all():
+                raise RunFailed(f"the optimizer's step made {name} not finite: lower the learning rate")
         for name, tensor in pooled.items():
             state[name].copy_(tensor)
 
@@ -82,6 +86,7 @@ class Master:
         if not contributions:
             raise RunFailed("a window without contributions cannot be stepped")
         seen: set[tuple[str, str]] = set()
+        batches: dict[str, Contribution] = {}
         for c in contributions:
             if (c.cid, c.part) in seen:
                 raise _unusable(c, "is counted twice in one window")
@@ -90,6 +95,13 @@ class Master:
                 raise _unusable(c, f"weighs n={c.n} for {c.samples} samples")
             if c.loss_sum is not None and not math.isfinite(c.loss_sum):
                 raise _unusable(c, f"has a loss of {c.loss_sum}: lower the learning rate, or look for bad samples")
+            other = batches.setdefault(c.cid, c)
+            if (c.n, c.samples) != (other.n, other.samples):
+                raise _unusable(
+                    c,
+                    f"weighs n={c.n} for {c.samples} samples, and the {other.part} part of {other.node} "
+                    f"n={other.n} for {other.samples}: they are not of one batch; do the nodes' jobs differ?",
+                )
             _check_names(c, "gradient", c.grads, self._trained)
             _check_names(c, "buffer", c.buffers, buffers)
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+JOB_MODULE_PREFIX = "zsfl_job_"
+"""Before the name of a job file's module, so that a job file json.py replaces no module."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
@@ -99,8 +102,9 @@ def spell(module: nn.Module, imports: set[str]) -> str:
         return f"nn.{module!r}"
     if kind.__module__ == "__main__" or "<locals>" in kind.__qualname__:
         return f"{kind.__name__}()"
-    imports.add(kind.__module__)
-    return f"{kind.__module__}.{kind.__qualname__}()"
+    module_name = kind.__module__.removeprefix(JOB_MODULE_PREFIX)
+    imports.add(module_name)
+    return f"{module_name}.{kind.__qualname__}()"
 
 
 def _sequence(children: Mapping[str, nn.Module], imports: set[str]) -> str:

@@ -88,6 +88,13 @@ class SpillStore:
         except OSError as error:
             raise _storage_error(error, self.folder) from error
 
+    def keep_only(self, run: RunId) -> int:
+        """Delete the spills of every other run; how many there were."""
+        with self._lock:
+            others = [cid for cid, _ in self._held if parse_cid(cid)[0] != run]
+        self.release(others)
+        return len(others)
+
     def offers(self, run: RunId) -> list[SpillOffer]:
         """What is held of one run, oldest version first."""
         with self._lock:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from zsfl.errors import InputNeeded, RemoteProtocolError
-from zsfl.ids import Cid, parse_cid
+from zsfl.ids import Cid, Version, parse_cid
 from zsfl.learning.job import Job
 from zsfl.learning.part import Backward, Forward, Part, PartWeights, loss_sum
 from zsfl.spill.layout import SpillMeta
@@ -23,6 +23,8 @@ from zsfl.wire.messages import SpillOffer
 
 FORWARDS_PER_SLOT = 4
 """Graphs kept for each admitted request: clients are between forward and backward for about as long as in one."""
+KEPT_VERSIONS = 2
+"""Graphs are kept of the versions that were asked for last: each of them also keeps its version's weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class BodyWorker:
         self._node = node
         self._room = slots * FORWARDS_PER_SLOT
         self._graphs: OrderedDict[Cid, tuple[PartWeights, Forward]] = OrderedDict()
+        self._versions: OrderedDict[Version, None] = OrderedDict()
+        """Oldest first by when they were last asked for; not by number, since a resumed run may go back."""
 
     @property
     def cached(self) -> int:
@@ -58,9 +62,19 @@ class BodyWorker:
         """Output in training mode; the graph is kept for the backward while there is room."""
         forward = self._part.forward(weights, x, seed=request.seed, train=True)
         self._graphs[request.cid] = weights, forward
+        self._forget_before(request.version)
         while len(self._graphs) > self._room:
             self._graphs.popitem(last=False)
         return forward.output.detach()
+
+    def _forget_before(self, version: Version) -> None:
+        """Let go of the graphs of all but the versions that were asked for last, `version` being the newest."""
+        self._versions[version] = None
+        self._versions.move_to_end(version)
+        while len(self._versions) > KEPT_VERSIONS:
+            old, _ = self._versions.popitem(last=False)
+            for cid in [cid for cid in self._graphs if parse_cid(cid)[1] == old]:
+                del self._graphs[cid]
 
     def backward(
         self,

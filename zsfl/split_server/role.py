@@ -128,10 +128,10 @@ class SplitServerRole:
             self._news.touch()
 
     async def _run_forward(self, request: Forward | Infer, parts: Sequence[Buffer]) -> Answer:
-        x = unpack(request.input, parts[0])
         weights = await self._member.weights.get(request.version)
 
         def work() -> tuple[TensorSpec, Buffer]:
+            x = unpack(request.input, parts[0])
             if isinstance(request, Infer):
                 return self._codec.pack("output", self._worker.infer(weights, x))
             return self._codec.pack("output", self._worker.forward(weights, request, x))
@@ -141,21 +141,27 @@ class SplitServerRole:
         return Output(output=spec, load=self._admission.load), [data]
 
     async def _run_backward(self, request: Backward, parts: Sequence[Buffer]) -> Answer:
-        grad = unpack(request.grad, parts[0])
-        x = None if request.input is None else unpack(request.input, parts[1])
-        weights = None if x is None else await self._member.weights.get(request.version)
+        weights = None if request.input is None else await self._member.weights.get(request.version)
 
         def needed() -> PartWeights:
             if weights is None:
                 raise TypeError("a recompute needs weights")
             return weights
 
-        return await self._spilled(lambda: self._worker.backward(needed, request, grad, x))
+        def work() -> Done:
+            x = None if request.input is None else unpack(request.input, parts[1])
+            return self._worker.backward(needed, request, unpack(request.grad, parts[0]), x)
+
+        return await self._spilled(work)
 
     async def _run_step(self, request: Step, parts: Sequence[Buffer]) -> Answer:
-        x, target = unpack(request.input, parts[0]), unpack(request.target, parts[1])
         weights = await self._member.weights.get(request.version)
-        return await self._spilled(lambda: self._worker.step(weights, request, x, target))
+
+        def work() -> Done:
+            x, target = unpack(request.input, parts[0]), unpack(request.target, parts[1])
+            return self._worker.step(weights, request, x, target)
+
+        return await self._spilled(work)
 
     async def _spilled(self, work: Callable[[], Done]) -> Answer:
         """Acknowledge a step: only after its spill is in place."""

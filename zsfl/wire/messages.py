@@ -16,8 +16,12 @@ from zsfl.tensors.spec import TensorSpec
 
 MAX_PEERS_EXCHANGED = 256
 """Addresses in one peer exchange: enough for a LAN, small enough for a heartbeat."""
-MAX_OFFERS = 1024
-"""Spills offered in one message; the rest follows in the next."""
+MAX_OFFERS = 256
+"""Spills in one message: a heartbeat stays small; the rest follows in the next."""
+MAX_SETTLED = 4096
+"""Cids in one announcement; there are several where a version settles more."""
+MAX_TENSORS = 4000
+"""Tensors of one part of the model."""
 
 Phase = Literal["waiting", "training", "evaluating", "idle", "finished", "failed"]
 """What the aggregator asks of its peers; see `RunState`."""
@@ -230,7 +234,7 @@ class Weights(Message, frozen=True, kw_only=True, tag="weights"):
 
     part: PartName
     version: VersionNumber
-    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=4000)]
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_TENSORS)]
 
 
 # --- broadcasts -------------------------------------------------------------------------------------------
@@ -280,8 +284,8 @@ class Announcement(Message, frozen=True, kw_only=True, tag="announcement"):
 
     node: NodeId
     state: RunState
-    counted: tuple[CidText, ...] = ()
-    dropped: tuple[CidText, ...] = ()
+    counted: Annotated[tuple[CidText, ...], Meta(max_length=MAX_SETTLED)] = ()
+    dropped: Annotated[tuple[CidText, ...], Meta(max_length=MAX_SETTLED)] = ()
 
 
 class Goodbye(Message, frozen=True, kw_only=True, tag="goodbye"):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import zmq
 import zmq.asyncio
 
-from zsfl.errors import RemoteProtocolError
+from zsfl.errors import LocalProtocolError, RemoteProtocolError
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
 from zsfl.wire.connection import FAIR_BYTES, FAIR_SHARE
@@ -27,17 +27,37 @@ Heard = Callable[[Broadcast, list[Buffer]], None]
 class Publisher:
     """Says each thing once, to all who listen. Nobody listening, or too slowly, costs nothing."""
 
-    def __init__(self, context: zmq.asyncio.Context, host: str, *, limits: WireLimits, counters: Counters) -> None:
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        host: str,
+        *,
+        limits: WireLimits,
+        counters: Counters,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`note` is told, once for each kind of broadcast, that one was over a limit."""
         self._limits = limits
         self._counters = counters
+        self._note = note
+        self._noted: set[type[Broadcast]] = set()
         self._ids = itertools.count(1)
         self._socket = open_socket(context, zmq.PUB, limits, BROADCAST_QUEUE)
         self.port = bind(self._socket, host, 0)
 
     def publish(self, topic: bytes, body: Broadcast, parts: Sequence[Buffer] = ()) -> None:
-        """Hand a broadcast to ZeroMQ; never waits."""
+        """Hand a broadcast to ZeroMQ; never waits. One that is over a limit is dropped, counted and noted."""
         header = Header(kind="publish", id=next(self._ids), body=body)
-        for frames in encode(header, parts, self._limits):
+        try:
+            self._send(topic, encode(header, parts, self._limits))
+        except LocalProtocolError as error:
+            self._counters.add("broadcasts_dropped")
+            if type(body) not in self._noted:
+                self._noted.add(type(body))
+                self._note(f"its {type(body).__name__} was not sent: {error}")
+
+    def _send(self, topic: bytes, multiparts: Iterable[list[Buffer]]) -> None:
+        for frames in multiparts:
             size = sum(nbytes(frame) for frame in frames)
             send_now(self._socket, [topic, *frames], copy=size < self._limits.copy_below_bytes)
             self._counters.add("bytes_sent", size)

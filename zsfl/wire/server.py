@@ -14,7 +14,7 @@ from zsfl.errors import Busy, DeadlineExceeded, RemoteProtocolError
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
 from zsfl.wire.connection import FAIR_BYTES, FAIR_SHARE
-from zsfl.wire.framing import Arrived, Assembler, Buffer, Header, NoRoom, Room, encode, nbytes
+from zsfl.wire.framing import RETRY_AFTER_S, Arrived, Assembler, Buffer, Header, NoRoom, Room, encode, nbytes
 from zsfl.wire.messages import Reply, Request
 from zsfl.wire.refusals import refusal
 from zsfl.wire.sockets import DATA_QUEUE, bind, open_socket, send_now
@@ -36,7 +36,6 @@ class _Caller:
         self.assembler = Assembler(limits, room)
         self.tasks: dict[int, asyncio.Task[None]] = {}
         self.outbox: deque[list[Buffer]] = deque()
-        self.outbox_bytes = 0
 
     @property
     def idle(self) -> bool:
@@ -54,7 +53,7 @@ class Server:
     """Answers requests, each in a task of its own, within the deadline the asker set.
 
     Surplus requests are refused with Busy. A reply that its asker does not take waits in a queue of that asker
-    alone; one that overflows is dropped, and the asker's deadline tells it.
+    alone; one that finds no room among all that wait is dropped, and the asker is told to ask again.
     """
 
     def __init__(
@@ -73,6 +72,8 @@ class Server:
         self._callers: dict[bytes, _Caller] = {}
         self._room = Room(limits.max_arriving_bytes)
         self._running = 0
+        self._outbox_bytes = 0
+        """Of all callers together."""
         self._full: set[bytes] = set()
         self._kick = asyncio.Event()
         self._socket = open_socket(context, zmq.ROUTER, limits, DATA_QUEUE)
@@ -114,6 +115,7 @@ class Server:
         if caller is None:
             while len(self._callers) >= MAX_CALLERS:
                 oldest = next((name for name, other in self._callers.items() if other.idle), next(iter(self._callers)))
+                self._outbox_bytes -= sum(map(_size, self._callers[oldest].outbox))
                 self._callers.pop(oldest).end()
             caller = _Caller(self._limits, self._room)
         self._callers[identity] = caller  # youngest last
@@ -160,24 +162,28 @@ class Server:
         except Exception as error:  # whatever goes wrong in a handler is the answer, not the end of the node
             self._counters.add("refused")
             frames = self._encoded(arrived.id, refusal(error))
-        self._send(identity, caller, frames)
+        if not self._send(identity, caller, frames):
+            full = Busy(f"{self._outbox_bytes} bytes of replies wait to be read, no room for another", RETRY_AFTER_S)
+            self._send(identity, caller, self._encoded(arrived.id, refusal(full)))
 
     def _encoded(self, request_id: int, reply: Reply, parts: Sequence[Buffer] = ()) -> list[list[Buffer]]:
         return list(encode(Header(kind="reply", id=request_id, body=reply), parts, self._limits))
 
-    def _send(self, identity: bytes, caller: _Caller, frames: list[list[Buffer]]) -> None:
-        """Hand a reply to ZeroMQ, or what it does not take to the caller's outbox: all of that, or nothing."""
+    def _send(self, identity: bytes, caller: _Caller, frames: list[list[Buffer]]) -> bool:
+        """Hand a reply to ZeroMQ, or what it does not take to the caller's outbox; whether there was room for it."""
         rest = deque[list[Buffer]]([identity, *multipart] for multipart in frames)
         while rest and not caller.outbox and self._sent(rest[0]):
             rest.popleft()
         size = sum(_size(multipart) for multipart in rest)
-        if caller.outbox_bytes + size > self._limits.max_outbox_bytes:
+        if self._outbox_bytes + size > self._limits.max_outbox_bytes:
             self._counters.add("replies_dropped")
-        elif rest:
+            return False
+        if rest:
             caller.outbox.extend(rest)
-            caller.outbox_bytes += size
+            self._outbox_bytes += size
             self._full.add(identity)
             self._kick.set()
+        return True
 
     def _sent(self, multipart: list[Buffer]) -> bool:
         """Whether ZeroMQ took it, or there is nobody left to send it to; False: the peer's queue is full."""
@@ -199,7 +205,7 @@ class Server:
             for identity in list(self._full):
                 caller = self._callers.get(identity)
                 while caller and caller.outbox and self._sent(caller.outbox[0]):
-                    caller.outbox_bytes -= _size(caller.outbox.popleft())
+                    self._outbox_bytes -= _size(caller.outbox.popleft())
                 if caller is None or not caller.outbox:
                     self._full.discard(identity)
             if not self._full:

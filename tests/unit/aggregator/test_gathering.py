@@ -111,27 +111,16 @@ def test_what_nobody_expects_is_neither_fetched_nor_taken() -> None:
     assert not gathering.arrived(contribution(keys(4)[0], 3))  # says that other weights were used
 
 
-def test_a_late_one_that_was_counted_is_released_and_not_dropped() -> None:
+def test_a_late_one_that_was_counted_is_released() -> None:
     gathering = begun(4)
     verdict = gathering.offered(NODES[0], [offer(keys(3)[0], 3)], lambda one: one == cid(3))
     assert (verdict.fetch, verdict.release) == ([], [cid(3)])
-    assert gathering.take_dropped() == {}
 
 
-def test_a_late_one_that_was_not_counted_is_released_only_once_its_record_is_made() -> None:
+def test_a_late_one_that_nobody_asked_for_is_let_be() -> None:
     gathering = begun(4)
-    late: Key = (cid(3, 7), "body")
-
-    def released() -> list[Cid]:
-        return gathering.offered(NODES[0], [offer(late, 3)], nothing_counted).release
-
-    assert released() == []
-    assert gathering.take_dropped() == {late[0]: "came after its version was committed without it"}
-    assert released() == []  # the record is being made
-    assert gathering.take_dropped() == {}
-    gathering.begin(Version(5), expected(5))
-    assert released() == [late[0]]
-    assert gathering.take_dropped() == {}
+    verdict = gathering.offered(NODES[0], [offer((cid(3, 7), "body"), 3)], nothing_counted)
+    assert (verdict.fetch, verdict.release) == ([], [])
 
 
 def test_spills_of_another_run_are_let_be() -> None:
@@ -139,7 +128,6 @@ def test_spills_of_another_run_are_let_be() -> None:
     gathering.begin(Version(5), {})
     verdict = gathering.offered(NODES[0], [offer((cid(1, run=FOREIGN), PARTS[0]), 1)], nothing_counted)
     assert (verdict.fetch, verdict.release) == ([], [])
-    assert gathering.take_dropped() == {}
 
 
 class Collecting(RuleBasedStateMachine):
@@ -152,7 +140,6 @@ class Collecting(RuleBasedStateMachine):
         self.fetching: dict[NodeId, set[Key]] = {node: set() for node in NODES}
         self.news: list[Key] = []
         self.counted: list[Cid] = []
-        self.dropped: list[Cid] = []
 
     @rule(
         node=st.sampled_from(NODES),
@@ -165,7 +152,7 @@ class Collecting(RuleBasedStateMachine):
         version = max(0, self.version - age)
         key = (cid(version, shard, run), part)
         verdict = self.gathering.offered(node, [offer(key, version)], self.counted.__contains__)
-        assert set(verdict.release) <= {*self.counted, *self.dropped}
+        assert set(verdict.release) <= set(self.counted)
         for wanted in verdict.fetch:
             assert wanted in keys(self.version)
             assert wanted not in self.news
@@ -204,9 +191,6 @@ class Collecting(RuleBasedStateMachine):
         assert self.gathering.complete
         window = [(one.cid, one.part) for one in self.gathering.window()]
         assert window == sorted(self.news) == sorted(keys(self.version))
-        dropped = self.gathering.take_dropped()
-        assert not set(dropped) & {*self.counted, *self.dropped, *expected(self.version)}
-        self.dropped += dropped
         self.counted += expected(self.version)
         self.version += 1
         self.gathering.begin(Version(self.version), expected(self.version))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zsfl.aggregator.schedule import Schedule
-from zsfl.ids import RunId, Version, parse_cid
+from zsfl.ids import RunId, Version, parse_cid, step_cid
 from zsfl.learning.batches import batch_indices
 
 RUN = RunId("3fa9c1")
@@ -41,6 +41,10 @@ def test_expected_steps_are_named_by_their_version_and_shard_in_order(
     assert found  # no version is made of nothing
     for cid, shard in found.items():
         assert parse_cid(cid) == (RUN, version, shard)
+    for shard in range(42):
+        cid = step_cid(RUN, shard, Version(version))
+        assert schedule.expects(cid) == (cid in found)
+        assert not schedule.expects(step_cid(RunId("000000"), shard, Version(version)))
 
 
 @given(sizes, st.integers(1, 20))

@@ -94,9 +94,13 @@ def test_who_served_whom_is_counted() -> None:
 
 def test_bytes_are_those_of_this_round_and_of_all_peers() -> None:
     counting = tally()
-    counting.baseline({"a": {"bytes_sent": 100.0, "steps": 1.0}})
-    now = {"a": {"bytes_sent": 150.0, "steps": 3.0}, "late": {"bytes_sent": 7.0}, "mute": {}}
-    report = counting.round_report(Version(1), {}, now, 101.0, 101.0)
+    peers = PeerCounters()
+    peers.heard(NodeId("1"), "a", {"bytes_sent": 100.0, "steps": 1.0})
+    peers.begin(lambda _: True)
+    peers.heard(NodeId("1"), "a", {"bytes_sent": 150.0, "steps": 3.0})
+    peers.heard(NodeId("2"), "late", {"bytes_sent": 7.0})
+    peers.heard(NodeId("3"), "mute", {})
+    report = counting.round_report(Version(1), {}, peers.added(), 101.0, 101.0)
     assert report.bytes_sent == 57
     assert report.peers == {"a": {"bytes_sent": 50.0, "steps": 2.0}, "late": {"bytes_sent": 7.0}, "mute": {}}
 
@@ -121,9 +125,19 @@ def test_without_right_and_wrong_there_is_no_accuracy() -> None:
     assert pooled({}) == (None, None)
 
 
-def test_of_several_starts_of_one_node_the_newest_counts() -> None:
+def test_a_node_that_is_started_again_in_a_round_adds_to_what_it_did_before() -> None:
     peers = PeerCounters()
     peers.heard(NodeId("1"), "a", {"steps": 5.0})
-    peers.heard(NodeId("2"), "a", {"steps": 1.0})
     peers.heard(NodeId("3"), "b", {})
-    assert peers.by_name() == {"a": {"steps": 1.0}, "b": {}}
+    peers.begin(lambda _: True)
+    peers.heard(NodeId("1"), "a", {"steps": 7.0})
+    peers.heard(NodeId("2"), "a", {"steps": 1.0, "retries": 1.0})
+    assert peers.added() == {"a": {"steps": 3.0, "retries": 1.0}, "b": {}}
+
+
+def test_nodes_that_are_gone_are_forgotten_with_the_next_round() -> None:
+    peers = PeerCounters()
+    for number in range(3):
+        peers.heard(NodeId(str(number)), "a", {"steps": 5.0})
+    peers.begin(lambda node: node == "2")
+    assert peers.added() == {"a": {"steps": 0.0}}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from zsfl.client.routing import MAX_SHUN_S, ServerChooser
+from zsfl.client.routing import MAX_ASKED, MAX_SHUN_S, UNKNOWN_SLOTS, ServerChooser
 from zsfl.ids import NodeId
 from zsfl.wire.messages import Load
 
@@ -56,10 +56,10 @@ def test_a_crowded_server_gets_less(chooser: ServerChooser) -> None:
 def test_requests_of_ours_count_before_the_server_says_so(chooser: ServerChooser) -> None:
     chooser.heard(A, load())
     chooser.heard(B, load())
-    for _ in range(9):
+    for _ in range(3):
         chooser.asked(A)
-    assert picks(chooser)[B] > 850
-    for _ in range(9):
+    assert picks(chooser)[B] > 750
+    for _ in range(3):
         chooser.answered(A)
     assert 400 < picks(chooser)[A] < 600
 
@@ -95,13 +95,51 @@ def test_one_that_was_lost_and_came_back_starts_afresh(chooser: ServerChooser) -
     assert 400 < picks(chooser)[A] < 600
 
 
-@given(st.lists(st.floats(0, 86_400), min_size=1, max_size=5), st.integers(0, 1 << 53), st.integers(0, 1 << 53))
+@given(st.lists(st.floats(0, 86_400), min_size=1, max_size=5), st.integers(1, 1 << 53), st.integers(0, 1 << 53))
 def test_whatever_servers_say_one_is_picked(services_s: list[float], slots: int, busy: int) -> None:
     chooser = ServerChooser(random.Random(1))
     for number, service_s in enumerate(services_s):
         chooser.joined(NodeId(str(number)))
         chooser.heard(NodeId(str(number)), load(service_s, slots=slots, busy=busy))
     assert chooser.pick(0.0) is not None
+
+
+def test_no_server_is_asked_for_more_than_it_admits(chooser: ServerChooser) -> None:
+    chooser.heard(A, load(slots=2))
+    chooser.heard(B, load(slots=1 << 40))
+    for _ in range(2):
+        chooser.asked(A)
+    assert picks(chooser) == {B: 1000}
+    for _ in range(MAX_ASKED):
+        chooser.asked(B)
+    assert (chooser.pick(0.0), chooser.next_free_s(), chooser.occupied) == (None, None, True)
+    chooser.answered(A)
+    assert chooser.pick(0.0) == A
+
+
+def test_a_server_that_is_unknown_is_asked_for_a_few() -> None:
+    chooser = ServerChooser(random.Random(1))
+    chooser.joined(A)
+    for _ in range(UNKNOWN_SLOTS):
+        assert chooser.pick(0.0) == A
+        chooser.asked(A)
+    assert chooser.pick(0.0) is None
+    chooser.heard(A, load(slots=UNKNOWN_SLOTS + 1))
+    assert chooser.pick(0.0) == A
+
+
+def test_room_is_kept_for_what_only_one_server_can_answer_well(chooser: ServerChooser) -> None:
+    chooser.lost(B)
+    chooser.heard(A, load(slots=1))
+    chooser.asked(A)
+    assert chooser.is_full(A)
+    with chooser.due(A):
+        chooser.answered(A)
+        assert not chooser.is_full(A)
+        assert chooser.pick(0.0) is None
+    assert chooser.pick(0.0) == A
+    chooser.heard(A, load(slots=0))
+    assert (chooser.is_full(A), chooser.pick(0.0)) == (False, None)
 
 
 servers = st.sampled_from([A, B, C])
@@ -115,16 +153,20 @@ class Choosing(RuleBasedStateMachine):
         self.chooser = ServerChooser(random.Random(1))
         self.now_s = 0.0
         self.free_s: dict[NodeId, float] = {}
+        self.room: dict[NodeId, list[int]] = {}
+        """Slots, and requests that are not answered."""
 
     @rule(server=servers)
     def joins(self, server: NodeId) -> None:
         self.chooser.joined(server)
         self.free_s.setdefault(server, 0.0)
+        self.room.setdefault(server, [UNKNOWN_SLOTS, 0])
 
     @rule(server=servers)
     def is_lost(self, server: NodeId) -> None:
         self.chooser.lost(server)
         self.free_s.pop(server, None)
+        self.room.pop(server, None)
 
     @rule(server=servers, for_s=st.floats(0, 20))
     def refuses(self, server: NodeId, for_s: float) -> None:
@@ -135,14 +177,20 @@ class Choosing(RuleBasedStateMachine):
     @rule(server=servers, service_s=st.floats(0, 10), slots=st.integers(0, 4), busy=st.integers(0, 9))
     def says(self, server: NodeId, service_s: float, slots: int, busy: int) -> None:
         self.chooser.heard(server, load(service_s, slots=slots, busy=busy))
+        if server in self.room:
+            self.room[server][0] = slots
 
     @rule(server=servers)
     def is_asked(self, server: NodeId) -> None:
         self.chooser.asked(server)
+        if server in self.room:
+            self.room[server][1] += 1
 
     @rule(server=servers)
     def answers(self, server: NodeId) -> None:
         self.chooser.answered(server)
+        if server in self.room:
+            self.room[server][1] = max(0, self.room[server][1] - 1)
 
     @rule(seconds=st.floats(0, 3))
     def time_passes(self, seconds: float) -> None:
@@ -150,10 +198,11 @@ class Choosing(RuleBasedStateMachine):
 
     @invariant()
     def picks_well(self) -> None:
-        free = {server for server, free_s in self.free_s.items() if free_s <= self.now_s}
+        room = {server: self.free_s[server] for server, (slots, asked) in self.room.items() if asked < slots}
+        free = {server for server, free_s in room.items() if free_s <= self.now_s}
         picked = self.chooser.pick(self.now_s)
         assert picked in free if free else picked is None
-        assert self.chooser.next_free_s() == min(self.free_s.values(), default=None)
+        assert self.chooser.next_free_s() == min(room.values(), default=None)
 
 
 TestChoosing = Choosing.TestCase

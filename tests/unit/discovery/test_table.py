@@ -258,7 +258,8 @@ def test_queries() -> None:
     assert table.by_role(Role.SPLIT_SERVER) == (S1, S2)
     assert table.get(AGG.id) == AGG
     assert table.get(ME.id) is None
-    assert table.addresses() == (AGG.address, S1.address, S2.address, client.address)
+    assert table.to_tell(9) == (AGG, S1, S2, client)
+    assert table.to_tell(2) == (AGG, S1)
 
 
 def test_peers_beyond_the_bound_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +283,6 @@ def test_candidates_beyond_the_bound_push_out_the_oldest_unverified(monkeypatch:
         table.on(Candidate(address, "exchange"), 2.0)
         table.on(Refused(address, "another job", final=True), 2.0)
     assert set(table.refusals()) == {third}
-    assert table.dropped == 2
     table.on(DialFailed(SEED), 2.1)
     assert set(table.on(Tick(), 2.5)) == {Dial(SEED), Dial(S1.address)}
 

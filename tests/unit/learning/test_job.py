@@ -218,3 +218,13 @@ def test_an_error_in_a_neighbour_names_the_neighbour(folder: Path) -> None:
     path.write_text(JOB_FILE)
     with pytest.raises(ConfigError, match=r"ValueError: no \(.*helper_of_trial.py, line 3\)"):
         load_job(path)
+
+
+def test_long_facts_are_shortened_and_still_tell_jobs_apart() -> None:
+    def facts(last: int) -> dict[str, str]:
+        loss = nn.Sequential(*[nn.Identity() for _ in range(20)], nn.Linear(1, last))
+        return job(loss=loss).facts(model())
+
+    assert len(facts(1)["loss"]) <= 120
+    assert facts(1)["loss"].startswith("Sequential(")
+    assert facts(1) == facts(1) != facts(2)

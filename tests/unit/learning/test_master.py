@@ -176,6 +176,23 @@ def test_what_cannot_be_used_is_named_and_changes_nothing(fields: dict[str, Any]
     assert master.digest() == undisturbed.digest()
 
 
+@pytest.mark.parametrize("fields", [{"n": 5.0}, {"samples": 5}])
+def test_both_parts_of_a_step_are_of_one_batch(fields: dict[str, Any]) -> None:
+    master = Master(model(), sgd(0.1))
+    before = master.digest()
+    made = contributions(master.state(), batches(1))
+    for order in (made, made[::-1]):
+        with pytest.raises(RunFailed, match=r"contribution step-00001 of .* they are not of one batch"):
+            master.step(_with(order, **fields))
+    assert master.digest() == before
+
+
+def test_a_step_that_overflows_names_the_tensor() -> None:
+    master = Master(model(), sgd(1e308, weight_decay=1e10))
+    with pytest.raises(RunFailed, match=r"made head.weight not finite: lower the learning rate"):
+        master.step(contributions(master.state(), batches(0)))
+
+
 def test_counted_twice_empty_or_overflowing() -> None:
     master = Master(model(dtype=torch.float32), sgd(0.1))
     made = contributions(master.state(), [(x.float(), y) for x, y in batches(0)])

@@ -197,6 +197,17 @@ def test_a_read_only_disk_is_said_so(tiny_disk: Path) -> None:
     assert store.offers(RUN) == [offer] or (tiny_disk / f"{offer.cid}.body.safetensors").exists()
 
 
+def test_only_one_run_is_kept(tmp_path: Path) -> None:
+    store = SpillStore(tmp_path)
+    mine = store.put(meta(1), TENSORS)
+    store.put(meta(1, run=RunId("000000")), TENSORS)
+    SpillStore(tmp_path).put(meta(2, part="client", run=RunId("000001")), TENSORS)
+    store = SpillStore(tmp_path)
+    assert [store.keep_only(RUN), store.keep_only(RUN)] == [2, 0]
+    assert store.offers(RUN) == [mine]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 # --- a process that is killed ----------------------------------------------------------------------------
 
 WRITER = """
