@@ -54,7 +54,8 @@ Nodes find one another by mDNS. Where multicast is blocked, one address is enoug
 """
 
 UP_FLAGS = (
-    "rounds", "cluster", "run", "runs", "resume", "device", "slots", "codec", "mdns", "host", "threads", "patience_s",
+    "rounds", "mode", "cluster", "run", "runs", "resume", "device", "slots", "codec", "mdns", "host", "threads",
+    "patience_s",
 )  # fmt: skip
 
 

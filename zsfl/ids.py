@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import Literal, NewType
+from typing import Literal, NamedTuple, NewType
 
 import msgspec
 
@@ -65,20 +65,31 @@ class NodeCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return f"tcp://{self.host}:{port}"
 
 
+class StepId(NamedTuple):
+    """What a cid says."""
+
+    run: RunId
+    version: Version
+    """The version that the step is made at."""
+    shard: int
+    k: int
+    """Counts the steps that one shard makes at one version, from 0."""
+
+
 # One spelling for each step; \d would match the digits of other scripts too.
-_CID = re.compile(r"([0-9a-f]{6})-v([0-9]{8}|[1-9][0-9]{8,15})-s([0-9]{5}|[1-9][0-9]{5,8})")
+_CID = re.compile(r"([0-9a-f]{6})-v([0-9]{8}|[1-9][0-9]{8,15})-s([0-9]{5}|[1-9][0-9]{5,8})-k([0-9]{3}|[1-9][0-9]{3,5})")
 CID_PATTERN = rf"^{_CID.pattern}\Z"
 """What a cid looks like, for message schemas."""
 
 
-def step_cid(run: RunId, shard: int, version: Version) -> Cid:
-    """The cid of the step that `shard` makes at `version`; within a run, cids sort by version, then shard."""
-    return Cid(f"{run}-v{version:08d}-s{shard:05d}")
+def step_cid(run: RunId, shard: int, version: Version, k: int = 0) -> Cid:
+    """The cid of the k-th step that `shard` makes at `version`; within a run, cids sort by version, shard and k."""
+    return Cid(f"{run}-v{version:08d}-s{shard:05d}-k{k:03d}")
 
 
-def parse_cid(cid: str) -> tuple[RunId, Version, int]:
-    """Run, version and shard of a cid; BadShape when it is none (it may come from anywhere)."""
+def parse_cid(cid: str) -> StepId:
+    """What a cid says; BadShape when it is none (it may come from anywhere)."""
     found = _CID.fullmatch(cid)
     if found is None:
-        raise BadShape(f"{cid[:64]!r} is not the id of a step; expected the like of 3fa9c1-v00000012-s00003")
-    return RunId(found[1]), Version(int(found[2])), int(found[3])
+        raise BadShape(f"{cid[:64]!r} is not the id of a step; expected the like of 3fa9c1-v00000012-s00003-k000")
+    return StepId(RunId(found[1]), Version(int(found[2])), int(found[3]), int(found[4]))

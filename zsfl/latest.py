@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 _Value = TypeVar("_Value")
@@ -30,6 +31,12 @@ class Latest(Generic[_Value]):
         """Wake all who wait although the value itself is the same object."""
         self._changed.set()
         self._changed = asyncio.Event()
+
+    async def changed_within(self, seconds: float) -> None:
+        """Returns at the next change, or after so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
 
     async def wait_for(self, fits: Callable[[_Value], bool]) -> _Value:
         """The first value from now on that fits, the present one included."""

@@ -53,6 +53,8 @@ class Member(Generic[_Loaded]):
         """The run whose spills count."""
         self._former: set[RunId] = set()
         self._deleting: set[asyncio.Task[None]] = set()
+        self._deletions = Latest(None)
+        """Touched whenever spills were deleted."""
 
     def joined(self, card: NodeCard) -> None:
         """Follow the first aggregator there is."""
@@ -127,7 +129,7 @@ class Member(Generic[_Loaded]):
 
     def offer(self, spilled: SpillOffer) -> None:
         """Tell the aggregator of a spill; heartbeats repeat it until it is released."""
-        if parse_cid(spilled.cid)[0] in self._former:  # its step was under way when the run was taken over
+        if parse_cid(spilled.cid).run in self._former:  # its step was under way when the run was taken over
             self._release((spilled.cid,))
             return
         offers = Offers(node=self._node.card.id, offers=(spilled,), counters=self._node.counters.snapshot())
@@ -160,8 +162,13 @@ class Member(Generic[_Loaded]):
         self._deleting.add(task)
         task.add_done_callback(self._deleted)
 
+    async def until_settled(self, cid: Cid) -> None:
+        """Returns when nothing of this step is held here any more: a commit named it, or its run is over."""
+        await self._deletions.wait_for(lambda _: not self.spills.holds(cid))
+
     def _deleted(self, task: asyncio.Task[None]) -> None:
         self._deleting.discard(task)
+        self._deletions.touch()
         if not task.cancelled() and (error := task.exception()):
             self._node.note(f"spills that are settled could not be deleted: {error}", "warning")
 

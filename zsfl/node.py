@@ -28,6 +28,7 @@ from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import (
     MAX_OFFERS,
     MAX_SETTLED,
+    SAID_GOODBYE,
     Announcement,
     Beat,
     Broadcast,
@@ -249,7 +250,7 @@ class Node:
 
     def _leave(self) -> None:
         with suppress(ZsflError):
-            self.publish(Goodbye(node=self.card.id, reason="it said goodbye"))
+            self.publish(Goodbye(node=self.card.id, reason=SAID_GOODBYE))
         for connection in list(self._connections):
             connection.close()
         self._publisher.close(GOODBYE_LINGER_S)

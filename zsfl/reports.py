@@ -66,10 +66,32 @@ class RoundReport(Report, frozen=True, kw_only=True, tag="round"):
     steps_per_s: float
     bytes_sent: int
     """Over all nodes, in this round, tensors and headers."""
+    late: int = 0
+    """Steps that counted although they were made at an earlier version."""
+    dropped: int = 0
+    """Steps that came too late to count; the ledger has each one's reason."""
     serving: dict[str, dict[str, int]]
     """Client name to split-server name to steps served in this round."""
     peers: dict[str, dict[str, float]]
     """Node name to its counters (steps, bytes_sent, bytes_received, busy, retries, ...) in this round."""
+
+
+class Tested(Report, frozen=True, kw_only=True, tag="tested"):
+    """The clients tested a version on their held-out samples, while training went on."""
+
+    round: int
+    """Rounds that were done at that version."""
+    version: int
+    loss: float | None
+    """Mean over all test samples of all clients that are there; None when no client has any."""
+    accuracy: float | None
+    """In 0..1, over the same samples; None when the job has no metric or no client has test data."""
+    clients: dict[str, float | None]
+    """Accuracy by client, each on its own test samples."""
+    seconds: float
+    """When the version was made: seconds since this process began to train."""
+    ends_round: bool = True
+    """Whether it is the test at the end of a round, which the round's report repeats."""
 
 
 class Finished(Report, frozen=True, kw_only=True, tag="finished"):
@@ -81,6 +103,11 @@ class Finished(Report, frozen=True, kw_only=True, tag="finished"):
     loss: float | None
     seconds: float
     folder: str
+    best_accuracy: float | None = None
+    best_round: int | None = None
+    """The best held-out test so far, whose weights are in best.safetensors."""
+    early: bool = False
+    """Training ended before its last round, as held-out tests no longer got better (`Job.stop_after`)."""
 
 
 class Failed(Report, frozen=True, kw_only=True, tag="failed"):
@@ -103,7 +130,7 @@ class Exited(Report, frozen=True, kw_only=True, tag="exited"):
     code: int
 
 
-AnyReport = Ready | Waiting | Assembled | WindowReport | RoundReport | Finished | Failed | Note | Exited
+AnyReport = Ready | Waiting | Assembled | WindowReport | RoundReport | Tested | Finished | Failed | Note | Exited
 
 _decoder = msgspec.json.Decoder(AnyReport)
 

@@ -28,6 +28,7 @@ from zsfl.errors import ConfigError, StorageError, ZsflError
 from zsfl.ids import Role
 from zsfl.learning.job import Job, load_job
 from zsfl.learning.model import SplitModel
+from zsfl.learning.modes import mode_name
 from zsfl.locks import LOCK, lock_folder
 from zsfl.node import Node, failed
 from zsfl.reports import AnyReport, Failed, Ready, to_line
@@ -61,6 +62,8 @@ async def run_role(
     """Run one node until its run ends or `stop` is set."""
     if settings.clients:
         job = dataclasses.replace(job, shards=settings.clients)
+    if settings.mode and settings.mode != mode_name(job.how):
+        job = dataclasses.replace(job, mode=settings.mode)
     # Where all of torch runs: elsewhere it would disturb the random numbers of other nodes of this process.
     model = await compute(job.build)
     name = settings.name or default_name(role, settings)

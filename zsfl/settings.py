@@ -72,6 +72,10 @@ class NodeSettings:
     clients: int = field(default=0, metadata=_doc("how many shards the data is divided among; 0: what the job says"))
     resume: bool = field(default=False, metadata=_doc("continue the run of that name"))
     rounds: int | None = field(default=None, metadata=_doc("rounds to train; default: what the job says"))
+    start_with: int = field(
+        default=0, metadata=_doc("clients' shards that must be there before training begins; default: all of them")
+    )
+    mode: str = field(default="", metadata=_doc("exact, elastic or async; default: what the job says"))
     hold: bool = field(default=False, metadata=_doc("the aggregator waits for an order to train"))
     join_s: float = field(
         default=600.0, metadata=_doc("seconds a node waits for an aggregator to appear before it gives up")
@@ -96,6 +100,7 @@ class NodeSettings:
 
 _COMMON = (
     "clients",
+    "mode",
     "cluster",
     "host",
     "port",
@@ -112,7 +117,7 @@ _COMMON = (
 NODE_FLAGS: dict[Role, tuple[str, ...]] = {
     Role.CLIENT: ("shards", "device", "codec", *_COMMON),
     Role.SPLIT_SERVER: ("device", "slots", "codec", *_COMMON),
-    Role.AGGREGATOR: ("rounds", "resume", "hold", *_COMMON),
+    Role.AGGREGATOR: ("rounds", "start_with", "resume", "hold", *_COMMON),
 }
 """Settings that make sense for a role on the command line."""
 
@@ -320,6 +325,8 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "threads": _at_least(1),
     "slots": _at_least(1),
     "clients": _at_least(0),
+    "start_with": _at_least(0),
+    "mode": _matches(r"|exact|elastic|async", "exact, elastic or async"),
     "shards": _check_shards,
     "rounds": _at_least(1),
     "join_s": _positive,

@@ -47,7 +47,7 @@ def assert_sound(ran: Ran, rounds: int) -> None:
     # Without the run's id, which every start of the run chooses anew.
     counted = [cid.partition("-")[2] for record in records for cid in record["counted"]]
     due = [
-        f"v{round_ * WINDOWS + window:08d}-s{shard:05d}"
+        f"v{round_ * WINDOWS + window:08d}-s{shard:05d}-k000"
         for round_ in range(rounds)
         for window in range(WINDOWS)
         for shard, size in enumerate(CASE.sizes)
@@ -214,7 +214,7 @@ def _poison(runs: Path, run: str) -> None:
     """Leave spills of the first step after round 1, as a crash does, but with other numbers in them."""
     names = CASE.model().named_parameters()
     grads = {name: torch.full_like(parameter, 7.0) for name, parameter in names}
-    cid = Cid(f"{run}-v{WINDOWS:08d}-s00000")
+    cid = Cid(f"{run}-v{WINDOWS:08d}-s00000-k000")
     for part, node in (("body", "server"), ("client", "clients")):
         tensors = {f"grad/{name}": grad for name, grad in grads.items() if name.startswith("body.") == (part == "body")}
         meta = SpillMeta(

@@ -89,6 +89,7 @@ class Case:
             ),
             optimizer=zsfl.optimizer(factory, **options),
             batch_size=self.batch_size,
+            batches="equal",
             rounds=self.rounds,
             shards=self.clients,
             seed=self.seed,

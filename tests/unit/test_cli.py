@@ -14,13 +14,13 @@ import zsfl
 from zsfl.cli import main, parser
 
 COMMON = {
-    "--clients", "--cluster", "--host", "--join-s", "--mdns", "--name", "--no-mdns", "--patience-s", "--peer", "--port",
-    "--request-s", "--run", "--runs", "--threads",
+    "--clients", "--cluster", "--host", "--join-s", "--mdns", "--mode", "--name", "--no-mdns", "--patience-s", "--peer",
+    "--port", "--request-s", "--run", "--runs", "--threads",
 }  # fmt: skip
 CLUSTER = {
     "--client-processes", "--clients", "--cluster", "--codec", "--device", "--host", "--in-process", "--mdns",
-    "--no-mdns", "--no-resume", "--patience-s", "--resume", "--rounds", "--run", "--runs", "--slots", "--split-servers",
-    "--threads",
+    "--mode", "--no-mdns", "--no-resume", "--patience-s", "--resume", "--rounds", "--run", "--runs", "--slots",
+    "--split-servers", "--threads",
 }  # fmt: skip
 FLAGS = {
     "": {"--version"},
@@ -29,7 +29,7 @@ FLAGS = {
     "node": set[str](),
     "node client": {*COMMON, "JOB", "--codec", "--device", "--shard", "--shards"},
     "node split-server": {*COMMON, "JOB", "--codec", "--device", "--slots"},
-    "node aggregator": {*COMMON, "JOB", "--hold", "--no-hold", "--no-resume", "--resume", "--rounds"},
+    "node aggregator": {*COMMON, "JOB", "--hold", "--no-hold", "--no-resume", "--resume", "--rounds", "--start-with"},
 }
 """Every flag of every command. A change here is a change that people notice."""
 

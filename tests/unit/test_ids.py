@@ -16,27 +16,27 @@ versions = st.integers(0, 10**16 - 1).map(Version)
 shards = st.integers(0, 10**9 - 1)
 
 
-@given(runs, versions, shards)
-def test_a_cid_says_what_it_was_made_of(run: RunId, version: Version, shard: int) -> None:
-    cid = step_cid(run, shard, version)
-    assert parse_cid(cid) == (run, version, shard)
+@given(runs, versions, shards, st.integers(0, 10**6 - 1))
+def test_a_cid_says_what_it_was_made_of(run: RunId, version: Version, shard: int, k: int) -> None:
+    cid = step_cid(run, shard, version, k)
+    assert parse_cid(cid) == (run, version, shard, k)
     assert re.search(CID_PATTERN, cid)
 
 
-@given(runs, st.lists(st.tuples(st.integers(0, 10**8 - 1), st.integers(0, 10**5 - 1)), min_size=2))
-def test_within_a_run_cids_sort_by_version_then_shard(run: RunId, steps: list[tuple[int, int]]) -> None:
-    cids = sorted(step_cid(run, shard, Version(version)) for version, shard in steps)
-    assert [(version, shard) for _, version, shard in map(parse_cid, cids)] == sorted(steps)
+@given(runs, st.lists(st.tuples(st.integers(0, 10**8 - 1), st.integers(0, 10**5 - 1), st.integers(0, 999)), min_size=2))
+def test_within_a_run_cids_sort_by_version_shard_and_k(run: RunId, steps: list[tuple[int, int, int]]) -> None:
+    cids = sorted(step_cid(run, shard, Version(version), k) for version, shard, k in steps)
+    assert [(step.version, step.shard, step.k) for step in map(parse_cid, cids)] == sorted(steps)
 
 
-@given(st.text(max_size=64) | st.from_regex(r"[0-9a-f]{6}-v\d{6,18}-s\d{3,11}"))
+@given(st.text(max_size=64) | st.from_regex(r"[0-9a-f]{6}-v\d{6,18}-s\d{3,11}-k\d{1,8}"))
 def test_each_step_has_one_spelling(text: str) -> None:
     try:
-        run, version, shard = parse_cid(text)
+        run, version, shard, k = parse_cid(text)
     except BadShape:
         assert not re.search(CID_PATTERN, text)
     else:
-        assert step_cid(run, shard, version) == text
+        assert step_cid(run, shard, version, k) == text
 
 
 @pytest.mark.parametrize(
@@ -44,13 +44,15 @@ def test_each_step_has_one_spelling(text: str) -> None:
     [
         "",
         "../../etc/passwd",
-        "3fa9c1-v00000012-s00003\n",
-        "3fa9c1-v00000012-s00003/x",
-        "3FA9C1-v00000012-s00003",
-        "3fa9c1-v12-s3",
-        "3fa9c1-v000000012-s00003",
-        "3fa9c1-v00000012-s000003",
-        "3fa9c1-v\u0661\u0661\u0661\u0661\u0661\u0661\u0661\u0661-s00003",
+        "3fa9c1-v00000012-s00003",
+        "3fa9c1-v00000012-s00003-k000\n",
+        "3fa9c1-v00000012-s00003-k000/x",
+        "3FA9C1-v00000012-s00003-k000",
+        "3fa9c1-v12-s3-k0",
+        "3fa9c1-v000000012-s00003-k000",
+        "3fa9c1-v00000012-s000003-k000",
+        "3fa9c1-v00000012-s00003-k0000",
+        "3fa9c1-v\u0661\u0661\u0661\u0661\u0661\u0661\u0661\u0661-s00003-k000",
         "x" * 10_000,
     ],
 )

@@ -11,7 +11,6 @@ from zsfl.aggregator.gathering import Gathering, Key
 from zsfl.compute import compute
 from zsfl.errors import BadShape, NoPeer, RemoteProtocolError, SpillCorrupt, Unavailable, ZsflError
 from zsfl.ids import Cid, NodeCard, NodeId
-from zsfl.latest import Latest
 from zsfl.learning.averaging import Contribution
 from zsfl.node import Node
 from zsfl.spill.layout import SpillMeta, decode
@@ -39,13 +38,12 @@ class _Holder:
 class Collector:
     """Keeps one fetch under way per holder; whatever is wanted meanwhile travels in the next."""
 
-    def __init__(self, node: Node, was_counted: Callable[[Cid], bool], seen: Callable[[SpillMeta], None]) -> None:
+    def __init__(self, node: Node, gathering: Gathering, took: Callable[[SpillMeta], None]) -> None:
+        """`took` is told of every part that is news."""
         self._node = node
-        self._was_counted = was_counted
-        self._seen = seen
+        self._gathering = gathering
+        self._took = took
         self._holders: dict[NodeId, _Holder] = {}
-        self.gathering = Gathering()
-        self._arrivals = Latest(0)
 
     def joined(self, card: NodeCard) -> None:
         """A peer that may hold spills is there."""
@@ -60,7 +58,7 @@ class Collector:
         if holder := self._holders.pop(card.id, None):
             holder.task.cancel()
             holder.connection.close("is gone")
-        self.gathering.not_delivered(card.id)
+        self._gathering.not_delivered(card.id)
 
     def offered(self, node: NodeId, offers: Sequence[SpillOffer]) -> None:
         """A holder offers spills."""
@@ -69,18 +67,13 @@ class Collector:
             return
         sizes = {(offer.cid, offer.part): offer.size_bytes for offer in offers}
         try:
-            verdict = self.gathering.offered(node, offers, self._was_counted)
+            verdict = self._gathering.offered(node, offers)
         except BadShape as error:
             raise RemoteProtocolError(f"{node} offers what is no spill: {error}") from error
         holder.fetch.update({key: sizes[key] for key in verdict.fetch})
         holder.release.update(verdict.release)
         if holder.fetch or holder.release:
             holder.todo.set()
-
-    async def more(self) -> None:
-        """Returns when a contribution that was not there before has arrived."""
-        seen = self._arrivals.value
-        await self._arrivals.wait_for(lambda now: now != seen)
 
     async def _serve(self, card: NodeCard, holder: _Holder) -> None:
         while True:
@@ -103,11 +96,11 @@ class Collector:
             pass  # presence decides whether it is gone; if not, it will offer again
         except ZsflError as error:
             self._complain(card, holder, keys, error)
-        self.gathering.not_delivered(card.id, keys)
+        self._gathering.not_delivered(card.id, keys)
 
     def _complain(self, card: NodeCard, holder: _Holder, keys: list[Key], error: ZsflError) -> None:
         """Say why spills do not come: once each, since they are asked for again as often as they are offered."""
-        holder.complained = {key for key in holder.complained if self.gathering.expects(key[0])}
+        holder.complained = {key for key in holder.complained if self._gathering.expects(key[0])}
         if holder.complained.issuperset(keys):
             return
         holder.complained.update(keys)
@@ -131,9 +124,8 @@ class Collector:
             self._node.counters.add("spills_corrupt")
             self._node.note(f"{card.name} handed over a corrupt spill: {error}", "warning")
             return
-        if self.gathering.arrived(contribution(meta, tensors)):
-            self._seen(meta)
-            self._arrivals.set(self._arrivals.value + 1)
+        if self._gathering.arrived(contribution(meta, tensors)):
+            self._took(meta)
 
 
 def _batch(wanted: dict[Key, int]) -> list[Key]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -23,7 +23,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """SHA-256 of the record before; empty for the first."""
     counted: list[Cid]
     dropped: dict[Cid, str]
-    """Reason by cid; in exact mode every step is counted."""
+    """Reason by cid: came too late, or never came whole."""
+    weighed: dict[Cid, tuple[float, float]]
+    """What a counted step's (S, n) and its S alone were multiplied by, where that is not 1 and 1."""
     samples: int
     n: float
     weights: str
@@ -52,14 +54,15 @@ class Ledger:
         self._folder.cut_commits(lambda line: hashlib.sha256(line).hexdigest() == last)
         self.last = last
 
-    def commit(self, at: Version, window: Sequence[Contribution], weights: str) -> None:
-        """Record that the steps in `window`, made at version `at`, made the next one."""
+    def commit(self, at: Version, window: Sequence[Contribution], dropped: Mapping[Cid, str], weights: str) -> None:
+        """Record that the steps in `window` made the version after `at`, and what was dropped meanwhile."""
         steps = [contribution for contribution in window if contribution.part == "client"]
         record = Record(
             version=Version(at + 1),
             predecessor=self.last,
             counted=[step.cid for step in steps],
-            dropped={},
+            dropped=dict(dropped),
+            weighed={step.cid: (step.scale, step.damping) for step in steps if (step.scale, step.damping) != (1, 1)},
             samples=sum(step.samples for step in steps),
             n=sum(step.n for step in steps),
             weights=weights,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import msgspec
 from torch import Tensor
@@ -14,6 +16,7 @@ from zsfl.ids import Version
 from zsfl.learning.job import Job
 from zsfl.learning.master import Master
 from zsfl.learning.model import SplitModel
+from zsfl.reports import RoundReport
 
 _PLACE = "place.json"
 
@@ -28,6 +31,12 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     """Of the job, without what may change: with other ones, the same versions would be other steps."""
     samples: dict[int, int]
     """Training samples by shard: another division of the data would make other steps."""
+    steps: dict[int, int]
+    """By shard, its steps that versions have counted."""
+    memory: dict[str, Any]
+    """What the mode's rules remember: shares of the clients, their speeds."""
+    untested: RoundReport | None
+    """The report of this round while its held-out test is not over."""
     commit: str
     """Digest of the last commit record: the ledger goes on from it."""
 
@@ -45,11 +54,19 @@ class Progress:
         """Replace the run's model by the one with these weights."""
         self._folder.write_model(self._model.merged_state(state), self._model.load_lines())
 
-    def save(self, version: Version, round_: int, samples: Mapping[int, int], commit: str) -> None:
-        """Write a checkpoint beside the last one, then drop the last one."""
-        place = Place(version=version, round=round_, facts=self._facts, samples=dict(samples), commit=commit)
+    @property
+    def facts(self) -> dict[str, str]:
+        """Of the job: what a checkpoint must agree with."""
+        return self._facts
+
+    def keep_best(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the best model by the one with these weights."""
+        self._folder.write_best(self._model.merged_state(state))
+
+    def save(self, place: Place) -> None:
+        """Write a checkpoint beside the others: which of them are good is known once they are tested."""
         folder = self._folder.checkpoint_path
-        new = folder / f"round-{round_:06d}"
+        new = folder / f"round-{place.round:06d}"
         aside = folder / "partial"
         try:
             shutil.rmtree(aside, ignore_errors=True)
@@ -57,24 +74,34 @@ class Progress:
             (aside / _PLACE).write_bytes(msgspec.json.encode(place))
             shutil.rmtree(new, ignore_errors=True)
             aside.rename(new)
-            for old in folder.glob("round-*"):
-                if old != new:
-                    shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             raise StorageError(f"cannot write a checkpoint in {folder}: {error.strerror}; make room there") from error
+
+    def keep_from(self, round_: int) -> None:
+        """The checkpoint of this round is good: drop those before it."""
+        for path in self._checkpoints():
+            if _round(path) < round_:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def keep_to(self, version: Version) -> None:
+        """Weights after this version were not shown to be any good: drop their checkpoints."""
+        for path in self._checkpoints():
+            if _place(path).version > version:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _checkpoints(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(self._folder.checkpoint_path.glob("round-*"))
 
     def restore(self) -> Place:
         """Bring the master to the newest checkpoint; ConfigError when there is none, or it is of another job."""
         folder = self._folder.checkpoint_path
-        found = sorted(folder.glob("round-*"))
+        found = self._checkpoints()
         if not found:
             raise ConfigError(
                 f"there is no checkpoint in {folder}: the run ended before its first round did; start it anew"
             )
-        try:
-            place = msgspec.json.decode((found[-1] / _PLACE).read_bytes(), type=Place)
-        except (OSError, msgspec.MsgspecError) as error:
-            raise StorageError(f"{found[-1] / _PLACE} cannot be read: {error}; start the run anew") from error
+        place = _place(found[-1])
         self._master.restore(found[-1])
         self._check(place.facts)
         return place
@@ -89,3 +116,16 @@ class Progress:
         ]
         if differ:
             raise ConfigError(f"the job has changed since the run began: {'; '.join(differ)}. Resume it unchanged")
+
+
+def _round(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("round-"))
+
+
+def _place(checkpoint: Path) -> Place:
+    try:
+        return msgspec.json.decode((checkpoint / _PLACE).read_bytes(), type=Place)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise StorageError(
+            f"{checkpoint / _PLACE} cannot be read: {error}; remove that folder, or start anew"
+        ) from error

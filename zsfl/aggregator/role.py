@@ -1,48 +1,48 @@
-"""The aggregator's shell: gathers a window, steps, commits, publishes, and again."""
+"""The aggregator's shell: assembles the run, trains its rounds, has them tested, keeps what they leave."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
+from typing import Any
 
 import msgspec
-from torch import Tensor
 
-from zsfl.aggregator.collector import Collector
-from zsfl.aggregator.commit import Ledger, check_losses
+from zsfl.aggregator.held_out import Best, HeldOut, Order
 from zsfl.aggregator.progress import Place, Progress
 from zsfl.aggregator.roster import Roster, ranges
 from zsfl.aggregator.run_folder import RunFolder
-from zsfl.aggregator.schedule import Schedule
-from zsfl.aggregator.tally import PeerCounters, Tally, pooled
+from zsfl.aggregator.stage import Stage
+from zsfl.aggregator.tally import PeerCounters
+from zsfl.aggregator.training import Training
 from zsfl.compute import compute
 from zsfl.errors import ConfigError, NoPeer, RemoteProtocolError, RunFailed, StorageError
-from zsfl.ids import Cid, NodeCard, NodeId, PartName, Role, RunId, Version
+from zsfl.ids import NodeCard, NodeId, Role, Version
 from zsfl.latest import Latest
 from zsfl.learning.job import Job
 from zsfl.learning.master import Master
 from zsfl.learning.model import SplitModel
+from zsfl.learning.modes import Exact, max_staleness
 from zsfl.node import BeatExtras, Node
-from zsfl.reports import Assembled, Finished, RoundReport
-from zsfl.weights.shelf import Packed, Shelf
+from zsfl.reports import Assembled, Finished, RoundReport, Tested
+from zsfl.weights.shelf import Shelf
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import (
-    Announcement,
+    SAID_GOODBYE,
     Beat,
     Broadcast,
     Evaluated,
     FetchWeights,
     Join,
+    Joined,
     Offers,
     Ok,
     Phase,
     Reply,
     Request,
-    RunState,
     Train,
 )
 
@@ -51,51 +51,49 @@ FAREWELL_S = 2.0
 
 
 class AggregatorRole:
-    """Runs one job from its first version to its last, in exact mode."""
+    """Runs one job from its first version to its last."""
 
     def __init__(self, node: Node, job: Job, model: SplitModel, folder: RunFolder) -> None:
         self._node = node
         self._job = job
         self._folder = folder
-        self._master = Master(model, job.optimizer)
-        self._progress = Progress(folder, job, model, self._master)
-        self._shelf = Shelf()
-        self._roster: Latest[Roster] = Latest(Roster(job.shards))
-        self._ledger = Ledger(folder)
+        master = Master(model, job.optimizer)
+        self._progress = Progress(folder, job, model, master)
+        self._shelf = Shelf(max_staleness(job.how))
+        mode = job.how
+        return_s = mode.return_s if isinstance(mode, Exact) else 0.0
+        self._roster: Latest[Roster] = Latest(Roster(job.shards, return_s))
         self._counters = PeerCounters()
         self._orders: asyncio.Queue[int | None] = asyncio.Queue(maxsize=16)
-        self._evaluated: Latest[dict[int, Evaluated]] = Latest({})
-        self._evaluations = 0
-        self._tally: Tally
-        self._schedule: Schedule
-        self._collector = Collector(
-            node, lambda cid: self._schedule.expects(cid), lambda meta: self._tally.served(meta)
-        )
-        self._state = RunState(
-            run=RunId(secrets.token_hex(3)), phase="waiting", version=Version(0), round=0, rounds=0, window=0, windows=0
-        )
-        self._version = self._state.version
-        """Of the master; peers hear of it only together with what is asked of them at it (`_enter`)."""
-        self._packed: dict[PartName, Packed] = {}
-        self._newest: tuple[Version, dict[str, Tensor]]
-        self._proven: tuple[Version, dict[str, Tensor]]
-        """The newest version that gave finite losses and gradients (the first one is taken on trust)."""
-        self._settled: tuple[Cid, ...] = ()
-        self._resumed: Place | None = None
-        self._server = node.serve(self._answer)
+        self._stage = Stage(node)
         self._publisher = node.publisher()
+        self._training = Training(node, job, folder, self._stage, master, self._roster, self._shelf, self._publisher)
+        self._held_out = HeldOut(node, self._stage, self._shelf, self._roster)
+        self._best = Best()
+        self._begun_s = 0.0
+        self._last: RoundReport | None = None
+        """The last round that was tested."""
+        self._resumed: Place | None = None
+        self._untested: RoundReport | None = None
+        """Of the round that a run is resumed after, when it ended before its test did."""
+        self._server = node.serve(self._answer)
         self.data_port = self._server.port
         self.weights_port = self._publisher.port
 
     async def prepare(self) -> None:
         """Restore what is to be resumed, and have the first version ready."""
+        version, round_ = Version(0), 0
         if self._node.settings.resume:
-            place = await compute(self._progress.restore)
-            self._resumed, self._version = place, place.version
-            self._state = msgspec.structs.replace(self._state, version=place.version, round=place.round)
-            await compute(self._ledger.resume, place.commit)
-        self._take_state(self._version)
-        self._proven = self._newest
+            place = self._resumed = await compute(self._progress.restore)
+            version, round_ = place.version, place.round
+            await compute(self._training.ledger.resume, place.commit)
+            self._training.remember(place)
+            for tested in await compute(self._folder.tests):
+                self._best.take(tested)
+            done = [report.round for report in await compute(self._folder.rounds)]
+            self._untested = None if round_ in done else place.untested
+        self._training.begin_at(version, round_)
+        self._stage.place(version=version, round=round_)
 
     # --- what the node asks -----------------------------------------------------------------------------
 
@@ -106,15 +104,9 @@ class AggregatorRole:
         """Answer a client or an observer."""
         match request:
             case Join():
-                card = self._node.peer(request.node)
-                if card is None:
-                    raise NoPeer("say HELLO before joining")
-                self._roster.value.join(card.id, card.name, request.shards)
-                self._roster.touch()
+                return self._join(request)
             case Evaluated():
-                if (self._state.phase, self._state.version) == ("evaluating", request.version):
-                    self._evaluated.value[request.shard] = request
-                    self._evaluated.touch()
+                self._held_out.heard(request)
             case Train():
                 if not self._node.settings.hold:
                     raise ConfigError("this aggregator trains by itself; start it with --hold to give it orders")
@@ -123,9 +115,17 @@ class AggregatorRole:
                 raise RemoteProtocolError(f"an aggregator does not answer {type(request).__name__} here")
         return Ok()
 
+    def _join(self, request: Join) -> Joined:
+        card = self._node.peer(request.node)
+        if card is None:
+            raise NoPeer("say HELLO before joining")
+        self._roster.value.join(card.id, card.name, request.shards)
+        self._roster.touch()
+        return Joined(steps=tuple(self._training.steps.get(info.shard, 0) for info in request.shards))
+
     def joined(self, card: NodeCard) -> None:
         """A peer is there."""
-        self._collector.joined(card)
+        self._training.collector.joined(card)
         if card.role is not Role.OBSERVER:
             self._node.note(f"{card.name} joined from {card.address}")
         self._roster.value.returned(card.id)
@@ -133,10 +133,10 @@ class AggregatorRole:
 
     def lost(self, card: NodeCard, reason: str) -> None:
         """A peer is gone."""
-        self._collector.lost(card)
-        self._roster.value.lost(card.id)
+        self._training.collector.lost(card)
+        self._roster.value.lost(card.id, time.monotonic(), said_goodbye=reason == SAID_GOODBYE)
         self._roster.touch()
-        if card.role is not Role.OBSERVER and self._state.phase not in ("finished", "failed"):
+        if card.role is not Role.OBSERVER and self._stage.state.phase not in ("finished", "failed"):
             self._node.note(f"{card.name} is gone: {reason}", "warning")
 
     def heard(self, broadcast: Broadcast) -> None:
@@ -144,19 +144,19 @@ class AggregatorRole:
         match broadcast:
             case Beat():
                 self._counters.heard(broadcast.card.id, broadcast.card.name, broadcast.counters)
-                self._collector.offered(broadcast.card.id, broadcast.offers)
+                self._training.collector.offered(broadcast.card.id, broadcast.offers)
                 self._mind_rival(broadcast)
             case Offers():
                 if card := self._node.peer(broadcast.node):
                     self._counters.heard(card.id, card.name, broadcast.counters)
-                    self._collector.offered(card.id, broadcast.offers)
+                    self._training.collector.offered(card.id, broadcast.offers)
             case _:
                 pass
 
     def beat(self) -> BeatExtras:
         """Heartbeats carry the state of the run, so that a lost announcement is no loss."""
         self._count_own()
-        return BeatExtras(state=self._state)
+        return BeatExtras(state=self._stage.state)
 
     def _present(self, node: NodeId) -> bool:
         return node == self._node.card.id or self._node.peer(node) is not None
@@ -166,7 +166,7 @@ class AggregatorRole:
 
     def _mind_rival(self, beat: Beat) -> None:
         """Two aggregators would make two histories of one job: the one that has not begun leaves."""
-        if beat.state is None or self._state.phase != "waiting":
+        if beat.state is None or self._stage.state.phase != "waiting":
             return
         if beat.state.phase != "waiting" or beat.card.id < self._node.card.id:
             raise ConfigError(
@@ -185,7 +185,7 @@ class AggregatorRole:
         async with asyncio.TaskGroup() as tasks:
             serving = tasks.create_task(self._server.run(), name="data")
             try:
-                await self._run_job()
+                await _first_of(self._run_job(), self._held_out.run())
             except (RunFailed, StorageError) as error:
                 await self._fail(error)
                 raise
@@ -194,205 +194,177 @@ class AggregatorRole:
                 self._publisher.close()
 
     async def _run_job(self) -> None:
-        self._schedule = await self._assemble()
-        self._publish_weights()
+        await self._assemble()
+        self._training.publish_weights()
+        self._begun_s = time.monotonic()
         settings = self._node.settings
+        if self._untested is not None:
+            await self._order_test(self._untested)
         if not settings.hold:
             await self._train(self._rounds_left())
             await self._farewell("finished")
             return
-        self._enter("idle")
+        self._stage.enter(phase="idle")
         while True:
             ordered = await self._orders.get()
             await self._train(self._rounds_left() if ordered is None else ordered)
-            self._enter("idle")
-
-    @property
-    def _rounds_done(self) -> int:
-        return self._schedule.place(self._version)[0]
 
     def _rounds_left(self) -> int:
         """Rounds that are still to do of those that the settings, or else the job, ask for."""
-        return max(0, (self._node.settings.rounds or self._job.rounds) - self._rounds_done)
+        return max(0, (self._node.settings.rounds or self._job.rounds) - self._training.round)
 
-    async def _assemble(self) -> Schedule:
-        """Wait for a client for every shard and at least one split server."""
+    async def _assemble(self) -> None:
+        """Wait for as many clients as the run begins with, and at least one split server."""
         try:
             with self._node.waiting(self._missing):
                 async with asyncio.timeout(self._node.settings.join_s):
                     await self._roster.wait_for(lambda _: not self._missing())
         except TimeoutError:
             raise NoPeer(f"after {self._node.settings.join_s:g} s there is still no {self._missing()}") from None
-        samples = dict(self._roster.value.samples())
-        if self._resumed is not None and self._resumed.samples != samples:
+        samples = self._roster.value.samples()
+        before = {} if self._resumed is None else self._resumed.samples
+        if any(before.get(shard, count) != count for shard, count in samples.items()):
             raise ConfigError("the shards have other sizes than when the run began; resume it with the same data")
         clients, servers = (len(self._node.peers(role)) for role in (Role.CLIENT, Role.SPLIT_SERVER))
         self._node.report(Assembled(node=self._node.name, clients=clients, split_servers=servers))
-        return Schedule(run=self._state.run, samples=samples, batch_size=self._job.batch_size)
 
     def _missing(self) -> str:
         """What the run cannot begin without, for people."""
         missing = self._roster.value.missing()
-        wanted = [f"clients for shards {ranges(missing)}"] if missing else []
+        enough = self._node.settings.start_with or self._job.shards
+        is_short = self._job.shards - len(missing) < enough
+        wanted = [f"clients for shards {ranges(missing)}"] if is_short else []
         if not self._node.peers(Role.SPLIT_SERVER):
             wanted.append("a split server")
         return " and ".join(wanted)
 
     async def _train(self, rounds: int) -> None:
         begun_s = time.monotonic()
-        last: RoundReport | None = None
-        total = self._rounds_done + rounds
-        while self._rounds_done < total:
-            last = await self._train_round(self._rounds_done, total)
+        total = self._training.round + rounds
+        while self._training.round < total and not self._is_early:
+            await self._train_round(total)
+        self._stage.enter(phase="idle", version=self._training.version)
+        await self._held_out.all_done()
         await compute(self._folder.write_plot)
+        best, last = self._best.tested, self._last
         finished = Finished(
             node=self._node.name,
-            rounds=self._rounds_done,
-            version=self._version,
+            rounds=self._training.round,
+            version=self._training.version,
             accuracy=last.accuracy if last else None,
             loss=last.loss if last else None,
             seconds=time.monotonic() - begun_s,
             folder=str(self._folder.path),
+            best_accuracy=best.accuracy if best else None,
+            best_round=best.round if best else None,
+            early=self._training.round < total,
         )
         self._node.report(finished)
 
-    async def _train_round(self, round_: int, total: int) -> RoundReport:
+    @property
+    def _is_early(self) -> bool:
+        """Whether tests have not got better for so long that training ends."""
+        return self._job.stop_after is not None and self._best.since >= self._job.stop_after
+
+    async def _train_round(self, total: int) -> None:
         self._count_own()
-        windows = self._schedule.windows
-        self._tally = Tally(
-            node=self._node.name, round_=round_ + 1, rounds=total, windows=windows, now_s=time.monotonic()
-        )
         self._counters.begin(self._present)
-        gathering = self._collector.gathering
-        while self._rounds_done == round_:
-            _, window = self._schedule.place(self._version)
-            gathering.begin(self._version, self._schedule.expected(self._version))
-            self._enter("training", round=round_, rounds=total, window=window, windows=windows)
-            await self._progressing(
-                lambda: f"the steps of {self._names(gathering.missing())}",
-                lambda: gathering.complete,
-                self._collector.more,
-            )
-            await self._commit(self._version)
-            if report := self._tally.window_report(window + 1, self._version, time.monotonic()):
-                await compute(self._folder.append_metrics, report)
-                self._node.report(report)
-        trained_s = time.monotonic()
-        await self._evaluate()
+        tally = await self._training.train_round(total, self._made)
         self._count_own()
-        report = self._tally.round_report(
-            self._version, self._evaluated.value, self._counters.added(), trained_s, time.monotonic()
-        )
+        report = tally.round_report(self._training.version, self._counters.added(), time.monotonic())
         await compute(self._keep, report)
-        self._node.report(report)
-        return report
+        await self._order_test(report)
 
-    async def _progressing(
-        self, what: Callable[[], str], done: Callable[[], bool], more: Callable[[], Awaitable[object]]
-    ) -> None:
-        """Wait until `done`, for as long as there is always `more` in time."""
-        patience_s = self._node.settings.patience_s
-        with self._node.waiting(what):
-            while not done():
-                try:
-                    async with asyncio.timeout(patience_s):
-                        await more()
-                except TimeoutError:
-                    raise RunFailed(
-                        f"round {self._state.round + 1} stood still for {patience_s:g} s without {what()}; in exact "
-                        "mode every client is needed. Start what is missing, then go on with --resume"
-                    ) from None
+    async def _made(self, version: Version) -> None:
+        """A version inside a round is there: have it tested, if the job wants that."""
+        if self._job.evaluate_every and version % self._job.evaluate_every == 0:
+            await self._order_test(None)
 
-    def _names(self, shards: Sequence[int]) -> str:
-        """Who holds these shards, for people."""
-        names = ", ".join(self._roster.value.name(shard) for shard in shards[:8])
-        return f"{names} and others" if len(shards) > 8 else names
+    async def _order_test(self, report: RoundReport | None) -> None:
+        """Have the newest version tested; with it, `report` of the round that it ends is whole."""
+        version, state = self._training.newest
 
-    async def _commit(self, version: Version) -> None:
-        """Make version + 1 of the window, record it, publish it."""
-        window = self._collector.gathering.window()
-        place = f"round {self._state.round + 1}, window {self._state.window + 1} of {self._state.windows}"
+        async def keep(tested: Tested, order: Order) -> None:
+            await self._tested(tested, order, report)
 
-        def step() -> None:
-            check_losses(window, f"{place} (version {version})")
-            self._master.step(window)
-            self._proven = self._newest
-            self._ledger.commit(version, window, self._master.digest())
-            self._take_state(Version(version + 1))
+        seconds = time.monotonic() - self._begun_s
+        order = Order(version=version, state=state, round=self._training.round, seconds=seconds, then=keep)
+        await self._held_out.order(order)
 
-        try:
-            await compute(step)
-        except RunFailed:
-            self._newest = self._proven
-            raise
-        self._tally.counted(window)
-        self._version = Version(version + 1)
-        self._publish_weights()
-        self._settled = tuple(self._schedule.expected(version))
-        # From here on a late copy of one of these steps is to be released, whatever the run does next.
-        self._collector.gathering.begin(self._version, {})
-
-    def _take_state(self, version: Version) -> None:
-        """The master is at this version now; blocking."""
-        self._newest = version, self._master.state()
-        self._packed = self._shelf.put(*self._newest)
-
-    def _publish_weights(self) -> None:
-        for part, (body, parts) in self._packed.items():
-            self._publisher.publish(part.encode(), body, parts)
-
-    async def _evaluate(self) -> None:
-        """Have every client with held-out samples test this version."""
-        self._evaluated.set({})
-        self._evaluations += 1
-        tested = self._roster.value.tested()
-        self._enter("evaluating")
-
-        def late() -> list[int]:
-            return sorted(tested - self._evaluated.value.keys())
-
-        async def more() -> None:
-            before = len(late())
-            await self._evaluated.wait_for(lambda _: len(late()) < before)
-
-        await self._progressing(lambda: f"the held-out test of {self._names(late())}", lambda: not late(), more)
-        loss, _ = pooled(self._evaluated.value)
-        if loss is not None and not math.isfinite(loss):
-            self._newest = self._proven
-            place = f"round {self._state.round + 1} (version {self._version})"
+    async def _tested(self, tested: Tested, order: Order, report: RoundReport | None) -> None:
+        if tested.loss is not None and not math.isfinite(tested.loss):
+            self._training.newest = self._training.proven
             raise RunFailed(
-                f"the held-out loss became {loss} after {place}: lower the learning rate, or look for bad samples"
+                f"the held-out loss became {tested.loss} after round {order.round} (version {order.version}): lower "
+                "the learning rate, or look for bad samples"
             )
+        is_best = tested.loss is not None and self._best.take(tested)
 
-    def _enter(self, phase: Phase, **place: int) -> None:
-        """Say what is asked of everybody now, and what the last commit settled."""
-        counted, self._settled = self._settled, ()
-        now = {"phase": phase, "version": self._version, "evaluation": self._evaluations, **place}
-        self._state = msgspec.structs.replace(self._state, **now)
-        self._node.publish(Announcement(node=self._node.card.id, state=self._state, counted=counted))
+        def keep() -> None:
+            if is_best:
+                self._progress.keep_best(order.state)
+            self._folder.append_metrics(tested)
+            if whole is not None:
+                self._folder.append_metrics(whole)
+                self._progress.keep_from(whole.round)
+
+        tested = msgspec.structs.replace(tested, ends_round=report is not None)
+        whole = None if report is None else msgspec.structs.replace(report, loss=tested.loss, accuracy=tested.accuracy)
+        await compute(keep)
+        self._node.report(tested)
+        if whole is not None:
+            self._last = whole
+            self._node.report(whole)
 
     # --- what the run leaves ----------------------------------------------------------------------------
 
     def _keep(self, report: RoundReport) -> None:
-        """Metrics, model and checkpoint of a round; blocking."""
-        self._folder.append_metrics(report)
-        self._progress.keep_model(self._newest[1])
-        self._progress.save(self._version, self._rounds_done, self._schedule.samples, self._ledger.last)
+        """Model and checkpoint of a round; blocking."""
+        training = self._training
+        self._progress.keep_model(training.newest[1])
+        self._progress.save(
+            Place(
+                version=training.version,
+                round=training.round,
+                facts=self._progress.facts,
+                samples=dict(self._roster.value.samples()),
+                commit=training.ledger.last,
+                steps=training.steps,
+                memory=training.memory(),
+                untested=report,
+            )
+        )
 
     async def _fail(self, error: Exception) -> None:
         """Keep the last good version, and tell everybody why the run ends."""
+        version, state = self._training.newest
         with suppress(StorageError):
-            await compute(self._progress.keep_model, self._newest[1])
+            await compute(self._progress.keep_model, state)
+            await compute(self._progress.keep_to, version)
             await compute(self._folder.write_plot)
-        self._state = msgspec.structs.replace(self._state, reason=str(error)[:2000])
-        error.args = (f"{error} (version {self._newest[0]} is kept in {self._folder.path})",)
+        self._stage.place(reason=str(error)[:2000])
+        error.args = (f"{error} (version {version} is kept in {self._folder.path})",)
         await self._farewell("failed")
 
     async def _farewell(self, phase: Phase) -> None:
         """Stay until the peers have heard of the end."""
-        self._enter(phase)
+        self._stage.enter(phase=phase)
         with suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL_S):
                 await self._roster.wait_for(
                     lambda _: not self._node.peers(Role.CLIENT) and not self._node.peers(Role.SPLIT_SERVER)
                 )
+
+
+async def _first_of(*works: Coroutine[Any, Any, None]) -> None:
+    """Run all until one ends, well or not; that one's end is the result."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task in done:
+                task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

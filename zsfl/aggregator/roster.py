@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from zsfl.errors import ConfigError
 from zsfl.ids import NodeId
@@ -15,14 +17,23 @@ class _Seat:
     info: ShardInfo
     node: NodeId
     name: str
-    present: bool = True
+    gone_since_s: float | None = None
+    """None while its client is there; minus infinity once it has said goodbye."""
+
+    @property
+    def present(self) -> bool:
+        return self.gone_since_s is None
 
 
 class Roster:
-    """Every shard of the job has one client. A client that is gone keeps its seat until somebody takes it over."""
+    """Every shard of the job has one client. A client that is gone keeps its seat until somebody takes it over.
 
-    def __init__(self, shards: int) -> None:
+    Who vanished still takes part for `return_s`, since it may be back, or replaced, any moment.
+    """
+
+    def __init__(self, shards: int, return_s: float = 0.0) -> None:
         self._shards = shards
+        self._return_s = return_s
         self._seats: dict[int, _Seat] = {}
 
     def join(self, node: NodeId, name: str, infos: Sequence[ShardInfo]) -> None:
@@ -45,37 +56,63 @@ class Roster:
         for info in infos:
             self._seats[info.shard] = _Seat(info, node, name)
 
-    def lost(self, node: NodeId) -> None:
+    def lost(self, node: NodeId, now_s: float, said_goodbye: bool = False) -> None:
         """A client is gone."""
         for seat in self._seats.values():
-            if seat.node == node:
-                seat.present = False
+            if seat.node == node and seat.present:
+                seat.gone_since_s = -math.inf if said_goodbye else now_s
 
     def returned(self, node: NodeId) -> None:
         """A client that counted as gone is there after all: it need not join again."""
         for seat in self._seats.values():
             if seat.node == node:
-                seat.present = True
+                seat.gone_since_s = None
+
+    def taking_part(self, now_s: float) -> list[int]:
+        """Shards whose steps are waited for: those that are there, and those that may be back in time."""
+        return [shard for shard, seat in sorted(self._seats.items()) if self._takes_part(seat, now_s)]
+
+    def next_leave_s(self, now_s: float) -> float:
+        """When the next of those who are gone no longer takes part; infinity when nobody is awaited."""
+        gone = [seat.gone_since_s for seat in self._seats.values() if seat.gone_since_s is not None]
+        return min((since + self._return_s for since in gone if since + self._return_s > now_s), default=math.inf)
+
+    def _takes_part(self, seat: _Seat, now_s: float) -> bool:
+        return seat.gone_since_s is None or now_s < seat.gone_since_s + self._return_s
+
+    def present(self) -> list[int]:
+        """Shards that a live client holds."""
+        return [shard for shard, seat in sorted(self._seats.items()) if seat.present]
 
     def missing(self) -> list[int]:
         """Shards that no live client holds."""
         return [s for s in range(self._shards) if s not in self._seats or not self._seats[s].present]
 
-    def name(self, shard: int) -> str:
-        """Who holds a shard, for people."""
+    def label(self, shard: int) -> str:
+        """Who holds a shard, in short."""
         seat = self._seats.get(shard)
         if seat is None:
             return f"shard {shard} (no client yet)"
-        label = seat.name if seat.name.endswith(f"-{shard}") else f"{seat.name} (shard {shard})"
-        return label if seat.present else f"{label}, which is gone"
+        return seat.name if seat.name.endswith(f"-{shard}") else f"{seat.name} (shard {shard})"
 
-    def samples(self) -> Mapping[int, int]:
-        """Training samples by shard."""
-        return {shard: seat.info.train_samples for shard, seat in sorted(self._seats.items())}
+    def name(self, shard: int) -> str:
+        """Who holds a shard, and whether it is there."""
+        gone = shard in self._seats and not self._seats[shard].present
+        return f"{self.label(shard)}, which is gone" if gone else self.label(shard)
+
+    def samples(self, shards: Sequence[int] | None = None) -> Mapping[int, int]:
+        """Training samples by shard, of these shards (None: of all that ever joined)."""
+        chosen = sorted(self._seats) if shards is None else shards
+        return {shard: self._seats[shard].info.train_samples for shard in chosen}
 
     def tested(self) -> frozenset[int]:
-        """Shards with held-out samples."""
-        return frozenset(shard for shard, seat in self._seats.items() if seat.info.test_samples)
+        """Shards with held-out samples whose client is there."""
+        return frozenset(shard for shard, seat in self._seats.items() if seat.info.test_samples and seat.present)
+
+    def classes(self, shards: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Training samples of each class at these shards (None: at all that ever joined), as far as they were told."""
+        chosen = self._seats if shards is None else shards
+        return tuple(map(sum, zip_longest(*(self._seats[shard].info.classes for shard in chosen), fillvalue=0)))
 
 
 def ranges(numbers: Sequence[int]) -> str:

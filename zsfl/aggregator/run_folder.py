@@ -6,6 +6,7 @@ runs/NAME/
 ├── ledger.jsonl        one commit record a line
 ├── plot.png            loss and accuracy by round
 ├── model.safetensors   the merged weights
+├── best.safetensors    those of the version that was best in its held-out test
 ├── load_model.py       the lines that load them into ordinary PyTorch
 └── checkpoint/         what --resume goes on from
 """
@@ -17,7 +18,7 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from zsfl.errors import ConfigError, StorageError
 from zsfl.locks import LOCK, lock_folder
-from zsfl.reports import RoundReport, WindowReport, from_line, to_line
+from zsfl.reports import AnyReport, RoundReport, Tested, WindowReport, from_line, to_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,7 +92,7 @@ class RunFolder:
         with _replacing(self.path / "settings.json") as file:
             file.write_text(text, encoding="utf-8")
 
-    def append_metrics(self, report: RoundReport | WindowReport) -> None:
+    def append_metrics(self, report: RoundReport | WindowReport | Tested) -> None:
         """One more line of metrics.jsonl."""
         _append_line(self.path / _METRICS, to_line(report))
 
@@ -111,28 +112,31 @@ class RunFolder:
 
     def rounds(self) -> list[RoundReport]:
         """The rounds in metrics.jsonl, in order; of a round that was redone after a resume, the last."""
-        found: dict[int, RoundReport] = {}
-        for line in _whole_lines(self.path / _METRICS):
-            report = from_line(line)
-            if isinstance(report, RoundReport):
-                found[report.round] = report
+        found = {report.round: report for report in self._metrics() if isinstance(report, RoundReport)}
         return [found[number] for number in sorted(found)]
+
+    def tests(self) -> list[Tested]:
+        """The held-out tests in metrics.jsonl, as they came."""
+        return [report for report in self._metrics() if isinstance(report, Tested)]
+
+    def _metrics(self) -> Iterator[AnyReport]:
+        """Those that can be read: JSON has no infinity, so that of a run that diverged some cannot."""
+        for line in _whole_lines(self.path / _METRICS):
+            with suppress(msgspec.ValidationError):
+                yield from_line(line)
 
     def write_model(self, state: Mapping[str, Tensor], load_lines: str) -> None:
         """The merged weights as safetensors, and the code that loads them without zsfl.
 
         Tied weights are stored once for each of their names: safetensors takes no shared memory.
         """
-        own = {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
-        }
-        with _replacing(self.path / "model.safetensors") as file:
-            file.touch()
-            usual = stat.S_IMODE(file.stat().st_mode)
-            safetensors.torch.save_file(own, file)
-            file.chmod(usual)  # save_file makes a file that nobody else may read, whatever the umask says
+        _write_tensors(self.path / "model.safetensors", state)
         with _replacing(self.path / "load_model.py") as file:
             file.write_text(load_lines.rstrip() + "\n", encoding="utf-8")
+
+    def write_best(self, state: Mapping[str, Tensor]) -> None:
+        """The merged weights of the best version; load_model.py loads them too, once it is told this file."""
+        _write_tensors(self.path / "best.safetensors", state)
 
     def write_plot(self) -> None:
         """Loss (training, held-out) and held-out accuracy by round, as plot.png; nothing without a round."""
@@ -150,6 +154,15 @@ class RunFolder:
         _plot_accuracy(accuracies, rounds)
         with _replacing(self.path / "plot.png") as file:
             FigureCanvasAgg(figure).print_figure(file, format="png")
+
+
+def _write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    with _replacing(path) as file:
+        file.touch()
+        usual = stat.S_IMODE(file.stat().st_mode)
+        safetensors.torch.save_file(own, file)
+        file.chmod(usual)  # save_file makes a file that nobody else may read, whatever the umask says
 
 
 def _summary(last: RoundReport) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
-from zsfl.ids import NodeId, Version
+from zsfl.ids import Cid, NodeId, Version
 from zsfl.learning.averaging import Contribution
 from zsfl.metrics import difference
 from zsfl.reports import RoundReport, WindowReport
@@ -25,7 +25,8 @@ class Tally:
         self._begun_s = now_s
         self._reported_s = now_s
         self._loss_sum = self._weight = 0.0
-        self._steps = self._samples = 0
+        self._steps = self._late = self._dropped = 0
+        self.samples = 0
         self._served: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._last: dict[str, str] = {}
 
@@ -35,12 +36,14 @@ class Tally:
             self._served[meta.client][meta.node] += 1
             self._last[meta.client] = meta.node
 
-    def counted(self, window: Iterable[Contribution]) -> None:
-        """A window was committed."""
+    def counted(self, window: Iterable[Contribution], at: Version, dropped: Collection[Cid] = ()) -> None:
+        """The version after `at` was made of this window, and these steps were dropped meanwhile."""
+        self._dropped += len(dropped)
         for contribution in window:
             if contribution.part == "client":
                 self._steps += 1
-                self._samples += contribution.samples
+                self._late += contribution.version < at
+                self.samples += contribution.samples
                 self._weight += contribution.n
                 self._loss_sum += contribution.loss_sum or 0.0
 
@@ -69,25 +72,25 @@ class Tally:
     def round_report(
         self,
         version: Version,
-        evaluated: Mapping[int, Evaluated],
         peers: dict[str, dict[str, float]],
-        trained_s: float,
         now_s: float,
     ) -> RoundReport:
-        """The whole round; `peers` is what nodes added to their counters, `trained_s` when its last commit was."""
-        loss, accuracy = pooled(evaluated)
+        """The whole round, but for its held-out test; `peers` is what nodes added to their counters."""
+        seconds = now_s - self._begun_s
         return RoundReport(
             node=self._node,
             round=self._round,
             rounds=self._rounds,
             version=version,
             train_loss=self.train_loss,
-            loss=loss,
-            accuracy=accuracy,
+            loss=None,
+            accuracy=None,
             steps=self._steps,
-            samples=self._samples,
-            seconds=now_s - self._begun_s,
-            steps_per_s=self._steps / max(trained_s - self._begun_s, 1e-9),
+            samples=self.samples,
+            seconds=seconds,
+            steps_per_s=self._steps / max(seconds, 1e-9),
+            late=self._late,
+            dropped=self._dropped,
             bytes_sent=int(sum(peer.get("bytes_sent", 0.0) for peer in peers.values())),
             serving={client: dict(servers) for client, servers in sorted(self._served.items())},
             peers=peers,

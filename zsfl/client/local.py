@@ -12,6 +12,7 @@ from zsfl.ids import Cid, Version, parse_cid
 from zsfl.learning.job import Job
 from zsfl.learning.model import SplitModel
 from zsfl.learning.part import Backward, Forward, Part, PartWeights, loss_sum
+from zsfl.learning.skew import shifted_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +39,17 @@ class StepInHand:
     grads: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     buffers: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     loss_sum: float = 0.0
+    shift: torch.Tensor | None = None
+    """Added to the logits before the loss, one for each class."""
     grad: torch.Tensor | None = None
     """Gradient of the loss sum by the body's output (U-shape only)."""
 
 
 def step_seed(seed: int, cid: Cid) -> int:
     """Seed of everything random in one step, the same on whichever server runs it and in every run; below 2**52."""
-    _, version, shard = parse_cid(cid)
-    return int.from_bytes(hashlib.sha256(f"{seed}/{version}/{shard}".encode()).digest()[:6], "little")
+    step = parse_cid(cid)
+    text = f"{seed}/{step.version}/{step.shard}/{step.k}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "little")
 
 
 class LocalParts:
@@ -53,8 +57,9 @@ class LocalParts:
 
     def __init__(self, job: Job, model: SplitModel, device: torch.device) -> None:
         self._job = job
-        self._head = Part(model.head, "head", device)
-        self._tail = None if model.tail is None else Part(model.tail, "tail", device)
+        norm = job.batch_norm
+        self._head = Part(model.head, "head", device, batch_norm=norm)
+        self._tail = None if model.tail is None else Part(model.tail, "tail", device, batch_norm=norm)
         self.want_grad = bool(self._head.trainable)
 
     @property
@@ -72,7 +77,15 @@ class LocalParts:
         tail = {name: tensor for name, tensor in state.items() if name.startswith("tail.")}
         return ClientWeights(self._head.load(head), None if self._tail is None else self._tail.load(tail))
 
-    def begin(self, weights: ClientWeights, cid: Cid, version: Version, x: torch.Tensor, y: torch.Tensor) -> StepInHand:
+    def begin(
+        self,
+        weights: ClientWeights,
+        cid: Cid,
+        version: Version,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        shift: torch.Tensor | None = None,
+    ) -> StepInHand:
         """Head forward."""
         seed = step_seed(self._job.seed, cid)
         head = self._head.forward(weights.head, x, seed=seed, train=True, need_input_grad=False)
@@ -86,6 +99,7 @@ class LocalParts:
             target=y,
             head=head,
             activations=head.output.detach(),
+            shift=shift,
         )
 
     def turn(self, weights: ClientWeights, step: StepInHand, output: torch.Tensor) -> None:
@@ -93,7 +107,8 @@ class LocalParts:
         if self._tail is None or weights.tail is None:
             raise TypeError("a job without a tail has no turn")
         forward = self._tail.forward(weights.tail, output, seed=step.seed + 2, train=True)
-        loss = loss_sum(self._job.loss, forward.output, step.target.to(self._tail.device), step.n)
+        loss_of = self._job.loss if step.shift is None else shifted_loss(self._job.loss, step.shift)
+        loss = loss_sum(loss_of, forward.output, step.target.to(self._tail.device), step.n)
         backward = self._tail.backward(weights.tail, forward.ending_in(loss))
         step.loss_sum = float(loss.detach())
         step.grad = backward.grad_input
@@ -108,6 +123,12 @@ class LocalParts:
             backward = self._head.backward(weights.head, step.head, grad)
         step.grads.update(backward.grads)
         step.buffers.update(backward.buffers)
+
+    def moved(self, weights: ClientWeights, step: StepInHand, lr: float) -> ClientWeights:
+        """Head and tail after a plain gradient step of this client alone, at this rate."""
+        rate = lr / step.n if step.n else 0.0
+        tail = None if self._tail is None or weights.tail is None else self._tail.moved(weights.tail, step.grads, rate)
+        return ClientWeights(self._head.moved(weights.head, step.grads, rate), tail)
 
     def head_infer(self, weights: ClientWeights, x: torch.Tensor) -> torch.Tensor:
         """Head forward in evaluation mode."""

@@ -28,6 +28,8 @@ Made = tuple[Request, Sequence[Buffer]]
 Make = Callable[[Codec], Awaitable[Made]]
 Packed = tuple[TensorSpec, Buffer]
 _RAW = Codec.parse("raw")
+AGAIN_S = 0.05
+"""Between two requests of the one server that may be asked, when it had no room."""
 
 
 class _Outgoing:
@@ -106,23 +108,31 @@ class RemoteBody:
         _, answer = await self._ask(make)
         return await _unpacked(answer.expect(Output).output, answer)
 
-    async def forward(self, *, cid: Cid, version: Version, seed: int, x: torch.Tensor) -> tuple[NodeId, torch.Tensor]:
-        """The body's output in training mode, and who holds its graph."""
+    async def forward(
+        self, *, cid: Cid, version: Version, seed: int, x: torch.Tensor, at: NodeId | None = None, merged: int = 0
+    ) -> tuple[NodeId, torch.Tensor]:
+        """The body's output in training mode, and who holds its graph; with `at` only that server is asked."""
         sent = _Outgoing("input", x)
 
         async def make(codec: Codec) -> Made:
             spec, data = await sent.packed(codec)
-            return Forward(cid=cid, version=version, seed=seed, input=spec), [data]
+            return Forward(cid=cid, version=version, seed=seed, input=spec, merged=merged), [data]
 
-        server, answer = await self._ask(make)
+        server, answer = await self._ask(make, at)
         return server, await _unpacked(answer.expect(Output).output, answer)
 
     async def backward(
-        self, holder: NodeId | None, request: Callable[..., Backward], x: torch.Tensor, grad: torch.Tensor
+        self,
+        holder: NodeId | None,
+        request: Callable[..., Backward],
+        x: torch.Tensor,
+        grad: torch.Tensor,
+        at: NodeId | None = None,
     ) -> tuple[NodeId, torch.Tensor | None]:
         """Who spilled the body's contribution, and the gradient of its input if the request wants it.
 
-        The holder of the graph is asked first; anybody else gets the input again and recomputes.
+        The holder of the graph is asked first; anybody else (with `at` only that server) gets the input again and
+        recomputes.
         """
         sent_grad, sent_input = _Outgoing("grad", grad), _Outgoing("input", x)
 
@@ -134,16 +144,21 @@ class RemoteBody:
             (grad_spec, grad_data), (spec, data) = await sent_grad.packed(codec), await sent_input.packed(codec)
             return request(grad=grad_spec, input=spec), [grad_data, data]
 
-        if holder is not None and holder in self._connections:
+        if at is not None:
+            for make_one in (make_short, make, make):  # others of the merged batch may have sent no input
+                with suppress(InputNeeded):
+                    server, answer = await self._ask(make_one, at)
+                    return server, await _grad_of(answer)
+        elif holder is not None and holder in self._connections:
             with suppress(InputNeeded, Unavailable, SpillFull):
                 await self._until_room_at(holder)
                 return holder, await _grad_of(await self._ask_one(holder, make_short))
             self._node.counters.add("recomputed")
-        server, answer = await self._ask(make)
+        server, answer = await self._ask(make, at)
         return server, await _grad_of(answer)
 
     async def step(
-        self, request: Callable[..., Step], x: torch.Tensor, target: torch.Tensor
+        self, request: Callable[..., Step], x: torch.Tensor, target: torch.Tensor, at: NodeId | None = None
     ) -> tuple[NodeId, torch.Tensor | None, float]:
         """Label sharing: who spilled the contribution, the gradient of the input if wanted, the loss sum."""
         sent_input, sent_target = _Outgoing("input", x), _Outgoing("target", target)
@@ -152,11 +167,28 @@ class RemoteBody:
             (spec, data), (target_spec, target_data) = await sent_input.packed(codec), await sent_target.packed(codec)
             return request(input=spec, target=target_spec), [data, target_data]
 
-        server, answer = await self._ask(make)
+        server, answer = await self._ask(make, at)
         return server, await _grad_of(answer), answer.expect(Spilled).loss_sum or 0.0
 
-    async def _ask(self, make: Make) -> tuple[NodeId, Answer]:
+    async def _ask_at(self, server: NodeId, make: Make) -> tuple[NodeId, Answer]:
+        """Ask this server until it answers or is gone."""
+        deadline = time.monotonic() + self._node.settings.patience_s
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._node.settings.patience_s):
+                await self._servers.wait_for(lambda _: self.has(server))
+        while True:
+            try:
+                return server, await self._ask_one(server, make)
+            except (Unavailable, SpillFull) as error:
+                if not self.has(server) or time.monotonic() > deadline:
+                    raise
+                pause_s = error.retry_after_s if isinstance(error, Busy) else 0.0
+                await asyncio.sleep(max(pause_s, AGAIN_S))
+
+    async def _ask(self, make: Make, at: NodeId | None = None) -> tuple[NodeId, Answer]:
         """Ask one server after another until one answers; what is refused for good is raised."""
+        if at is not None:
+            return await self._ask_at(at, make)
         deadline = time.monotonic() + self._node.settings.patience_s
         trouble = "there is no split server"
         while time.monotonic() < deadline:

@@ -1,83 +1,39 @@
-"""The client's shell: joins a run, makes its step of every window, tests every version it is asked to."""
+"""The client's shell: joins a run, makes its steps at every version, tests every version it is asked to."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from zsfl.client.local import ClientWeights, LocalParts, StepInHand
+from zsfl.client.driver import StepDriver
+from zsfl.client.local import ClientWeights, LocalParts
 from zsfl.client.remote import RemoteBody
+from zsfl.client.shard import ShardData
 from zsfl.compute import compute
 from zsfl.errors import ConfigError, RemoteProtocolError, StaleWeights, Unavailable, ZsflError
-from zsfl.ids import NodeCard, NodeId, Role, Version, step_cid
-from zsfl.learning.batches import Batches, batch_indices
+from zsfl.ids import NodeCard, NodeId, Role, RunId, Version, step_cid
+from zsfl.latest import Latest
 from zsfl.learning.dryrun import check_shapes
 from zsfl.learning.job import Job
 from zsfl.learning.model import SplitModel
+from zsfl.learning.modes import Async, max_staleness
+from zsfl.learning.skew import logit_shift
 from zsfl.member import Member
 from zsfl.node import BeatExtras, Node
-from zsfl.spill.layout import SpillMeta
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import (
-    Backward,
-    Beat,
-    Broadcast,
-    Evaluated,
-    Join,
-    Ok,
-    Phase,
-    Reply,
-    Request,
-    RunState,
-    ShardInfo,
-    Step,
-)
+from zsfl.wire.messages import MAX_JOINED, Beat, Broadcast, Evaluated, Join, Joined, Reply, Request, RunState
 
-EVALUATION_BATCH = 512
-"""Held-out samples in one request."""
 DRY_RUN_SAMPLES = 2
 
-Asked = tuple[int, Phase, Version, int]
-"""Of which aggregator, phase, version, number of the evaluation."""
-
-
-class ShardData:
-    """The samples of one shard. They never leave this process."""
-
-    def __init__(self, job: Job, shard: int) -> None:
-        train, test = job.data(shard, job.shards)
-        self._job = job
-        self.shard = shard
-        self.train = Batches(train)
-        self.test = None if test is None or len(test) == 0 else Batches(test)  # type: ignore[arg-type]
-        self._order: tuple[int, list[torch.Tensor]] = (-1, [])
-
-    @property
-    def info(self) -> ShardInfo:
-        """How many samples there are."""
-        tested = 0 if self.test is None else len(self.test)
-        return ShardInfo(shard=self.shard, train_samples=len(self.train), test_samples=tested)
-
-    def batch(self, round_: int, window: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The samples of one window of one round; None when this shard has none left in that round."""
-        if self._order[0] != round_:
-            job = self._job
-            order = batch_indices(job.seed, self.shard, round_, len(self.train), job.batch_size, job.shuffle)
-            self._order = (round_, order)
-        batches = self._order[1]
-        return self.train[batches[window]] if window < len(batches) else None
-
-    def test_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """All held-out samples in order."""
-        if self.test is None:
-            return []
-        return [self.test[rows] for rows in torch.arange(len(self.test)).split(EVALUATION_BATCH)]
+Asked = tuple[int, RunId, Version, NodeId | None, tuple[int, ...]]
+"""Of which aggregator, run, version, merger and merged steps."""
 
 
 class ClientRole:
@@ -97,9 +53,13 @@ class ClientRole:
         self._model = model
         self._shards = shards
         self._local = LocalParts(job, model, device)
-        self._member = Member(node, "client", self._local.load, spills)
+        self._member: Member[ClientWeights] = Member(node, "client", self._local.load, spills)
         self._remote = RemoteBody(node, node.settings.codec or job.codec, random.Random(node.card.id))
+        self._driver = StepDriver(node, self._local, self._remote, self._member)
+        self._bound = max_staleness(job.how)
         self._data: list[ShardData] = []
+        self._steps: Latest[dict[int, int]] = Latest({})
+        """By shard, steps made so far, once the aggregator has said how many it knows of."""
         self._server = node.serve(self._answer)
         self.data_port = self._server.port
 
@@ -114,14 +74,18 @@ class ClientRole:
 
     async def run(self) -> None:
         """Take part until the run is finished."""
+        run_shard = self._run_freely if isinstance(self._job.how, Async) else self._run_windows
         async with asyncio.TaskGroup() as tasks:
-            serving = tasks.create_task(self._server.run(), name="data")
-            joining = tasks.create_task(self._join(), name="join")
-            shards = [tasks.create_task(self._run_shard(data), name=f"shard {data.shard}") for data in self._data]
+            others = [
+                tasks.create_task(self._server.run(), name="data"),
+                tasks.create_task(self._join(), name="join"),
+                *(tasks.create_task(self._test(data), name=f"test {data.shard}") for data in self._data),
+            ]
+            shards = [tasks.create_task(run_shard(data), name=f"shard {data.shard}") for data in self._data]
             await asyncio.gather(*shards)
             await self._member.close()
-            serving.cancel()
-            joining.cancel()
+            for other in others:
+                other.cancel()
 
     async def drain(self, timeout_s: float) -> None:
         """Nothing to hand over: a step in hand is made again, under the same cid, by whoever takes the shard."""
@@ -165,170 +129,163 @@ class ClientRole:
         told: NodeCard | None = None
         while True:
             aggregator = await self._member.until_aggregator(other_than=told)
-            if await self._joined_run(aggregator):
+            pieces = [self._data[first : first + MAX_JOINED] for first in range(0, len(self._data), MAX_JOINED)]
+            if all([await self._joined_run(aggregator, piece) for piece in pieces]):
                 told = aggregator
 
-    async def _joined_run(self, aggregator: NodeCard) -> bool:
-        request = Join(node=self._node.card.id, shards=tuple(data.info for data in self._data))
+    async def _joined_run(self, aggregator: NodeCard, shards: Sequence[ShardData]) -> bool:
+        request = Join(node=self._node.card.id, shards=tuple(data.info for data in shards))
         try:
             answer = await self._node.link(aggregator).request(request, deadline_s=self._node.settings.request_s)
-            answer.expect(Ok)
+            counted = answer.expect(Joined).steps
         except Unavailable:
             await asyncio.sleep(self._node.settings.beat_s)
             return False
         except ZsflError as error:
             raise ConfigError(str(error)) from error
+        if len(counted) != len(shards):
+            raise RemoteProtocolError(f"{aggregator.name} answers for {len(counted)} of {len(shards)} shards")
+        self._steps.value.update({data.shard: steps for data, steps in zip(shards, counted, strict=True)})
+        self._steps.touch()
         return True
 
     # --- steps ------------------------------------------------------------------------------------------
 
-    async def _run_shard(self, data: ShardData) -> None:
+    async def _run_windows(self, data: ShardData) -> None:
+        """Exact and elastic: make the steps of every window, each once."""
         done: Asked | None = None
         while True:
             state = await self._member.state.wait_for(lambda now, done=done: self._asked(now) not in (None, done))
             if state is None or self._member.check(state):
                 return
-            asked = self._asked(state)
-            try:
-                if state.phase == "training":
-                    await self._train(data, state)
-                elif state.phase == "evaluating":
-                    await self._evaluate(data, state)
-            except (StaleWeights, Unavailable) as error:
-                if isinstance(error, Unavailable) and self._asked(self._member.state.value) == asked:
-                    raise
-                # The run moved on, or lost its aggregator, while this was under way; the news may still be coming.
-                await asyncio.sleep(self._node.settings.beat_s)
+            if await self._attempt(self._make_window(data, state), state):
+                done = self._asked(state)
+
+    async def _make_window(self, data: ShardData, state: RunState) -> None:
+        weights = await self._member.weights.get(state.version)
+        for k in range(self._job.steps):
+            batch = await compute(self._batch, data, state, k)
+            if batch is None:
                 continue
-            done = asked
+            cid = step_cid(state.run, data.shard, state.version, k)
+            step = await self._driver.make(cid, state, k, weights, batch, self._shift(data, state))
+            if self._job.local_lr is not None:
+                weights = await compute(self._local.moved, weights, step, self._job.local_lr)
+
+    def _batch(self, data: ShardData, state: RunState, k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The samples of the k-th step of this window; None when this shard sits it out."""
+        if not state.slices:
+            return data.batch(state.round, state.window * self._job.steps + k, state.windows)
+        start, size = next(((start, size) for shard, start, size in state.slices if shard == data.shard), (0, 0))
+        return data.stream(start + k * size, size)
+
+    async def _run_freely(self, data: ShardData) -> None:
+        """Async: make one step after another, at the newest version, up to the quota."""
+        mode = self._job.how
+        quota = mode.quota if isinstance(mode, Async) else 1
+        steps = (await self._steps.wait_for(lambda steps: data.shard in steps))[data.shard]
+        made: tuple[Asked | None, int] = None, 0
+        while True:
+            state = await self._member.state.wait_for(
+                lambda now, made=made: self._asked(now) is not None and (self._asked(now) != made[0] or made[1] < quota)
+            )
+            if state is None or self._member.check(state):
+                return
+            asked = self._asked(state)
+            k = made[1] if asked == made[0] else 0
+            begun_s = time.monotonic()
+            if await self._attempt(self._make_step(data, state, steps, k), state):
+                made, steps = (asked, k + 1), steps + 1
+                with suppress(TimeoutError):  # a step at the next version, if that is near, is worth more
+                    async with asyncio.timeout(time.monotonic() - begun_s):
+                        await self._member.state.wait_for(lambda now, asked=asked: self._asked(now) != asked)
+
+    async def _make_step(self, data: ShardData, state: RunState, steps: int, k: int) -> None:
+        batch = await compute(data.batch, *divmod(steps, state.windows), state.windows)
+        if batch is not None:
+            weights = await self._member.weights.get(state.version)
+            cid = step_cid(state.run, data.shard, state.version, k)
+            await self._driver.make(cid, state, k, weights, batch, self._shift(data, state))
+
+    def _shift(self, data: ShardData, state: RunState) -> torch.Tensor | None:
+        """What is added to the logits, where the job adjusts them."""
+        if self._job.adjust_logits is None or not state.all_classes:
+            return None
+        seen = data.classes if self._job.adjust_logits == "client" else state.present_classes
+        return logit_shift(seen, state.all_classes)
 
     def _asked(self, now: RunState | None) -> Asked | None:
         """What `now` asks for, if anything; of another aggregator, or the same one found again, it is asked anew."""
         if now is None or now.phase in ("waiting", "idle"):
             return None
-        return self._member.followed, now.phase, now.version, now.evaluation
+        return self._member.followed, now.run, now.version, now.merger, now.merged
 
-    async def _train(self, data: ShardData, state: RunState) -> None:
-        batch = await compute(data.batch, state.round, state.window)
-        if batch is None:
-            return
-        weights = await self._member.weights.get(state.version)
-        cid = step_cid(state.run, data.shard, state.version)
-        step = await compute(self._local.begin, weights, cid, state.version, *batch)
-        drive = self._drive_u_shaped if self._local.u_shaped else self._drive_label_sharing
-        server, grad = await drive(weights, step)
-        await self._spill(weights, step, grad)
-        self._node.counters.add("steps")
-        self._node.start(self._see_it_counted(step, server), f"hold {cid}")
+    def _still_counts(self, state: RunState, followed: int, now: RunState | None) -> bool:
+        """Whether steps made at `state` would still count."""
+        if now is None or self._member.followed != followed or now.run != state.run:
+            return False
+        if now.version == state.version:
+            return (now.merger, now.merged) == (state.merger, state.merged)
+        return now.version - state.version <= self._bound
 
-    async def _drive_u_shaped(self, weights: ClientWeights, step: StepInHand) -> tuple[NodeId, torch.Tensor | None]:
-        server, output = await self._remote.forward(
-            cid=step.cid, version=step.version, seed=step.seed + 1, x=step.activations
-        )
-        await compute(self._local.turn, weights, step, output)
-        return await self._backward(step, server)
-
-    async def _backward(self, step: StepInHand, holder: NodeId | None) -> tuple[NodeId, torch.Tensor | None]:
-        request = partial(
-            Backward,
-            cid=step.cid,
-            version=step.version,
-            seed=step.seed + 1,
-            n=step.n,
-            samples=step.samples,
-            want_grad=self._local.want_grad,
-            provenance=self._node.name,
-        )
-        if step.grad is None:
-            raise TypeError("a backward needs the gradient at the cut")
-        return await self._remote.backward(holder, request, step.activations, step.grad)
-
-    async def _drive_label_sharing(
-        self, _weights: ClientWeights, step: StepInHand
-    ) -> tuple[NodeId, torch.Tensor | None]:
-        request = partial(
-            Step,
-            cid=step.cid,
-            version=step.version,
-            seed=step.seed + 1,
-            n=step.n,
-            samples=step.samples,
-            want_grad=self._local.want_grad,
-            provenance=self._node.name,
-        )
-        server, grad, step.loss_sum = await self._remote.step(request, step.activations, step.target)
-        return server, grad
-
-    async def _spill(self, weights: ClientWeights, step: StepInHand, grad: torch.Tensor | None) -> None:
-        meta = SpillMeta(
-            cid=step.cid,
-            part="client",
-            version=step.version,
-            n=step.n,
-            samples=step.samples,
-            loss_sum=step.loss_sum,
-            client=self._node.name,
-            node=self._node.name,
-        )
-
-        def finish() -> object:
-            self._local.finish(weights, step, grad)
-            tensors = {f"grad/{name}": tensor for name, tensor in step.grads.items()}
-            tensors |= {f"buffer/{name}": tensor for name, tensor in step.buffers.items()}
-            return self._member.spills.put(meta, tensors)
-
-        self._member.offer(await compute(finish))  # type: ignore[arg-type]
-
-    async def _see_it_counted(self, step: StepInHand, server: NodeId) -> None:
-        """Until a version settles the step, drive its body part again whenever the server that spilled it is gone."""
-        settled = asyncio.ensure_future(
-            self._member.state.wait_for(lambda now: now is None or now.version != step.version)
-        )
-        driving = asyncio.ensure_future(self._keep_spilled(step, server))
+    async def _attempt(self, work: Coroutine[Any, Any, None], state: RunState) -> bool:
+        """Do `work` while steps made at `state` count; False when it has to be asked for anew."""
+        followed = self._member.followed
         try:
-            await asyncio.wait({settled, driving}, return_when=asyncio.FIRST_COMPLETED)
-            if not settled.done():
-                await driving
-        finally:
-            settled.cancel()
-            driving.cancel()
-            await asyncio.gather(settled, driving, return_exceptions=True)
+            await self._while_true(lambda now: self._still_counts(state, followed, now), work)
+        except StaleWeights:
+            pass  # the run moved on; the news may still be coming
+        except Unavailable:
+            if self._still_counts(state, followed, self._member.state.value) and state.merger is None:
+                raise
+        else:
+            return True
+        await asyncio.sleep(self._node.settings.beat_s)
+        return False
 
-    async def _keep_spilled(self, step: StepInHand, server: NodeId) -> None:
-        while True:
-            await self._remote.until_lost(server)
-            self._node.note(f"the server that spilled {step.cid} is gone; driving it again")
-            try:
-                if self._local.u_shaped:
-                    server, _ = await self._backward(step, None)
-                else:
-                    server, _ = await self._drive_label_sharing(None, step)  # type: ignore[arg-type]
-            except StaleWeights:
-                return
+    async def _while_true(self, holds: Callable[[RunState | None], bool], work: Coroutine[Any, Any, None]) -> None:
+        """Do `work`, but give it up as soon as the run's state is such that it no longer matters."""
+        working = asyncio.ensure_future(work)
+        moot = asyncio.ensure_future(self._member.state.wait_for(lambda now: not holds(now)))
+        try:
+            await asyncio.wait({working, moot}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()
+        finally:
+            working.cancel()
+            moot.cancel()
+            await asyncio.gather(working, moot, return_exceptions=True)
 
     # --- held-out test ----------------------------------------------------------------------------------
 
-    async def _evaluate(self, data: ShardData, state: RunState) -> None:
-        weights = await self._member.weights.get(state.version)
-        loss_sum = weight = correct = 0.0
-        samples, has_metric = 0, self._job.metric is not None
-        for x, y in await compute(data.test_batches):
-            hidden = await compute(self._local.head_infer, weights, x)
-            output = await self._remote.infer(state.version, hidden)
-            loss, right, n = await compute(self._local.score, weights, output, y)
-            loss_sum, correct, weight, samples = (
-                loss_sum + loss,
-                correct + (right or 0.0),
-                weight + n,
-                samples + len(y),
+    async def _test(self, data: ShardData) -> None:
+        """Test every version that is to be tested, whatever else goes on."""
+        done: tuple[int, int] | None = None
+        while True:
+            state = await self._member.state.wait_for(
+                lambda now, done=done: (
+                    now is not None and now.tested is not None and (self._member.followed, now.evaluation) != done
+                )
             )
+            if state is None or state.tested is None:
+                continue
+            wanted, followed = state.evaluation, self._member.followed
+            try:
+                await self._while_true(
+                    lambda now, wanted=wanted: now is not None and now.tested is not None and now.evaluation == wanted,
+                    self._test_version(data, state.tested),
+                )
+                done = followed, wanted
+            except (StaleWeights, Unavailable) as error:
+                self._node.note(f"version {state.tested} could not be tested: {error}; trying again", "warning")
+                await asyncio.sleep(self._node.settings.beat_s)
+
+    async def _test_version(self, data: ShardData, version: Version) -> None:
+        weights = await self._member.weights.get(version)
+        batches = await compute(data.test_batches)
+        loss_sum, correct, weight, samples = await self._driver.test(version, weights, batches)
         result = Evaluated(
-            shard=data.shard,
-            version=state.version,
-            samples=samples,
-            weight=weight,
-            correct=correct if has_metric else None,
-            loss_sum=loss_sum,
+            shard=data.shard, version=version, samples=samples, weight=weight, correct=correct, loss_sum=loss_sum
         )
         if aggregator := self._member.aggregator.value:
             await self._node.link(aggregator).request(result, deadline_s=self._node.settings.request_s)

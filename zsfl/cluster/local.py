@@ -57,7 +57,8 @@ class LocalCluster:
 
     Every node is a process of its own, or with `in_process=True` a task of this event loop. Leaving the block, for
     whatever reason, ends them all. A node that fails, other than one of several split servers, is a RunFailed, or a
-    ConfigError when its job or settings are wrong.
+    ConfigError when its job or settings are wrong. Clients that leave or are killed are done without, as the job's mode
+    says.
     """
 
     def __init__(
@@ -174,7 +175,14 @@ class LocalCluster:
         """Start one more split server; its name, once it is ready."""
         free = (f"split-server-{number}" for number in itertools.count())
         name = name or next(free_name for free_name in free if free_name not in self.nodes)
-        node = await self._start(name, Role.SPLIT_SERVER, {})
+        return await self._start_and_wait(name, Role.SPLIT_SERVER, {})
+
+    async def start_client(self, shards: str, name: str | None = None) -> str:
+        """Start a client for shards that nobody holds (any more), such as "3" or "0-4"; its name, once it is ready."""
+        return await self._start_and_wait(name or f"client-{shards}", Role.CLIENT, {"shards": shards})
+
+    async def _start_and_wait(self, name: str, role: Role, flags: Mapping[str, Any]) -> str:
+        node = await self._start(name, role, flags)
         async with _deadline(START_S, f"{name} is not ready"):
             await self._until(lambda: node.address is not None or node.exit_code is not None)
         if node.exit_code is not None:
@@ -273,9 +281,13 @@ class LocalCluster:
                 pass
 
     def _mind_the_death_of(self, name: str, node: NodeInfo) -> None:
-        """The run goes on without a split server as long as there is another, and without no other node."""
-        servers = [other for other in self.nodes.values() if other.role is Role.SPLIT_SERVER]
-        if self._assembled and node.role is Role.SPLIT_SERVER and any(other.exit_code is None for other in servers):
+        """The run goes on without a client or split server that left, or was killed, as long as there is another.
+
+        One that fails is another matter: something is wrong with the job, and with the next one it would be again.
+        """
+        others = [other for other in self.nodes.values() if other.role is node.role and other.exit_code is None]
+        may_go = node.role is Role.SPLIT_SERVER or (node.role is Role.CLIENT and node.failed is None)
+        if self._assembled and may_go and others:
             return
         # What the others know of a failed run they have from the aggregator, whose own words are on the way.
         if node.role is Role.AGGREGATOR or node.failed is None or node.failed.kind != "RunFailed":
@@ -287,7 +299,7 @@ class LocalCluster:
             return kind(f"{name}: {node.failed.message}")
         code = node.exit_code or 0
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        last = ", and there is no other split server" if node.role is Role.SPLIT_SERVER else ""
+        last = f", and there is no other {node.role.replace('-', ' ')}" if node.role is not Role.AGGREGATOR else ""
         return RunFailed(f"{name} {how}{last}; see {self._logs / name}.log")
 
     def _fail(self, error: Exception) -> None:

@@ -19,6 +19,7 @@ from zsfl.reports import (
     Note,
     Ready,
     RoundReport,
+    Tested,
     Waiting,
     WindowReport,
 )
@@ -84,7 +85,8 @@ class RunView:
                 self._moved()
             case RoundReport():
                 self.rounds.append(report)
-                self.window = None
+                if self.window is not None and self.window.round <= report.round:  # it was tested while others ran
+                    self.window = None
                 self._moved()
             case Finished():
                 self.finished = report
@@ -92,7 +94,7 @@ class RunView:
                 self.notes = deque((note for note in self.notes if note[1]), maxlen=SHOWN_NOTES)
             case Failed():
                 self.failed = report
-            case Assembled() | Note() | Exited():
+            case Assembled() | Note() | Tested() | Exited():
                 if isinstance(report, Assembled):
                     self.waiting.clear()
                 if line := plain_line(report):
@@ -198,21 +200,38 @@ def plain_line(report: AnyReport) -> str | None:
                 f"{report.steps_per_s:,.0f} steps/s, {report.bytes_sent / 1e6:,.1f} MB sent, served by "
                 + ", ".join(f"{server} {share:.0%}" for server, share, _ in server_shares(report.serving))
             )
+        case Tested() if not report.ends_round:
+            return (
+                f"version {report.version}, in round {report.round + 1}: test loss {_number(report.loss)}, "
+                f"test accuracy {_percent(report.accuracy)}"
+            )
         case Note():
             return f"{report.node}: {report.message}" if report.node else report.message
         case Exited(code=code) if code:
             how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
             return f"{report.node} {how}"
         case Finished():
+            early = ", ended early since its tests got no better" if report.early else ""
+            best = (
+                f" (best {_percent(report.best_accuracy)} after round {report.best_round})"
+                if _was_better(report)
+                else ""
+            )
             return (
-                f"finished: {report.rounds} rounds in {report.seconds:.1f} s, "
-                f"test accuracy {_percent(report.accuracy)}, test loss {_number(report.loss)}; "
+                f"finished: {report.rounds} rounds in {report.seconds:.1f} s{early}, "
+                f"test accuracy {_percent(report.accuracy)}{best}, test loss {_number(report.loss)}; "
                 f"see {report.folder}"
             )
         case Failed():
             return f"{report.node} failed: {report.message} ({report.kind})"
-        case Ready() | WindowReport() | Exited():
+        case Ready() | WindowReport() | Tested() | Exited():
             return None
+
+
+def _was_better(finished: Finished) -> bool:
+    """Whether an earlier version was better than the last one."""
+    best, last = finished.best_accuracy, finished.accuracy
+    return best is not None and last is not None and best > last
 
 
 def render(view: RunView) -> RenderableType:
@@ -269,8 +288,11 @@ def _result_table(finished: Finished) -> Table:
     from rich.text import Text
 
     table = _table("result", "")
-    table.add_row("rounds", f"{finished.rounds} in {finished.seconds:.1f} s (version {finished.version})")
+    early = ", ended early" if finished.early else ""
+    table.add_row("rounds", f"{finished.rounds} in {finished.seconds:.1f} s (version {finished.version}){early}")
     table.add_row("test accuracy", Text(_percent(finished.accuracy), style="bold green"))
+    if _was_better(finished):
+        table.add_row("best", f"{_percent(finished.best_accuracy)} after round {finished.best_round}: best.safetensors")
     table.add_row("test loss", _number(finished.loss))
     table.add_row("left in", Text(f"{finished.folder}/", style="bold", overflow="fold"))
     for name, what in LEFT:

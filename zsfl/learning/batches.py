@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -12,23 +14,61 @@ from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 from zsfl.errors import ConfigError
 
 
-def windows(samples: int, batch_size: int) -> int:
-    """How many batches `samples` make; the last one may be smaller."""
-    return -(-samples // batch_size)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BySpeed:
+    """Batch sizes that follow the measured speed of the clients, see `zsfl.by_speed`."""
+
+    least: int
+    most: int
+    mix: float
 
 
-def batch_indices(seed: int, shard: int, round: int, samples: int, batch_size: int, shuffle: bool) -> list[Tensor]:
-    """The int64 index tensors of one shard's batches in one round, the same in every process.
+def by_speed(least: int = 8, most: int = 512, mix: float = 1.0) -> BySpeed:
+    """Fast clients take larger batches and slow ones smaller, `least` to `most` samples.
 
-    The order is `torch.randperm(samples)` from a CPU generator whose seed is the first 4 bytes, little
-    endian, of SHA-256 over the text `"{seed}/{shard}/{round}"` (`range(samples)` without shuffle), cut every
-    `batch_size`. Hashed, because torch's generator keeps only 32 bits of its seed.
+    `mix` says how much more it counts that the merged batch keeps the label mix of all data (0: not at all). With it
+    above 0 the clients tell the aggregator how many samples of each class they have.
+    """
+    if not 1 <= least <= most:
+        raise ConfigError(f"by_speed: least is {least} and most is {most}: use 1 <= least <= most")
+    if not 0 <= mix < math.inf:
+        raise ConfigError(f"by_speed: mix is {mix}: use 0 or more")
+    return BySpeed(least=least, most=most, mix=mix)
+
+
+def batch_sizes(samples: int, batches: int, batch_size: int | None) -> list[int]:
+    """Sizes of the batches of one shard in a round of so many `batches`; 0 where it sits out.
+
+    `batch_size` until there is nothing left, or with None as even as they can be.
+    """
+    if batch_size is None:
+        return [(i + 1) * samples // batches - i * samples // batches for i in range(batches)]
+    return [max(0, min(batch_size, samples - i * batch_size)) for i in range(batches)]
+
+
+def round_order(seed: int, shard: int, round: int, samples: int, shuffle: bool) -> Tensor:
+    """The order in which one shard goes through its samples in one round, the same in every process.
+
+    `torch.randperm(samples)` from a CPU generator whose seed is the first 4 bytes, little endian, of SHA-256 over the
+    text `"{seed}/{shard}/{round}"`; `range(samples)` without shuffle. Hashed, because torch's generator keeps only 32
+    bits of its seed.
     """
     if not shuffle:
-        return list(torch.arange(samples).split(batch_size))
+        return torch.arange(samples)
     digest = hashlib.sha256(f"{seed}/{shard}/{round}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-    return list(torch.randperm(samples, generator=generator).split(batch_size))
+    return torch.randperm(samples, generator=generator)
+
+
+def stream_rows(seed: int, shard: int, start: int, count: int, samples: int, shuffle: bool) -> Tensor:
+    """Rows `start` to `start + count` of the endless stream of one shard: one round's order after the other."""
+    rows: list[Tensor] = []
+    while count:
+        round_, offset = divmod(start, samples)
+        rows.append(round_order(seed, shard, round_, samples, shuffle)[offset : offset + count])
+        start += len(rows[-1])
+        count -= len(rows[-1])
+    return torch.cat(rows)
 
 
 class Batches:

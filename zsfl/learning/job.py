@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.machinery
 import importlib.util
+import math
 import re
 import sys
 import traceback
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from zsfl.errors import ConfigError
+from zsfl.learning.batches import BySpeed, batch_sizes
 from zsfl.learning.model import JOB_MODULE_PREFIX
+from zsfl.learning.modes import Async, Elastic, Exact, Mode, ModeName, mode_named
 from zsfl.learning.optim import OptimizerSpec
 
 if TYPE_CHECKING:
@@ -62,17 +65,37 @@ class Job:
     optimizer: OptimizerSpec
     """Runs at the aggregator, once a version: `zsfl.sgd(lr=0.1)`, `adam`, `adamw`, `optimizer(cls, ...)`."""
     batch_size: int = 64
-    """Samples of one step of one client; a shard's last batch may be smaller."""
+    """Samples of one step of one client: of each, or on average, see `batches`."""
+    batches: Literal["proportional", "equal"] | BySpeed = "proportional"
+    """`proportional`: a client's batches are as large as its share of the data, so that all end a round together and
+    every merged batch has the mix of the whole. `equal`: `batch_size` for everybody, so that a round ends with those
+    who have most. `zsfl.by_speed()`: fast clients take more, so that all are done at the same time."""
+    steps: int = 1
+    """Steps of each client that make one version (exact and elastic): merged batches so many times as large."""
+    local_lr: float | None = None
+    """With `steps` above 1, a client moves its own head and tail by plain gradient descent at this rate between the
+    steps of one version, and the aggregator makes one optimizer step for each: FedAvg of the clients' deltas."""
     rounds: int = 10
-    """How long to train; in a round every client goes once over its data."""
+    """How long to train; in a round the clients go once over their data."""
     shards: int = 5
     """How many clients the data is divided among."""
     seed: int = 0
     """Of initial weights, of the order of samples, and of what is random in a forward."""
     codec: str = "raw"
     """How tensors travel; `raw` changes no bit."""
-    mode: Literal["exact"] = "exact"
-    """`exact`: every version is one window with one step of every client, as one process would compute it."""
+    mode: ModeName | Mode = "exact"
+    """`exact`, `elastic` or `async`, or one of these with settings of its own: `zsfl.Elastic(quorum=0.5)`."""
+    batch_norm: Literal["per-client", "merged", "frozen"] = "per-client"
+    """Which statistics batch norm uses in training: of one client's batch, of the merged batch of a window (body only,
+    exact mode), or the running ones, never changed."""
+    adjust_logits: Literal["participants", "client"] | None = None
+    """Logit adjustment, for class indices: the loss sees logits shifted by log(p/q), with p the class shares of those
+    who are present (`participants`) or of this client alone (`client`), and q those of all shards. The clients then
+    tell the aggregator how many samples of each class they have."""
+    evaluate_every: int | None = None
+    """Versions between two held-out tests; None: one at the end of each round."""
+    stop_after: int | None = None
+    """Training ends early after so many held-out tests without a better one; None: never."""
     shuffle: bool = True
     """Whether every round has an order of its own."""
     metric: Callable[[Tensor, Tensor], float] | None = accuracy
@@ -91,12 +114,48 @@ class Job:
         self._check_callables()
         if not isinstance(cast(object, self.optimizer), OptimizerSpec):
             raise self._wrong(f"optimizer is {self.optimizer!r}: use zsfl.sgd(lr=0.1), adam, adamw or optimizer")
-        for field, least in (("batch_size", 1), ("rounds", 1), ("shards", 1), ("seed", 0)):
+        for field, least in (
+            ("batch_size", 1),
+            ("steps", 1),
+            ("rounds", 1),
+            ("shards", 1),
+            ("seed", 0),
+            ("evaluate_every", 1),
+            ("stop_after", 1),
+        ):
             value = getattr(self, field)
+            if value is None and field in ("evaluate_every", "stop_after"):
+                continue
             if type(value) is not int or not least <= value < 2**63:
                 raise self._wrong(f"{field} is {value!r}: use a whole number from {least} up")
-        if self.mode != "exact":
-            raise self._wrong(f"mode is {self.mode!r}: use 'exact'")
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        """Choices that are none, and those that do not go together."""
+        if not isinstance(cast(object, self.batches), BySpeed) and self.batches not in ("proportional", "equal"):
+            raise self._wrong(f"batches is {self.batches!r}: use 'proportional', 'equal' or zsfl.by_speed()")
+        if self.batch_norm not in ("per-client", "merged", "frozen"):
+            raise self._wrong(f"batch_norm is {self.batch_norm!r}: use 'per-client', 'merged' or 'frozen'")
+        if self.adjust_logits not in (None, "participants", "client"):
+            raise self._wrong(f"adjust_logits is {self.adjust_logits!r}: use 'participants', 'client' or None")
+        try:
+            how = self.how
+        except ConfigError as error:
+            raise self._wrong(str(error)) from error
+        if not isinstance(how, Exact) and self.batch_norm == "merged":
+            raise self._wrong("batch_norm='merged' needs mode='exact', where it is known whose batches are merged")
+        if isinstance(how, Async) and self.steps > 1:
+            raise self._wrong("steps are the steps of a window, and mode='async' has none: state its samples instead")
+        if isinstance(how, Async) and isinstance(self.batches, BySpeed):
+            raise self._wrong("in mode='async' fast clients step more often already: use batches='proportional'")
+        if self.local_lr is not None and not (self.steps > 1 and 0 < self.local_lr < math.inf):
+            raise self._wrong(f"local_lr is {self.local_lr!r}: use a rate above 0, together with steps above 1")
+
+    @property
+    def how(self) -> Mode:
+        """The mode with its settings."""
+        mode = cast(object, self.mode)
+        return mode if isinstance(mode, Exact | Elastic | Async) else mode_named(str(mode))
 
     def _check_callables(self) -> None:
         """Functions where functions belong, and no model where its factory belongs."""
@@ -115,6 +174,10 @@ class Job:
 
     def _wrong(self, what: str) -> ConfigError:
         return ConfigError(f"job {self.name!r}: {what}")
+
+    def batch_sizes(self, samples: int, windows: int) -> list[int]:
+        """Sizes of the batches, in order, of a shard with so many samples in a round of so many windows."""
+        return batch_sizes(samples, windows * self.steps, self.batch_size if self.batches == "equal" else None)
 
     def build(self) -> SplitModel:
         """The model with its initial weights, equal on every node; `ConfigError` when the factory fails."""
@@ -138,7 +201,12 @@ class Job:
         """What all nodes of a run must agree on, as short strings; `rounds` may differ."""
         facts = {
             "name": self.name,
-            "mode": self.mode,
+            "mode": repr(self.how),
+            "batches": repr(self.batches),
+            "steps": str(self.steps),
+            "local_lr": str(self.local_lr),
+            "batch_norm": self.batch_norm,
+            "adjust_logits": str(self.adjust_logits),
             "shards": str(self.shards),
             "batch_size": str(self.batch_size),
             "seed": str(self.seed),

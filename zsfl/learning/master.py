@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zsfl.errors import ConfigError, RunFailed, StorageError
-from zsfl.learning.averaging import Contribution, average, norm_rules, pool_buffers
+from zsfl.ids import parse_cid
+from zsfl.learning.averaging import Contribution, average
+from zsfl.learning.norms import VALUES, norm_rules, pool_buffers, uncounted
 from zsfl.learning.optim import OptimizerSpec
 
 if TYPE_CHECKING:
@@ -46,7 +49,9 @@ class Master:
         if not self._trained:
             raise ConfigError("the model has nothing to train: give at least one parameter requires_grad=True")
         self._optimizer = optimizer.build(self._trained.values())
+        self._lr = self._optimizer.param_groups[0]["lr"]
         self._norms = norm_rules(self._model)
+        self._values = {f"{name}.{VALUES}": torch.tensor(0) for name in self._norms}
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and buffers by full name, as copies that later steps leave alone."""
@@ -57,8 +62,13 @@ class Master:
         return state_digest(self._model.state_dict())
 
     @torch.no_grad()
-    def step(self, contributions: Sequence[Contribution]) -> None:
-        """One optimizer step over the average of `contributions`, then the pooled buffers.
+    def step(self, contributions: Sequence[Contribution], version: int = 0, sequential: bool = False) -> None:
+        """One optimizer step over the average of `contributions`, made at `version`, then the pooled buffers.
+
+        `sequential` is for local steps: one optimizer step for the first steps of all clients, one for their second
+        ones, and so on. Each client moved its own parts by lr * S/n in between, so with plain gradient descent the sum
+        of these steps is the mean of the clients' moves (FedAvg), weighted at each step by samples. The body's
+        gradients are all taken at the body of `version`.
 
         `RunFailed` names the cid, node and tensor that cannot be used, and leaves everything as it was. When the
         step itself overflows, `RunFailed` names the tensor, and this master is spent: go on from what was saved.
@@ -66,20 +76,30 @@ class Master:
         state = self._model.state_dict()
         buffers = {name: state[name] for name, _ in self._model.named_buffers() if name in state}
         self._check(contributions, buffers)
-        averaged = average(contributions)
-        pooled = pool_buffers(buffers, contributions, self._norms)
-        for name, tensor in (*averaged.items(), *pooled.items()):
-            if not torch.isfinite(tensor).all():
-                raise _not_finite(name, contributions)
-        for name, parameter in self._trained.items():
-            parameter.grad = averaged[name].to(parameter.dtype) if name in averaged else None
-        cast(Any, self._optimizer).step()
-        self._optimizer.zero_grad(set_to_none=True)
+        gradients = [average(group) for group in (_by_k(contributions) if sequential else [contributions])]
+        newest = max(c.version for c in contributions)  # the statistics of late ones began elsewhere
+        pooled = pool_buffers(buffers, [c for c in contributions if c.version == newest], self._norms)
+        for tensors in (*gradients, pooled):
+            for name, tensor in tensors.items():
+                if not torch.isfinite(tensor).all():
+                    raise _not_finite(name, contributions)
+        if self._spec.schedule is not None:
+            self._optimizer.param_groups[0]["lr"] = self._lr * self._spec.factor(version)
+        for gradient in gradients:
+            self._descend(gradient)
         for name, parameter in self._trained.items():
             if not torch.isfinite(parameter).all():
                 raise RunFailed(f"the optimizer's step made {name} not finite: lower the learning rate")
         for name, tensor in pooled.items():
             state[name].copy_(tensor)
+
+    def _descend(self, gradient: Mapping[str, Tensor]) -> None:
+        """One step of the optimizer."""
+        for name, parameter in self._trained.items():
+            parameter.grad = gradient[name].to(parameter.dtype) if name in gradient else None
+        self._spec.clip(self._trained.values())
+        cast(Any, self._optimizer).step()
+        self._optimizer.zero_grad(set_to_none=True)
 
     def _check(self, contributions: Sequence[Contribution], buffers: Mapping[str, Tensor]) -> None:
         """Whether all fit this model and each is there once; numbers inside gradients are looked at later."""
@@ -93,6 +113,8 @@ class Master:
             seen.add((c.cid, c.part))
             if not (math.isfinite(c.n) and c.n >= 0 and c.samples > 0):
                 raise _unusable(c, f"weighs n={c.n} for {c.samples} samples")
+            if not (0 < c.scale < math.inf and 0 < c.damping <= 1):
+                raise _unusable(c, f"counts with a scale of {c.scale} and a damping of {c.damping}")
             if c.loss_sum is not None and not math.isfinite(c.loss_sum):
                 raise _unusable(c, f"has a loss of {c.loss_sum}: lower the learning rate, or look for bad samples")
             other = batches.setdefault(c.cid, c)
@@ -103,13 +125,16 @@ class Master:
                     f"n={other.n} for {other.samples}: they are not of one batch; do the nodes' jobs differ?",
                 )
             _check_names(c, "gradient", c.grads, self._trained)
-            _check_names(c, "buffer", c.buffers, buffers)
+            _check_names(c, "buffer", c.buffers, {**buffers, **self._values})
+            if norm := uncounted(buffers, c, self._norms):
+                raise _unusable(c, f"does not say how many values {norm} saw: the nodes' versions of zsfl differ")
 
     def save(self, folder: Path) -> None:
         """Write what a later `restore` needs into `folder`; a crash leaves the old file or the new one."""
         tensors = {f"weights/{name}": tensor for name, tensor in self.state().items()}
         held: list[Tensor] = []
         options = {key: value for key, value in self._optimizer.param_groups[0].items() if key != "params"}
+        options["lr"] = self._lr
         described: dict[str, Any] = {
             "optimizer": self._spec.factory.__qualname__,
             "options": _to_json(options, held),
@@ -151,8 +176,17 @@ class Master:
         for name, tensor in weights.items():
             state[name].copy_(tensor)
         self._optimizer.param_groups[0].update(_from_json(described["options"], tensors) | self._spec.options)
+        self._lr = self._optimizer.param_groups[0]["lr"]
         for name, parameter in self._trained.items():
             self._optimizer.state[parameter] = _from_json(described["state"][name], tensors)
+
+
+def _by_k(contributions: Sequence[Contribution]) -> list[list[Contribution]]:
+    """The first steps of all clients, their second ones, and so on."""
+    groups: defaultdict[int, list[Contribution]] = defaultdict(list)
+    for contribution in contributions:
+        groups[parse_cid(contribution.cid).k].append(contribution)
+    return [groups[k] for k in sorted(groups)]
 
 
 def _check_names(

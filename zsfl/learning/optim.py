@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, cast
 
 import torch
@@ -11,16 +12,60 @@ from torch import nn
 from torch.optim import Optimizer
 
 from zsfl.errors import ConfigError
+from zsfl.learning.schedules import Schedule
+
+
+class Yogi(Optimizer):
+    """Zaheer et al. 2018, with the defaults of Reddi et al. 2021: Adam whose second moment moves by a bounded amount.
+
+    v += -(1 - b2) sign(v - g^2) g^2, and w -= lr m / (sqrt(v) + eps); both moments begin at `initial`, without bias
+    correction as in the paper.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-3,
+        initial: float = 1e-6,
+    ) -> None:
+        if not (lr >= 0 and all(0 <= beta < 1 for beta in betas) and eps > 0 and initial >= 0):
+            raise ValueError(f"lr={lr}, betas={betas}, eps={eps}, initial={initial} are out of range")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "initial": initial})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step over the gradients there are."""
+        for group in self.param_groups:
+            (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"] = torch.full_like(parameter, group["initial"])
+                    state["exp_avg_sq"] = torch.full_like(parameter, group["initial"])
+                mean, square, new = state["exp_avg"], state["exp_avg_sq"], parameter.grad**2
+                mean.mul_(beta1).add_(parameter.grad, alpha=1 - beta1)
+                square.sub_((1 - beta2) * torch.sign(square - new) * new)
+                parameter.addcdiv_(mean, square.sqrt().add_(eps), value=-lr)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class OptimizerSpec:
-    """A torch optimizer class with its options; wrong options are a `ConfigError` at once."""
+    """A torch optimizer class with its options, and what goes with it; wrong options are a `ConfigError` at once."""
 
     factory: type[Optimizer]
     """Any class of `torch.optim` whose `step` needs no closure, or one that behaves like them."""
     options: Mapping[str, Any]
     """Keyword arguments of the class, the parameters left out."""
+    clip_norm: float | None = None
+    """The averaged gradient is scaled down to this norm (2-norm over all parameters) where it is longer."""
+    clip_value: float | None = None
+    """Each number of the averaged gradient is brought into [-clip_value, clip_value]."""
+    schedule: Schedule | None = None
+    """What the learning rate is multiplied by, at each version: `zsfl.cosine(...)`, or any function of the version."""
 
     def __post_init__(self) -> None:
         """Check class and options, without a step."""
@@ -36,11 +81,21 @@ class OptimizerSpec:
             _without_dynamo(self.factory)([nn.Parameter(torch.zeros(1, 1))], **self.options)
         except Exception as error:
             raise ConfigError(f"{self!r} cannot be built: {error}; correct the optimizer's options") from error
+        for name in ("clip_norm", "clip_value"):
+            bound = getattr(self, name)
+            if bound is not None and not 0 < bound < math.inf:
+                raise ConfigError(f"{name} is {bound!r}: use a number above 0, or None not to clip")
+        if self.schedule is not None:
+            self.factor(0)
 
     def __repr__(self) -> str:
         """`SGD(lr=0.1, momentum=0.9)`: options sorted, so that equal specs read the same on every node."""
-        options = ", ".join(f"{name}={value!r}" for name, value in sorted(self.options.items()))
-        return f"{self.factory.__qualname__}({options})"
+        options = [f"{name}={value!r}" for name, value in sorted(self.options.items())]
+        options += [f"{name}={bound!r}" for name in ("clip_norm", "clip_value") if (bound := getattr(self, name))]
+        if self.schedule is not None:
+            shown = repr(self.schedule) if is_dataclass(self.schedule) else _name(self.schedule)
+            options.append(f"schedule={shown}")
+        return f"{self.factory.__qualname__}({', '.join(options)})"
 
     def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         """The optimizer over `parameters`; `ConfigError` when it refuses them (none, wrong rank, ...)."""
@@ -48,6 +103,30 @@ class OptimizerSpec:
             return cast(Any, self.factory)(list(parameters), **self.options)
         except Exception as error:
             raise ConfigError(f"{self!r} does not fit this job's parameters: {error}") from error
+
+    def factor(self, version: int) -> float:
+        """What the learning rate is multiplied by in the step that `version` makes."""
+        if self.schedule is None:
+            return 1.0
+        try:
+            factor = float(self.schedule(version))
+        except Exception as error:
+            raise ConfigError(f"the schedule of {self!r} fails at version {version}: {error}") from error
+        if not 0 <= factor < math.inf:
+            raise ConfigError(f"the schedule of {self!r} gives {factor} at version {version}: it must be 0 or more")
+        return factor
+
+    def clip(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Clip the gradients that are there, by value, then by norm."""
+        if self.clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, self.clip_value)
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+
+
+def _name(function: object) -> str:
+    """A name that is the same in every process."""
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def _without_dynamo(factory: type[Optimizer]) -> Any:
@@ -59,14 +138,26 @@ def _without_dynamo(factory: type[Optimizer]) -> Any:
     return type(factory.__name__, (factory,), {"add_param_group": add_param_group})
 
 
-def optimizer(cls: type[Optimizer], **options: Any) -> OptimizerSpec:
-    """Any class of `torch.optim` with its options: `optimizer(torch.optim.RMSprop, lr=0.01)`."""
-    return OptimizerSpec(cls, options)
+def optimizer(
+    cls: type[Optimizer],
+    *,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    schedule: Schedule | None = None,
+    **options: Any,
+) -> OptimizerSpec:
+    """Any class of `torch.optim` with its options: `optimizer(torch.optim.RMSprop, lr=0.01)`.
+
+    All of these take `clip_norm`, `clip_value` and `schedule` too, see `OptimizerSpec`.
+    """
+    return OptimizerSpec(cls, options, clip_norm, clip_value, schedule)
 
 
-def sgd(lr: float, momentum: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False) -> OptimizerSpec:
+def sgd(
+    lr: float, momentum: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False, **others: Any
+) -> OptimizerSpec:
     """`torch.optim.SGD`."""
-    return optimizer(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+    return optimizer(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, **others)
 
 
 def adam(
@@ -75,9 +166,12 @@ def adam(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     amsgrad: bool = False,
+    **others: Any,
 ) -> OptimizerSpec:
     """`torch.optim.Adam`."""
-    return optimizer(torch.optim.Adam, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
+    return optimizer(
+        torch.optim.Adam, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, **others
+    )
 
 
 def adamw(
@@ -86,6 +180,20 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
     amsgrad: bool = False,
+    **others: Any,
 ) -> OptimizerSpec:
     """`torch.optim.AdamW`."""
-    return optimizer(torch.optim.AdamW, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
+    return optimizer(
+        torch.optim.AdamW, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, **others
+    )
+
+
+def yogi(
+    lr: float = 1e-2,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-3,
+    initial: float = 1e-6,
+    **others: Any,
+) -> OptimizerSpec:
+    """`Yogi`."""
+    return optimizer(Yogi, lr=lr, betas=betas, eps=eps, initial=initial, **others)

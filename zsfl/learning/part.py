@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,9 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from zsfl.errors import BadShape
+from zsfl.learning.norms import VALUES, tracked_norms
 
+BatchNorm = Literal["per-client", "merged", "frozen"]
 Loss = Callable[[Tensor, Tensor], Tensor]
 """`loss(output, target)`, a scalar: the mean over the samples."""
 
@@ -61,7 +65,10 @@ class Backward:
 class Part:
     """One part of a `SplitModel` on one device; `prefix` is `head`, `body` or `tail`."""
 
-    def __init__(self, module: nn.Module, prefix: str, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, prefix: str, device: torch.device, *, batch_norm: BatchNorm = "per-client"
+    ) -> None:
+        """`batch_norm` says what statistics a training pass uses: its batch's, or with `frozen` the running ones."""
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.module = module
@@ -70,6 +77,12 @@ class Part:
         self._params = dict(module.named_parameters())
         self._buffers = dict(module.named_buffers())
         self._known = set(module.state_dict())
+        self._batch_norm = batch_norm
+        self._norms = tracked_norms(module)
+        self._seen: dict[str, int] = {}
+        """By batch norm, the values per channel of the present pass."""
+        for name, norm in self._norms.items():
+            norm.register_forward_pre_hook(partial(self._count, name))
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -105,13 +118,14 @@ class Part:
         leaf = given.requires_grad_() if need_input_grad and given.is_floating_point() else None
         buffers = {name: b.clone() for name, b in weights.buffers.items()} if train else dict(weights.buffers)
         tensors = {**weights.params, **buffers}
-        self.module.train(train)
+        self._set_mode(train)
         with self._seeded(seed):
             output: Tensor = functional_call(
                 self.module, tensors, (given if leaf is None else leaf.clone(),), strict=False
             )
         # functional_call puts a buffer that was replaced rather than written to back into the dict.
         after = {self._full(name): tensors[name].detach() for name in buffers if train and name in self._known}
+        after |= {self._full(f"{name}.{VALUES}"): torch.tensor(count) for name, count in self._seen.items()}
         return Forward(output=output, input=leaf, buffers=MappingProxyType(after))
 
     def backward(self, weights: PartWeights, forward: Forward, grad_output: Tensor | None = None) -> Backward:
@@ -136,6 +150,15 @@ class Part:
             grad_input=None if forward.input is None else found[-1],
         )
 
+    def moved(self, weights: PartWeights, grads: Mapping[str, Tensor], rate: float) -> PartWeights:
+        """These weights less `rate` times the gradients (by full name) of those that have one; buffers as they are."""
+        full = {name: self._full(name) for name in weights.params}
+        params = {
+            name: (param.detach() - rate * grads[full[name]]).requires_grad_() if full[name] in grads else param
+            for name, param in weights.params.items()
+        }
+        return PartWeights(params=MappingProxyType(params), buffers=weights.buffers)
+
     def infer(self, weights: PartWeights, x: Tensor) -> Tensor:
         """The output for `x` in evaluation mode, without a graph."""
         self.module.eval()
@@ -143,19 +166,34 @@ class Part:
         with torch.no_grad():
             return functional_call(self.module, {**weights.params, **weights.buffers}, (given,), strict=False)
 
+    def _set_mode(self, train: bool) -> None:
+        """Training or evaluation, for the next pass."""
+        self.module.train(train)
+        self._seen.clear()
+        if self._batch_norm == "frozen":
+            for norm in self._norms.values():
+                norm.eval()
+
+    def _count(self, name: str, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if norm.training:
+            self._seen[name] = args[0].numel() // args[0].shape[1]
+
     def warnings(self) -> list[str]:
         """What makes a run of this part differ from training in one process."""
-        self.module.train()
+        self._set_mode(train=True)
         coupled = [
             self._full(name)
             for name, layer in self.module.named_modules()
             if isinstance(layer, _BatchNorm) and layer.training
         ]
-        if not coupled:
+        if not coupled or (self._batch_norm == "merged" and self.prefix == "body"):
             return []
+        instead = "batch_norm='frozen' or group norm would not"
+        if self.prefix == "body":
+            instead = f"batch_norm='merged', {instead}"
         return [
             "batch norm takes its statistics from one client's batch at a time, so training differs from "
-            f"one process with all the data: {', '.join(coupled)}; group norm or frozen batch norm would not"
+            f"one process with all the data: {', '.join(coupled)}; {instead}"
         ]
 
     def _full(self, name: str) -> str:

@@ -55,7 +55,7 @@ def decode(data: bytes | bytearray | memoryview) -> tuple[SpillMeta, dict[str, t
         if _checksum(metadata["zsfl"], tensors) != metadata["crc32"]:
             raise SpillCorrupt("not a whole spill: its bytes do not match their checksum")
         meta = msgspec.convert(json.loads(metadata["zsfl"]), SpillMeta)
-        if parse_cid(meta.cid)[1] != meta.version:
+        if parse_cid(meta.cid).version != meta.version:
             raise SpillCorrupt(f"step {meta.cid} cannot be of version {meta.version}")
         return meta, tensors
     except (BadShape, AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:

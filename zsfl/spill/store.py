@@ -40,7 +40,7 @@ class SpillStore:
 
     def put(self, meta: SpillMeta, tensors: Mapping[str, torch.Tensor]) -> SpillOffer:
         """Write one spill; when this returns it is in place. A spill of the same cid and part is replaced."""
-        _, version, _ = parse_cid(meta.cid)
+        version = parse_cid(meta.cid).version
         part = cast("PartName", meta.part)
         data = encode(meta, tensors)
         path = self._path((meta.cid, part))
@@ -91,7 +91,7 @@ class SpillStore:
     def keep_only(self, run: RunId) -> int:
         """Delete the spills of every other run; how many there were."""
         with self._lock:
-            others = [cid for cid, _ in self._held if parse_cid(cid)[0] != run]
+            others = [cid for cid, _ in self._held if parse_cid(cid).run != run]
         self.release(others)
         return len(others)
 
@@ -112,7 +112,7 @@ class SpillStore:
             return
         cid, _, part = path.name.removesuffix(_SUFFIX).partition(".")
         try:
-            _, version, _ = parse_cid(cid)
+            version = parse_cid(cid).version
         except BadShape:
             return
         if path.suffix == _SUFFIX and path.is_file() and part in ("body", "client"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +13,7 @@ import torch
 
 from zsfl.compute import compute
 from zsfl.errors import BadShape, Rejected, RemoteProtocolError, Unavailable
-from zsfl.ids import NodeCard
+from zsfl.ids import Cid, NodeCard
 from zsfl.latest import Latest
 from zsfl.learning.job import Job
 from zsfl.learning.model import SplitModel
@@ -22,6 +22,7 @@ from zsfl.member import Member
 from zsfl.node import BeatExtras, Node
 from zsfl.split_server.admission import Admission
 from zsfl.split_server.body import BodyWorker, Done
+from zsfl.split_server.meeting import Meetings
 from zsfl.tensors.codec import Codec, unpack
 from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.framing import Buffer
@@ -36,12 +37,15 @@ class SplitServerRole:
 
     def __init__(self, node: Node, job: Job, model: SplitModel, device: torch.device, spills: Path) -> None:
         self._node = node
-        part = Part(model.body, "body", device)
+        part = Part(model.body, "body", device, batch_norm=job.batch_norm)
         self._warnings = part.warnings()
         self._member: Member[PartWeights] = Member(node, "body", part.load, spills)
         self._codec = Codec.parse(node.settings.codec or job.codec)
         self._admission = Admission(node.settings.slots)
         self._worker = BodyWorker(job, part, self._member.spills, node=node.name, slots=node.settings.slots)
+        self._forwards = Meetings(self._merge_forwards)
+        self._backwards = Meetings(self._merge_backwards)
+        self._steps = Meetings(self._merge_steps)
         self._news = Latest(None)
         """Touched whenever a drain may have come to its end."""
         self._server = node.serve(self._answer)
@@ -106,6 +110,13 @@ class SplitServerRole:
 
     async def _answer(self, request: Request, parts: Sequence[Buffer]) -> Answer:
         match request:
+            # Waiting for others takes no slot: with fewer slots than clients a merged batch would never be whole.
+            case Forward() if request.merged:
+                return await self._attend_forward(request, _only(parts, 1))
+            case Backward() if request.merged:
+                return await self._attend_backward(request, _only(parts, 1 if request.input is None else 2))
+            case Step() if request.merged:
+                return await self._attend_step(request, _only(parts, 2))
             case Forward() | Infer():
                 with self._admitted():
                     return await self._run_forward(request, _only(parts, 1))
@@ -163,6 +174,46 @@ class SplitServerRole:
 
         return await self._spilled(work)
 
+    # --- merged batches ---------------------------------------------------------------------------------
+
+    async def _attend_forward(self, request: Forward, parts: Sequence[Buffer]) -> Answer:
+        x = await compute(unpack, request.input, parts[0])
+        output = await self._forwards.attend(request.cid, request.merged, (request, x))
+        spec, data = await compute(self._codec.pack, "output", output)
+        self._node.counters.add("forwards")
+        return Output(output=spec, load=self._admission.load), [data]
+
+    async def _attend_backward(self, request: Backward, parts: Sequence[Buffer]) -> Answer:
+        grad = await compute(unpack, request.grad, parts[0])
+        x = None if request.input is None else await compute(unpack, request.input, parts[1])
+        done = await self._backwards.attend(request.cid, request.merged, (request, grad, x))
+        return await self._acknowledge(request, done)
+
+    async def _attend_step(self, request: Step, parts: Sequence[Buffer]) -> Answer:
+        x, target = await compute(unpack, request.input, parts[0]), await compute(unpack, request.target, parts[1])
+        done = await self._steps.attend(request.cid, request.merged, (request, x, target))
+        return await self._acknowledge(request, done)
+
+    async def _acknowledge(self, request: Backward | Step, done: Done) -> Answer:
+        packed = None if done.grad is None else await compute(self._codec.pack, "grad", done.grad)
+        return self._spilled_reply(done, packed)
+
+    async def _merge_forwards(self, given: Mapping[Cid, tuple[Forward, torch.Tensor]]) -> dict[Cid, torch.Tensor]:
+        weights = await self._member.weights.get(next(iter(given.values()))[0].version)
+        return await compute(self._worker.forward_merged, weights, given)
+
+    async def _merge_backwards(
+        self, given: Mapping[Cid, tuple[Backward, torch.Tensor, torch.Tensor | None]]
+    ) -> dict[Cid, Done]:
+        whole = all(x is not None for _, _, x in given.values())
+        version = next(iter(given.values()))[0].version
+        weights = await self._member.weights.get(version) if whole else None
+        return await compute(self._worker.backward_merged, weights, given)
+
+    async def _merge_steps(self, given: Mapping[Cid, tuple[Step, torch.Tensor, torch.Tensor]]) -> dict[Cid, Done]:
+        weights = await self._member.weights.get(next(iter(given.values()))[0].version)
+        return await compute(self._worker.step_merged, weights, given)
+
     async def _spilled(self, work: Callable[[], Done]) -> Answer:
         """Acknowledge a step: only after its spill is in place."""
 
@@ -170,7 +221,9 @@ class SplitServerRole:
             done = work()
             return done, None if done.grad is None else self._codec.pack("grad", done.grad)
 
-        done, packed = await self._computed(work_and_pack)
+        return self._spilled_reply(*await self._computed(work_and_pack))
+
+    def _spilled_reply(self, done: Done, packed: tuple[TensorSpec, Buffer] | None) -> Answer:
         self._member.offer(done.offer)
         self._node.counters.add("steps")
         spec = None if packed is None else packed[0]

@@ -19,8 +19,8 @@ from zsfl.wire.connection import Connection
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Broadcast, FetchWeights, Weights
 
-KEPT_VERSIONS = 3
-"""The one in use, the one before for steps in flight, and the next."""
+KEPT_VERSIONS = 4
+"""Those that were asked for last: the one in use, the one before for steps in flight, one that is tested, the next."""
 GRACE_S = 0.1
 """How long a version that was announced may take to begin to arrive before it is asked for."""
 
@@ -70,7 +70,10 @@ class WeightsFollower(Generic[_Loaded]):
         """
         if version not in self._versions.value:
             await self._await_broadcast(version)
-        loading = self._versions.value.get(version) or await self._fetch_once(version)
+        held = self._versions.value
+        loading = held.get(version) or await self._fetch_once(version)
+        if version in held:
+            held[version] = held.pop(version)  # to the end: the one that was not asked for longest goes first
         return await asyncio.shield(loading)
 
     async def _await_broadcast(self, version: Version) -> None:
@@ -121,7 +124,7 @@ class WeightsFollower(Generic[_Loaded]):
         task.add_done_callback(_seen)
         held[weights.version] = task
         while len(held) > KEPT_VERSIONS:
-            del held[min(held)]  # which may be the one just taken: whoever asked for it has the task
+            del held[next(iter(held))]
         self._versions.touch()
         return task
 

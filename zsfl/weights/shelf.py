@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +14,9 @@ from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import FetchWeights, Weights
 
 KEPT_VERSIONS = 4
-"""A step in flight is at most a version or two behind; older ones would be refused by the ledger anyway."""
+"""Kept of whatever size: a step in flight is at most a version or two behind where nobody is slow."""
+KEPT_BYTES = 1 << 30
+"""More versions than that are kept, for those who are slow, only while they are not longer than this together."""
 
 Packed = tuple[Weights, list[Buffer]]
 _RAW = Codec.parse("raw")
@@ -31,8 +34,11 @@ def pack(version: Version, part: PartName, state: Mapping[str, torch.Tensor]) ->
 class Shelf:
     """Packed weights of the newest versions."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_staleness: int = 0) -> None:
+        """Steps up to `max_staleness` versions late count, so their versions had better be there."""
         self._packed: dict[Version, dict[PartName, Packed]] = {}
+        self._most = max(KEPT_VERSIONS, max_staleness + 2)
+        self._pins: Counter[Version] = Counter()
 
     def put(self, version: Version, state: Mapping[str, torch.Tensor]) -> dict[PartName, Packed]:
         """Pack a version, to be published; the oldest one makes room."""
@@ -41,14 +47,30 @@ class Shelf:
             "client": pack(version, "client", state),
         }
         self._packed[version] = parts
-        while len(self._packed) > KEPT_VERSIONS:
-            del self._packed[min(self._packed)]
+        size_bytes = sum(memoryview(buffer).nbytes for _, buffers in parts.values() for buffer in buffers)
+        self._keep(max(KEPT_VERSIONS, min(self._most, KEPT_BYTES // max(size_bytes, 1))))
         return parts
+
+    def _keep(self, count: int) -> None:
+        """Let go of the oldest versions beyond `count`, other than those that are pinned."""
+        for version in sorted(self._packed)[:-count]:
+            if not self._pins[version]:
+                del self._packed[version]
+
+    def pin(self, version: Version) -> None:
+        """Keep a version until it is unpinned as often."""
+        self._pins[version] += 1
+
+    def unpin(self, version: Version) -> None:
+        """The next `put` may let it go."""
+        self._pins[version] -= 1
+        if not self._pins[version]:
+            del self._pins[version]
 
     def answer(self, request: FetchWeights) -> Packed:
         """What was asked for; StaleWeights when it is not held (any more)."""
         version = max(self._packed, default=None) if request.version is None else request.version
         if version is None or version not in self._packed:
-            held = f"{min(self._packed)} to {max(self._packed)}" if self._packed else "none"
+            held = f"those from {min(self._packed)} to {max(self._packed)}" if self._packed else "none"
             raise StaleWeights(f"version {version} is not held, only {held}; redo the step at the newest version")
         return self._packed[version][request.part]

@@ -23,7 +23,13 @@ MAX_SETTLED = 4096
 MAX_TENSORS = 4000
 """Tensors of one part of the model."""
 
-Phase = Literal["waiting", "training", "evaluating", "idle", "finished", "failed"]
+MAX_CLASSES = 1024
+"""Classes that a job may adjust to; counts of more are refused where they are made."""
+MAX_SHARDS = 4096
+MAX_JOINED = 64
+"""Shards in one Join; a client with more says it in several."""
+
+Phase = Literal["waiting", "training", "idle", "finished", "failed"]
 """What the aggregator asks of its peers; see `RunState`."""
 
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
@@ -31,6 +37,7 @@ ShortText = Annotated[str, Meta(max_length=200)]
 LongText = Annotated[str, Meta(max_length=4000)]
 CidText = Annotated[Cid, Meta(max_length=64, pattern=CID_PATTERN)]
 VersionNumber = Annotated[Version, Meta(ge=0, le=1 << 53)]
+ClassCounts = Annotated[tuple[Count, ...], Meta(max_length=MAX_CLASSES)]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 """A bound also keeps NaN out, which would compare as neither early nor late."""
 
@@ -74,13 +81,22 @@ class ShardInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     shard: Count
     train_samples: Count
     test_samples: Count
+    classes: ClassCounts = ()
+    """Training samples of each class, where the job's settings need them."""
 
 
 class Join(Message, frozen=True, kw_only=True, tag="join"):
-    """A client tells the aggregator which shards it holds; answered by Ok."""
+    """A client tells the aggregator which shards it holds; answered by Joined."""
 
     node: NodeId
-    shards: Annotated[tuple[ShardInfo, ...], Meta(max_length=4096)]
+    shards: Annotated[tuple[ShardInfo, ...], Meta(max_length=MAX_JOINED)]
+
+
+class Joined(Message, frozen=True, kw_only=True, tag="joined"):
+    """The aggregator counts on the client."""
+
+    steps: Annotated[tuple[Count, ...], Meta(max_length=MAX_JOINED)]
+    """For each shard, in that order, its steps that versions have counted: where an async client goes on."""
 
 
 class Evaluated(Message, frozen=True, kw_only=True, tag="evaluated"):
@@ -134,6 +150,8 @@ class Forward(Message, frozen=True, kw_only=True, tag="forward"):
     version: VersionNumber
     seed: Count
     input: TensorSpec
+    merged: Count = 0
+    """With more than 0, the forward runs on the merged batch of so many steps with this version and k."""
 
 
 class Infer(Message, frozen=True, kw_only=True, tag="infer"):
@@ -168,6 +186,8 @@ class Backward(Message, frozen=True, kw_only=True, tag="backward"):
     """Whether the client needs the gradient of the input (not when its head is frozen)."""
     provenance: ShortText
     """Name of the client, for the record."""
+    merged: Count = 0
+    """As in Forward."""
 
 
 class Step(Message, frozen=True, kw_only=True, tag="step"):
@@ -182,6 +202,10 @@ class Step(Message, frozen=True, kw_only=True, tag="step"):
     target: TensorSpec
     want_grad: bool
     provenance: ShortText
+    merged: Count = 0
+    """As in Forward."""
+    shift: Annotated[tuple[float, ...], Meta(max_length=MAX_CLASSES)] = ()
+    """Added to the logits before the loss, one for each class; empty: nothing."""
 
 
 class Spilled(Message, frozen=True, kw_only=True, tag="spilled"):
@@ -243,9 +267,9 @@ class Weights(Message, frozen=True, kw_only=True, tag="weights"):
 class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the run stands, as its aggregator sees it.
 
-    training: every client makes its step of `window` of `round` at `version`, once.
-    evaluating: every client tests `version` on its held-out samples.
+    training: every client makes its steps of `window` of `round` at `version`, each once (async: steps at `version`).
     waiting, idle: nothing to do yet. finished, failed: nothing to do any more.
+    Meanwhile, whatever the phase, every client tests the version `tested` on its held-out samples.
     """
 
     run: Annotated[RunId, Meta(pattern="^[0-9a-f]{6}$")]
@@ -255,6 +279,19 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     rounds: Count
     window: Count
     windows: Count
+    """Windows in this round; in async mode, into how many batches a shard's round is divided."""
+    slices: Annotated[tuple[tuple[Count, Count, Count], ...], Meta(max_length=MAX_SHARDS)] = ()
+    """Where the aggregator decides on batch sizes: shard, where in its endless stream of samples its batches of this
+    version begin, and the size of each."""
+    merger: NodeId | None = None
+    """The split server that merges the batches of this version, where the job wants them merged."""
+    merged: Annotated[tuple[Count, ...], Meta(max_length=MAX_SHARDS)] = ()
+    """How many steps are merged, for each k."""
+    present_classes: ClassCounts = ()
+    """Training samples of each class at the clients that are there, where the job's settings need them."""
+    all_classes: ClassCounts = ()
+    """The same over all shards that ever joined."""
+    tested: VersionNumber | None = None
     evaluation: Count = 0
     """Counts evaluations, so that a client tells a new one from one it has answered."""
     reason: LongText = ""
@@ -288,6 +325,10 @@ class Announcement(Message, frozen=True, kw_only=True, tag="announcement"):
     dropped: Annotated[tuple[CidText, ...], Meta(max_length=MAX_SETTLED)] = ()
 
 
+SAID_GOODBYE = "it said goodbye"
+"""Why a peer is gone that left on purpose: nobody waits for it to come back."""
+
+
 class Goodbye(Message, frozen=True, kw_only=True, tag="goodbye"):
     """The node leaves on purpose."""
 
@@ -299,6 +340,6 @@ Request = (
     Hello | Join | Evaluated | Train | Forward | Infer | Backward | Step
     | FetchSpills | ReleaseSpills | FetchWeights
 )  # fmt: skip
-Reply = Welcome | Ok | Refusal | Output | Spilled | Spills | Weights
+Reply = Welcome | Joined | Ok | Refusal | Output | Spilled | Spills | Weights
 Broadcast = Beat | Offers | Announcement | Goodbye | Weights
 AnyMessage = Request | Reply | Broadcast

@@ -10,6 +10,7 @@ from typing import Any, cast
 from helpers.waiting import eventually
 
 from zsfl.aggregator.collector import Collector
+from zsfl.aggregator.gathering import Gathering
 from zsfl.errors import NoPeer, Unavailable, ZsflError
 from zsfl.ids import Cid, NodeCard, NodeId, Role, RunId, Version, step_cid
 from zsfl.wire.messages import FetchSpills, SpillOffer
@@ -53,10 +54,11 @@ class Refusing:
 async def said_of(error: ZsflError) -> list[str]:
     """What is noted when two spills are offered three times each, and then one of the next version."""
     node = Refusing(error)
-    collector = Collector(cast(Any, node), lambda _: False, lambda _: None)
+    gathering = Gathering(RunId("3fa9c1"), max_staleness=0, steps_per_version=1)
+    collector = Collector(cast(Any, node), gathering, lambda _: None)
     collector.joined(CARD)
     for version, shard in [(4, 0), (4, 1), (4, 0), (4, 1), (4, 0), (4, 1), (5, 0)]:
-        collector.gathering.begin(Version(version), {cid(version, shard): shard for shard in (0, 1)})
+        gathering.begin(Version(version), {cid(version, shard) for shard in (0, 1)})
         asked = len(node.asked)
         offer = SpillOffer(cid=cid(version, shard), part="body", version=Version(version), size_bytes=9)
         collector.offered(CARD.id, [offer])

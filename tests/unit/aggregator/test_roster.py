@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +30,32 @@ def test_shards_are_seated_until_none_is_missing() -> None:
     assert roster.missing() == []
     assert roster.samples() == {0: 10, 1: 10, 2: 7}
     assert roster.tested() == {0, 1}
+    roster.lost(B, 0.0)
+    assert roster.tested() == {0}
+    assert roster.samples([2]) == {2: 7}
+
+
+def test_who_vanished_takes_part_for_a_while_and_who_said_goodbye_does_not() -> None:
+    roster = Roster(3, return_s=5.0)
+    roster.join(A, "client-0", [info(0), info(2)])
+    roster.join(B, "client-1", [info(1)])
+    roster.lost(A, 100.0)
+    assert (roster.present(), roster.taking_part(104.9), roster.taking_part(105.0)) == ([1], [0, 1, 2], [1])
+    assert (roster.next_leave_s(100.0), roster.next_leave_s(105.0)) == (105.0, math.inf)
+    roster.returned(A)
+    assert roster.taking_part(200.0) == [0, 1, 2]
+    roster.lost(B, 200.0, said_goodbye=True)
+    assert roster.taking_part(200.0) == [0, 2]
+    assert roster.next_leave_s(200.0) == math.inf
+
+
+def test_class_counts_are_summed_however_many_classes_each_has() -> None:
+    roster = Roster(3)
+    roster.join(A, "a", [ShardInfo(shard=0, train_samples=3, test_samples=0, classes=(1, 2))])
+    roster.join(B, "b", [ShardInfo(shard=1, train_samples=9, test_samples=0, classes=(0, 4, 5))])
+    assert roster.classes() == (1, 6, 5)
+    assert roster.classes([0]) == (1, 2)
+    assert roster.classes([]) == ()
 
 
 def test_two_nodes_cannot_hold_one_shard_and_a_refused_one_holds_none() -> None:
@@ -41,7 +69,7 @@ def test_two_nodes_cannot_hold_one_shard_and_a_refused_one_holds_none() -> None:
 def test_a_shard_of_a_lost_client_can_be_taken_over_with_the_same_data() -> None:
     roster = Roster(1)
     roster.join(A, "client-0", [info(0)])
-    roster.lost(A)
+    roster.lost(A, 0.0)
     assert roster.missing() == [0]
     assert roster.samples() == {0: 10}
     assert roster.name(0) == "client-0, which is gone"
@@ -49,7 +77,7 @@ def test_a_shard_of_a_lost_client_can_be_taken_over_with_the_same_data() -> None
         roster.join(B, "other", [info(0, train=11)])
     roster.join(B, "other", [info(0)])
     assert roster.missing() == []
-    roster.lost(A)  # the news of it may come twice
+    roster.lost(A, 0.0)  # the news of it may come twice
     assert roster.missing() == []
     with pytest.raises(ConfigError, match="already held by other"):
         roster.join(A, "client-0", [info(0)])
@@ -58,10 +86,10 @@ def test_a_shard_of_a_lost_client_can_be_taken_over_with_the_same_data() -> None
 def test_a_client_that_is_there_after_all_need_not_join_again() -> None:
     roster = Roster(1)
     roster.join(A, "client-0", [info(0)])
-    roster.lost(A)
+    roster.lost(A, 0.0)
     roster.returned(A)
     assert roster.missing() == []
-    roster.lost(A)
+    roster.lost(A, 0.0)
     roster.join(B, "client-1", [info(0)])
     roster.returned(A)
     assert roster.name(0) == "client-1 (shard 0)"
@@ -93,7 +121,7 @@ def test_whatever_comes_and_goes_each_shard_has_one_holder(events: list[tuple[st
     roster, holder, present = Roster(4), dict[int, str](), dict[int, bool]()
     for event, node, wanted in events:
         if event == "lost":
-            roster.lost(NodeId(node))
+            roster.lost(NodeId(node), 0.0)
             present.update({shard: False for shard, name in holder.items() if name == node})
         elif 4 in wanted or any(present.get(shard) and holder[shard] != node for shard in wanted):
             with pytest.raises(ConfigError):

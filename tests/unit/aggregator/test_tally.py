@@ -51,17 +51,20 @@ def test_the_training_loss_is_the_mean_over_samples_and_not_over_batches(
     done: list[tuple[float, float, int]], split: int
 ) -> None:
     counting = tally()
+    dropped = [step_cid(RUN, 1, Version(0))]
     window = [contribution("client", n, loss_sum, samples) for n, loss_sum, samples in done]
     bodies = [contribution("body", n, None, samples) for n, _, samples in done]
-    counting.counted([*window[:split], *bodies[:split]])
-    counting.counted([*window[split:], *bodies[split:]])
+    counting.counted([*window[:split], *bodies[:split]], Version(0))
+    counting.counted([*window[split:], *bodies[split:]], Version(1), dropped)
     expected = sum(loss_sum for _, loss_sum, _ in done) / sum(n for n, _, _ in done)
     assert counting.train_loss == pytest.approx(expected)
-    report = counting.round_report(Version(9), {}, {}, trained_s=102.0, now_s=104.0)
+    report = counting.round_report(Version(9), {}, now_s=104.0)
     assert report.train_loss == counting.train_loss
     assert (report.steps, report.samples) == (len(done), sum(samples for *_, samples in done))
-    assert (report.seconds, report.steps_per_s) == (4.0, len(done) / 2.0)
+    assert (report.seconds, report.steps_per_s) == (4.0, len(done) / 4.0)
     assert (report.round, report.rounds, report.version) == (2, 5, 9)
+    assert (report.late, report.dropped) == (len(window[split:]), 1)  # all were made at version 0
+    assert (report.loss, report.accuracy) == (None, None)  # until it is tested
 
 
 def test_before_any_window_there_is_no_loss_to_speak_of() -> None:
@@ -70,7 +73,7 @@ def test_before_any_window_there_is_no_loss_to_speak_of() -> None:
 
 def test_progress_is_reported_now_and_then() -> None:
     counting = tally(100.0)
-    counting.counted([contribution("client", 2.0, 3.0, 2)])
+    counting.counted([contribution("client", 2.0, 3.0, 2)], Version(0))
     counting.served(meta("body", "client-0", "server-1"))
     counting.served(meta("client", "client-0", "client-0"))
     assert counting.window_report(1, Version(1), 100.0 + WINDOW_REPORT_S / 2) is None
@@ -88,7 +91,7 @@ def test_who_served_whom_is_counted() -> None:
         counting.served(meta("body", "c1", server))
     counting.served(meta("body", "c0", "s1"))
     counting.served(meta("client", "c0", "c0"))
-    report = counting.round_report(Version(1), {}, {}, 101.0, 101.0)
+    report = counting.round_report(Version(1), {}, 101.0)
     assert report.serving == {"c0": {"s1": 1}, "c1": {"s0": 2, "s1": 1}}
 
 
@@ -100,7 +103,7 @@ def test_bytes_are_those_of_this_round_and_of_all_peers() -> None:
     peers.heard(NodeId("1"), "a", {"bytes_sent": 150.0, "steps": 3.0})
     peers.heard(NodeId("2"), "late", {"bytes_sent": 7.0})
     peers.heard(NodeId("3"), "mute", {})
-    report = counting.round_report(Version(1), {}, peers.added(), 101.0, 101.0)
+    report = counting.round_report(Version(1), peers.added(), 101.0)
     assert report.bytes_sent == 57
     assert report.peers == {"a": {"bytes_sent": 50.0, "steps": 2.0}, "late": {"bytes_sent": 7.0}, "mute": {}}
 

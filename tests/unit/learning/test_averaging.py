@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-import copy
 import random
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from zsfl.errors import RunFailed
 from zsfl.ids import Cid, Version
-from zsfl.learning.averaging import Contribution, average, norm_rules, pool_buffers
+from zsfl.learning.averaging import Contribution, average
 
 
 def contribution(
@@ -84,86 +83,17 @@ def test_weights_that_sum_to_nothing_fail() -> None:
         average([contribution(0, {"w": torch.ones(1)}, n=0.0)])
 
 
-def _after_batches(norm: nn.Module, batches: Sequence[Tensor]) -> list[Contribution]:
-    """What each client's own copy stores from its own batch."""
-    parts: list[Contribution] = []
-    for shard, batch in enumerate(batches):
-        own = copy.deepcopy(norm)
-        own(batch)
-        buffers = {f"bn.{name}": tensor for name, tensor in own.state_dict().items() if "bias" not in name}
-        parts.append(contribution(shard, {}, n=99.0, buffers=buffers, samples=len(batch)))
-    return parts
+def test_scale_counts_for_gradient_and_weight_and_damping_for_the_gradient_alone() -> None:
+    plain = contribution(0, {"w": torch.tensor([6.0])}, n=2)
+    late = replace(contribution(1, {"w": torch.tensor([8.0])}, n=4), scale=0.5, damping=0.25)
+    assert average([plain, late])["w"].item() == pytest.approx((6 + 0.5 * 0.25 * 8) / (2 + 0.5 * 4))
+    assert average([late, plain])["w"].item() == average([plain, late])["w"].item()
 
 
-def _base(norm: nn.Module) -> dict[str, Tensor]:
-    return {f"bn.{name}": tensor.clone() for name, tensor in norm.named_buffers()}
-
-
-@pytest.mark.parametrize("momentum", [0.1, 0.9, 1.0, None])
-def test_pooled_statistics_are_those_of_the_merged_batch(momentum: float | None) -> None:
-    torch.manual_seed(1)
-    norm = nn.BatchNorm1d(3, momentum=momentum).double()
-    for _ in range(2):
-        norm(torch.randn(20, 3).double() * 3 - 1)
-    batches = [torch.randn(size, 3).double() * scale + scale for size, scale in ((2, 1), (7, 4), (12, 2))]
-    rules = {"bn": norm_rules(norm)[""]}
-    pooled = pool_buffers(_base(norm), _after_batches(norm, batches), rules)
-    norm(torch.cat(batches))
-    torch.testing.assert_close(pooled, _base(norm), rtol=1e-12, atol=1e-12)
-
-
-def test_images_are_pooled_to_within_one_over_the_pixels() -> None:
-    torch.manual_seed(2)
-    norm = nn.BatchNorm2d(2).double()
-    batches = [torch.randn(size, 2, 8, 8).double() + size for size in (1, 4)]
-    pooled = pool_buffers(_base(norm), _after_batches(norm, batches), {"bn": norm_rules(norm)[""]})
-    norm(torch.cat(batches))
-    merged = _base(norm)
-    torch.testing.assert_close(pooled["bn.running_mean"], merged["bn.running_mean"], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(pooled["bn.running_var"], merged["bn.running_var"], rtol=1 / 64, atol=0)
-    assert pooled["bn.num_batches_tracked"] == 1
-
-
-def test_a_frozen_norm_stays_as_it_is_and_momentum_zero_only_counts() -> None:
-    frozen = nn.BatchNorm1d(2).eval()
-    batches = [torch.randn(4, 2), torch.randn(3, 2)]
-    assert pool_buffers(_base(frozen), _after_batches(frozen, batches), {"bn": norm_rules(frozen)[""]}) == {}
-    still = nn.BatchNorm1d(2, momentum=0.0)
-    pooled = pool_buffers(_base(still), _after_batches(still, batches), {"bn": norm_rules(still)[""]})
-    assert pooled == {"bn.num_batches_tracked": torch.tensor(1)}
-
-
-def test_rules_are_found_by_full_name() -> None:
-    model = nn.Sequential(nn.BatchNorm1d(2, momentum=None), nn.Sequential(nn.BatchNorm2d(2)))
-    model.append(nn.BatchNorm1d(2, track_running_stats=False)).append(nn.InstanceNorm1d(2))
-    rules = norm_rules(model)
-    assert {name: (rule.momentum, rule.flat) for name, rule in rules.items()} == {
-        "0": (None, True),
-        "1.0": (0.1, False),
-    }
-
-
-def test_other_buffers_are_averaged_by_samples_or_take_the_highest() -> None:
-    base = {
-        "ema": torch.zeros(1),
-        "seen": torch.tensor(4),
-        "flag": torch.tensor(False),
-        "idle": torch.ones(1),
-    }
-    parts = [
-        contribution(
-            0,
-            {},
-            n=5,
-            samples=1,
-            buffers={"ema": torch.ones(1), "seen": torch.tensor(6), "flag": torch.tensor(True)},
-        ),
-        contribution(1, {}, n=5, samples=3, buffers={**base, "ema": torch.full((1,), 5.0)}),
-    ]
-    pooled = pool_buffers({**base, "absent": torch.ones(1)}, parts, {})
-    assert pooled == {
-        "ema": torch.tensor([4.0]),
-        "seen": torch.tensor(6),
-        "flag": torch.tensor(True),
-        "idle": torch.ones(1),
-    }
+def test_a_contribution_that_is_not_weighed_counts_as_before_to_the_last_bit() -> None:
+    torch.manual_seed(3)
+    parts = [contribution(shard, {"w": torch.randn(50)}, n=3) for shard in range(9)]
+    total = parts[0].grads["w"].clone()
+    for part in parts[1:]:
+        total += part.grads["w"]
+    assert torch.equal(average(parts)["w"], total / 27)

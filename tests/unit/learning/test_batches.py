@@ -12,18 +12,37 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from zsfl.errors import ConfigError
-from zsfl.learning.batches import Batches, batch_indices, windows
+from zsfl.learning.batches import Batches, batch_sizes, by_speed, round_order, stream_rows
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(0, 2**40), st.integers(0, 99), st.integers(0, 99), st.integers(1, 200), st.integers(1, 80))
-def test_every_sample_once_and_as_many_batches_as_windows(
-    seed: int, shard: int, round: int, samples: int, batch_size: int
-) -> None:
-    batches = batch_indices(seed, shard, round, samples, batch_size, shuffle=True)
-    assert torch.cat(batches).sort().values.tolist() == list(range(samples))
-    assert len(batches) == windows(samples, batch_size)
-    assert all(len(batch) == batch_size for batch in batches[:-1])
+@given(st.integers(1, 300), st.integers(1, 60), st.integers(1, 80))
+def test_batches_have_all_samples_and_are_equal_or_even(samples: int, batches: int, batch_size: int) -> None:
+    even = batch_sizes(samples, batches, None)
+    assert (len(even), sum(even)) == (batches, samples)
+    assert max(even) - min(even) <= 1
+    windows = -(-samples // batch_size)
+    equal = batch_sizes(samples, windows + 3, batch_size)
+    assert sum(equal) == samples
+    assert set(equal[: windows - 1]) <= {batch_size}
+    assert equal[windows:] == [0, 0, 0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**40), st.integers(0, 99), st.integers(0, 99), st.integers(1, 200))
+def test_every_sample_once_in_a_round(seed: int, shard: int, round: int, samples: int) -> None:
+    assert round_order(seed, shard, round, samples, shuffle=True).sort().values.tolist() == list(range(samples))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 30), st.lists(st.integers(1, 40), max_size=8))
+def test_a_stream_goes_through_one_round_after_another(samples: int, takes: list[int]) -> None:
+    start, taken = 0, list[int]()
+    for take in takes:
+        taken += stream_rows(5, 1, start, take, samples, shuffle=True).tolist()
+        start += take
+    rounds = [round_order(5, 1, round_, samples, shuffle=True).tolist() for round_ in range(start // samples + 1)]
+    assert taken == [row for rows in rounds for row in rows][:start]
 
 
 def test_order_is_the_documented_one() -> None:
@@ -32,19 +51,25 @@ def test_order_is_the_documented_one() -> None:
     torch.manual_seed(0)
     drawn_before = torch.rand(1)
     torch.manual_seed(0)
-    assert torch.equal(torch.cat(batch_indices(7, 3, 2, 10, 4, shuffle=True)), expected)
+    assert torch.equal(round_order(7, 3, 2, 10, shuffle=True), expected)
     assert torch.equal(torch.rand(1), drawn_before)  # the global generator is left alone
 
 
 def test_rounds_shards_and_seeds_differ_and_no_shuffle_keeps_the_order() -> None:
     orders = {
-        tuple(torch.cat(batch_indices(seed, shard, round, 50, 8, shuffle=True)).tolist())
+        tuple(round_order(seed, shard, round, 50, shuffle=True).tolist())
         for seed in (0, 2**32)
         for shard in (0, 1)
         for round in (0, 1)
     }
     assert len(orders) == 8
-    assert torch.cat(batch_indices(0, 0, 5, 50, 8, shuffle=False)).tolist() == list(range(50))
+    assert round_order(0, 0, 5, 50, shuffle=False).tolist() == list(range(50))
+
+
+@pytest.mark.parametrize("options", [{"least": 0}, {"least": 9, "most": 8}, {"mix": -1.0}, {"mix": float("inf")}])
+def test_refuses_bounds_that_are_none(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="by_speed"):
+        by_speed(**options)
 
 
 class _Pairs(Dataset[Any]):

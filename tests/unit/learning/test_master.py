@@ -15,7 +15,8 @@ from zsfl.ids import Cid, Version
 from zsfl.learning.averaging import Contribution
 from zsfl.learning.master import Master, state_digest
 from zsfl.learning.model import SplitModel
-from zsfl.learning.optim import OptimizerSpec, adam, adamw, optimizer, sgd
+from zsfl.learning.optim import OptimizerSpec, adam, adamw, optimizer, sgd, yogi
+from zsfl.learning.schedules import cosine
 
 SPECS = [
     sgd(0.1),
@@ -57,6 +58,8 @@ def contributions(state: dict[str, Tensor], data: Sequence[tuple[Tensor, Tensor]
         loss = F.cross_entropy(run(net, x), y, reduction="sum")
         grads = dict(zip(names, torch.autograd.grad(loss, params), strict=True))
         buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+        if buffers:
+            buffers["body.1.num_values"] = torch.tensor(len(x))
         for part in ("body", "client"):
             own = {name: grad for name, grad in grads.items() if name.startswith("body.") == (part == "body")}
             made.append(
@@ -77,7 +80,7 @@ def contributions(state: dict[str, Tensor], data: Sequence[tuple[Tensor, Tensor]
 
 def train(master: Master, steps: range) -> None:
     for step in steps:
-        master.step(contributions(master.state(), batches(step)))
+        master.step(contributions(master.state(), batches(step)), version=step)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -210,7 +213,7 @@ def test_nothing_to_train() -> None:
         Master(model().requires_grad_(False), sgd(0.1))
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", [*SPECS, yogi(), adam(schedule=cosine(9, warmup=2), clip_norm=0.1)], ids=str)
 @pytest.mark.parametrize("stop", [0, 3])
 def test_restored_it_goes_on_bit_for_bit(spec: OptimizerSpec, stop: int, tmp_path: Path) -> None:
     undisturbed = Master(model(norm=True), spec)

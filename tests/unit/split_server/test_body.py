@@ -28,5 +28,5 @@ def test_graphs_of_settled_versions_are_forgotten_also_when_a_run_goes_back(tmp_
         worker.forward(weights, Forward(cid=cid, version=Version(version), seed=1, input=spec), x)
         return worker.cached
 
-    assert [forward(7, 0), forward(7, 1), forward(8, 0), forward(9, 0)] == [1, 2, 3, 2]
-    assert [forward(3, 0), forward(4, 0), forward(4, 1)] == [2, 2, 3]
+    assert [forward(7, 0), forward(7, 1), forward(8, 0), forward(9, 0), forward(10, 0)] == [1, 2, 3, 4, 5]
+    assert [forward(11, 0), forward(3, 0), forward(4, 0), forward(4, 1)] == [4, 4, 4, 5]

@@ -13,9 +13,12 @@ from zsfl.settings import WireLimits
 from zsfl.tensors.spec import MAX_NDIM, MAX_TENSOR_BYTES, TensorSpec
 from zsfl.wire.framing import Header, decode_header, encode
 from zsfl.wire.messages import (
+    MAX_CLASSES,
+    MAX_JOINED,
     MAX_OFFERS,
     MAX_PEERS_EXCHANGED,
     MAX_SETTLED,
+    MAX_SHARDS,
     MAX_TENSORS,
     Announcement,
     AnyMessage,
@@ -24,6 +27,7 @@ from zsfl.wire.messages import (
     Goodbye,
     Hello,
     Join,
+    Joined,
     Load,
     Offers,
     PeerHint,
@@ -40,7 +44,7 @@ from zsfl.wire.pubsub import Publisher
 
 MOST = 1 << 53
 WIDE = "\N{GRINNING FACE}"
-CID = Cid("abcdef-v9999999999999999-s999999999")
+CID = Cid("abcdef-v9999999999999999-s999999999-k999999")
 CARD = NodeCard(
     id=NodeId("f" * 12),
     name="n" * 63,
@@ -62,19 +66,27 @@ LOAD = Load(slots=MOST, busy=MOST, service_s=86_400.0)
 SPEC = TensorSpec("t" * 128, "bfloat16", (MAX_TENSOR_BYTES,) * MAX_NDIM, "bf16+shuffle+lz4", MAX_TENSOR_BYTES)
 STATE = RunState(
     run=RunId("abcdef"),
-    phase="evaluating",
+    phase="training",
     version=Version(MOST),
     round=MOST,
     rounds=MOST,
     window=MOST,
     windows=MOST,
+    slices=((MOST, MOST, MOST),) * MAX_SHARDS,
+    merger=CARD.id,
+    merged=(MOST,) * MAX_SHARDS,
+    present_classes=(MOST,) * MAX_CLASSES,
+    all_classes=(MOST,) * MAX_CLASSES,
+    tested=Version(MOST),
     evaluation=MOST,
     reason=WIDE * 4000,
 )
+SHARD = ShardInfo(shard=MOST, train_samples=MOST, test_samples=MOST, classes=(MOST,) * MAX_CLASSES)
 WORST: Sequence[AnyMessage] = [
     Hello(protocol=MOST, facts=TEXTS, card=CARD, codecs=CODECS),
     Welcome(card=CARD, codecs=CODECS, peers=HINTS),
-    Join(node=CARD.id, shards=(ShardInfo(shard=MOST, train_samples=MOST, test_samples=MOST),) * 4096),
+    Join(node=CARD.id, shards=(SHARD,) * MAX_JOINED),
+    Joined(steps=(MOST,) * MAX_JOINED),
     Refusal(kind=WIDE * 200, message=WIDE * 4000, retry_after_s=86_400.0),
     FetchSpills(wanted=KEYS),
     Spills(found=KEYS),

@@ -1,0 +1,189 @@
+"""When a version has enough steps: one rule for each mode. Decisions only, the clock is handed in."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Protocol
+
+from zsfl.ids import StepId, Version
+from zsfl.learning.modes import Async, Elastic, Exact, Mode
+from zsfl.learning.plan import Sizes
+
+SHARE_OF_CLIENTS = 0.75
+"""Async: a version needs steps of so many of the clients, unless the job says how many samples it needs.
+
+Not of all: one that is slow would make the others begin another step at the same version, which would then be late. And
+steps that are late do not help: they would end the version before those who make theirs at it, until all were late.
+"""
+
+
+class Closing(Protocol):
+    """Told of everything that happens at a version, says whether that makes the next one."""
+
+    def began(self, version: Version, sizes: Sizes, now_s: float) -> None:
+        """From now on steps of these sizes are made at `version`."""
+        ...
+
+    def expect(self, sizes: Sizes) -> None:
+        """Others make steps at the version too: they joined."""
+        ...
+
+    def arrived(self, step: StepId, samples: int, now_s: float) -> None:
+        """A whole step that counts is here: of this version, or a late one of an earlier version."""
+        ...
+
+    def closes(self, there: Collection[int], now_s: float) -> bool:
+        """Whether the version is made of what has come; `there` are the shards that are waited for."""
+        ...
+
+    def next_deadline_s(self) -> float:
+        """When `closes` may turn true by itself; infinity when only an arrival or a leave can make it so."""
+        ...
+
+    def missing(self, there: Collection[int]) -> list[int]:
+        """Shards whose steps are still waited for."""
+        ...
+
+
+def closing_for(mode: Mode, quota: int) -> Closing:
+    """The rule of a mode; `quota` is how many steps a client makes at one version at most."""
+    match mode:
+        case Exact():
+            return ExactClosing()
+        case Elastic():
+            return ElasticClosing(mode)
+        case Async():
+            return AsyncClosing(mode, quota)
+
+
+class ExactClosing:
+    """All steps of all shards that take part."""
+
+    def __init__(self) -> None:
+        self._due: dict[int, int] = {}
+        self._here: Counter[int] = Counter()
+
+    def began(self, version: Version, sizes: Sizes, now_s: float) -> None:
+        self._due, self._here = _steps(sizes), Counter()
+
+    def expect(self, sizes: Sizes) -> None:
+        self._due |= _steps(sizes)
+
+    def arrived(self, step: StepId, samples: int, now_s: float) -> None:
+        self._here[step.shard] += 1
+
+    def closes(self, there: Collection[int], now_s: float) -> bool:
+        return bool(self._here) and not self.missing(there)
+
+    def next_deadline_s(self) -> float:
+        return math.inf
+
+    def missing(self, there: Collection[int]) -> list[int]:
+        return [shard for shard, steps in self._due.items() if shard in there and self._here[shard] < steps]
+
+
+class ElasticClosing:
+    """All steps of all that are not known to be late; or the quorum and some grace; or the deadline.
+
+    Who still owes a step of an earlier version is known to be late: it is not waited for, since it cannot begin.
+    """
+
+    def __init__(self, mode: Elastic) -> None:
+        self._mode = mode
+        self._version = Version(0)
+        self._sizes: Sizes = {}
+        self._here: Counter[int] = Counter()
+        self._samples = 0
+        self._began_s = self._quorum_s = math.inf
+        self._owes: dict[int, Version] = {}
+        """By shard, the oldest version at which it owes a step."""
+
+    def began(self, version: Version, sizes: Sizes, now_s: float) -> None:
+        for shard in self.missing(self._sizes):
+            self._owes.setdefault(shard, self._version)
+        self._version, self._sizes, self._here = version, dict(sizes), Counter()
+        self._samples, self._began_s, self._quorum_s = 0, now_s, math.inf
+
+    def expect(self, sizes: Sizes) -> None:
+        self._sizes |= sizes
+        for shard in sizes:  # who comes anew owes nothing any more
+            self._owes.pop(shard, None)
+
+    def arrived(self, step: StepId, samples: int, now_s: float) -> None:
+        self._samples += samples
+        if step.version == self._version:
+            self._here[step.shard] += 1
+        if self._owes.get(step.shard, math.inf) <= step.version:
+            del self._owes[step.shard]
+
+    def closes(self, there: Collection[int], now_s: float) -> bool:
+        if not self._samples:
+            return False
+        if now_s >= self._began_s + (self._mode.deadline_s or math.inf):
+            return True
+        expected = sum(sum(batches) for shard, batches in self._sizes.items() if shard in there)
+        if self._samples < self._mode.quorum * expected:
+            return not any(shard in there for shard in self._unfinished())
+        self._quorum_s = min(self._quorum_s, now_s)
+        return now_s >= self._closes_s() or not self.missing(there)
+
+    def _closes_s(self) -> float:
+        return self._quorum_s + self._mode.grace * (self._quorum_s - self._began_s)
+
+    def next_deadline_s(self) -> float:
+        by_clock = self._began_s + (self._mode.deadline_s or math.inf)
+        return by_clock if self._quorum_s == math.inf else min(by_clock, self._closes_s())
+
+    def _unfinished(self) -> list[int]:
+        return [
+            shard for shard, batches in self._sizes.items() if self._here[shard] < sum(size > 0 for size in batches)
+        ]
+
+    def missing(self, there: Collection[int]) -> list[int]:
+        return [shard for shard in self._unfinished() if shard in there and shard not in self._owes]
+
+
+class AsyncClosing:
+    """So many samples; or so many seconds; or as many steps as the clients may make at one version."""
+
+    def __init__(self, mode: Async, quota: int) -> None:
+        self._mode = mode
+        self._quota = quota
+        self._version = Version(0)
+        self._here: Counter[int] = Counter()
+        self._samples = 0
+        self._began_s = math.inf
+
+    def began(self, version: Version, sizes: Sizes, now_s: float) -> None:
+        self._version, self._here = version, Counter()
+        self._samples, self._began_s = 0, now_s
+
+    def expect(self, sizes: Sizes) -> None:
+        pass
+
+    def arrived(self, step: StepId, samples: int, now_s: float) -> None:
+        self._samples += samples
+        if step.version == self._version:
+            self._here[step.shard] += 1
+
+    def closes(self, there: Collection[int], now_s: float) -> bool:
+        if not self._samples:
+            return False
+        if self._mode.samples is None:
+            enough = self._here.total() >= SHARE_OF_CLIENTS * len(there)
+        else:
+            enough = self._samples >= self._mode.samples
+        return enough or now_s >= self.next_deadline_s() or all(self._here[shard] >= self._quota for shard in there)
+
+    def next_deadline_s(self) -> float:
+        return self._began_s + (self._mode.seconds or math.inf)
+
+    def missing(self, there: Collection[int]) -> list[int]:
+        return [shard for shard in there if self._here[shard] < self._quota]
+
+
+def _steps(sizes: Mapping[int, list[int]]) -> dict[int, int]:
+    """How many steps each shard makes."""
+    return {shard: steps for shard, batches in sizes.items() if (steps := sum(size > 0 for size in batches))}

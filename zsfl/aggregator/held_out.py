@@ -1,0 +1,137 @@
+"""Held-out tests: clients test chosen versions one after another, while training goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from zsfl.aggregator.roster import Roster
+from zsfl.aggregator.stage import Stage
+from zsfl.aggregator.tally import pooled
+from zsfl.ids import Version
+from zsfl.latest import Latest
+from zsfl.node import Node
+from zsfl.reports import Tested
+from zsfl.weights.shelf import Shelf
+from zsfl.wire.messages import Evaluated
+
+MAX_WAITING = 4
+"""Tests ordered and not begun: each holds a version of the weights, so training waits for room for more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """A version to be tested."""
+
+    version: Version
+    state: Mapping[str, Tensor]
+    round: int
+    seconds: float
+    """When it was made, since training began."""
+    then: Callable[[Tested, Order], Awaitable[None]]
+    """What to do with the result."""
+
+
+@dataclass(slots=True)
+class Best:
+    """The best test so far, by accuracy, or by loss where there is none."""
+
+    score: float = -math.inf
+    tested: Tested | None = None
+    since: int = 0
+    """Tests since then, none of which was better."""
+    seen: set[int] = field(default_factory=set[int])
+    """Versions that were taken: a resumed run may test one again."""
+
+    def take(self, tested: Tested) -> bool:
+        """Whether this test is better than all before."""
+        score = tested.accuracy if tested.accuracy is not None else -(math.inf if tested.loss is None else tested.loss)
+        if tested.version in self.seen:
+            return False
+        self.seen.add(tested.version)
+        if score > self.score:
+            self.score, self.tested, self.since = score, tested, 0
+            return True
+        self.since += 1
+        return False
+
+
+class HeldOut:
+    """Orders tests of the clients that are there, and pools what they answer."""
+
+    def __init__(self, node: Node, stage: Stage, shelf: Shelf, roster: Latest[Roster]) -> None:
+        self._node = node
+        self._stage = stage
+        self._shelf = shelf
+        self._roster = roster
+        self._orders: Latest[list[Order]] = Latest([])
+        self._answers: dict[int, Evaluated] = {}
+
+    async def order(self, order: Order) -> None:
+        """Have a version tested, as soon as those ordered before are; waits while too many are."""
+        await self._orders.wait_for(lambda orders: len(orders) < MAX_WAITING)
+        self._shelf.pin(order.version)
+        self._orders.value.append(order)
+        self._orders.touch()
+
+    async def all_done(self) -> None:
+        """Returns when everything that was ordered is tested."""
+        await self._orders.wait_for(lambda orders: not orders)
+
+    def heard(self, evaluated: Evaluated) -> None:
+        """A client tested a version; what nobody asked for any more is ignored."""
+        if evaluated.version == self._stage.state.tested:
+            self._answers[evaluated.shard] = evaluated
+            self._roster.touch()
+
+    async def run(self) -> None:
+        """Carry out orders."""
+        while True:
+            order = (await self._orders.wait_for(bool))[0]
+            tested = await self._test(order)
+            await order.then(tested, order)
+            self._shelf.unpin(order.version)
+            self._orders.value.pop(0)
+            self._orders.touch()
+
+    async def _test(self, order: Order) -> Tested:
+        self._answers = {}
+        self._stage.enter(tested=order.version, evaluation=self._stage.state.evaluation + 1)
+        await self._until_answered()
+        self._stage.enter(tested=None)
+        loss, accuracy = pooled(self._answers)
+        return Tested(
+            node=self._node.name,
+            round=order.round,
+            version=order.version,
+            seconds=order.seconds,
+            loss=loss,
+            accuracy=accuracy,
+            clients={self._roster.value.label(shard): _accuracy(one) for shard, one in sorted(self._answers.items())},
+        )
+
+    async def _until_answered(self) -> None:
+        """Wait for everybody who is there, as long as there is always one more answer in time."""
+        patience_s = self._node.settings.patience_s
+        while late := self._roster.value.tested() - self._answers.keys():
+            before = len(self._answers)
+            try:
+                async with asyncio.timeout(patience_s):
+                    await self._roster.wait_for(
+                        lambda roster, before=before: (
+                            len(self._answers) > before or not roster.tested() - self._answers.keys()
+                        )
+                    )
+            except TimeoutError:
+                names = ", ".join(self._roster.value.label(shard) for shard in sorted(late)[:8])
+                what = f"{names} did not test version {self._stage.state.tested} for {patience_s:g} s"
+                self._node.note(f"{what}; the test goes on without them", "warning")
+                return
+
+
+def _accuracy(one: Evaluated) -> float | None:
+    return None if one.correct is None or not one.samples else one.correct / one.samples

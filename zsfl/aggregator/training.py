@@ -1,0 +1,353 @@
+"""Makes versions: opens a window, gathers its steps, commits them, publishes the weights, and again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from zsfl.aggregator.closing import closing_for
+from zsfl.aggregator.collector import Collector
+from zsfl.aggregator.commit import Ledger, check_losses
+from zsfl.aggregator.gathering import Gathering
+from zsfl.aggregator.pacing import Pacer, Slices
+from zsfl.aggregator.progress import Place
+from zsfl.aggregator.roster import Roster
+from zsfl.aggregator.run_folder import RunFolder
+from zsfl.aggregator.stage import Stage
+from zsfl.aggregator.tally import Tally
+from zsfl.compute import compute
+from zsfl.errors import RunFailed
+from zsfl.ids import Cid, PartName, Role, Version, parse_cid, step_cid
+from zsfl.latest import Latest
+from zsfl.learning.averaging import Contribution
+from zsfl.learning.batches import BySpeed
+from zsfl.learning.job import Job
+from zsfl.learning.master import Master
+from zsfl.learning.modes import Async, max_staleness
+from zsfl.learning.plan import Plan, Sizes
+from zsfl.learning.weighting import Shares, staleness_weight
+from zsfl.node import Node
+from zsfl.spill.layout import SpillMeta
+from zsfl.weights.shelf import Packed, Shelf
+from zsfl.wire.pubsub import Publisher
+
+Outcome = Literal["enough", "nobody", "broken"]
+"""How the gathering of a window ended."""
+
+
+class Training:
+    """One run's way from version to version, in whatever mode its job says."""
+
+    def __init__(
+        self,
+        node: Node,
+        job: Job,
+        folder: RunFolder,
+        stage: Stage,
+        master: Master,
+        roster: Latest[Roster],
+        shelf: Shelf,
+        publisher: Publisher,
+    ) -> None:
+        self._node = node
+        self._job = job
+        self._folder = folder
+        self._stage = stage
+        self._master = master
+        self._roster = roster
+        self._shelf = shelf
+        self._publisher = publisher
+        self.ledger = Ledger(folder)
+        mode = job.how
+        self._is_async = isinstance(mode, Async)
+        self._merges = job.batch_norm == "merged"
+        steps = mode.quota if isinstance(mode, Async) else job.steps
+        self._gathering = Gathering(stage.run, max_staleness=max_staleness(mode), steps_per_version=steps)
+        self._closing = closing_for(mode, steps)
+        self._shares = Shares(mode.max_correction) if isinstance(mode, Async) else None
+        by_speed = job.batches if isinstance(job.batches, BySpeed) else None
+        self._pacer = by_speed and Pacer(by_speed, job.batch_size, job.steps)
+        self.collector = Collector(node, self._gathering, self._took)
+        self.version = stage.state.version
+        """Of the master; peers hear of it only together with what is asked of them at it."""
+        self.round = 0
+        """Rounds that are done."""
+        self.steps: dict[int, int] = {}
+        """By shard, its steps that versions have counted."""
+        self.newest: tuple[Version, dict[str, Tensor]]
+        self.proven: tuple[Version, dict[str, Tensor]]
+        """The newest version that gave finite losses and gradients (the first one is taken on trust)."""
+        self._packed: dict[PartName, Packed] = {}
+        self._tally: Tally
+        self._sizes: Sizes = {}
+        self._progress_s = 0.0
+
+    def begin_at(self, version: Version, round_: int) -> None:
+        """The master is at this version, and so many rounds are done; blocking."""
+        self.version, self.round = version, round_
+        self._take_state(version)
+        self.proven = self.newest
+
+    def remember(self, place: Place) -> None:
+        """Go on with what the mode's rules knew at a checkpoint."""
+        self.steps = dict(place.steps)
+        if self._shares is not None and "shares" in place.memory:
+            self._shares.restore(place.memory["shares"])
+        if self._pacer is not None and "pace" in place.memory:
+            self._pacer.restore(place.memory["pace"])
+
+    def memory(self) -> dict[str, Any]:
+        """What the mode's rules know, for a checkpoint."""
+        rules = {"shares": self._shares, "pace": self._pacer}
+        return {name: rule.state() for name, rule in rules.items() if rule is not None}
+
+    def publish_weights(self) -> None:
+        """Hand the newest version to everybody who listens."""
+        for part, (body, parts) in self._packed.items():
+            self._publisher.publish(part.encode(), body, parts)
+
+    # --- rounds and windows -----------------------------------------------------------------------------
+
+    async def train_round(self, rounds: int, made: Callable[[Version], Awaitable[None]]) -> Tally:
+        """One round, of so many in all; what it adds up to. `made` is told of every version but the last."""
+        there = await self._until_somebody_is_there()
+        samples = self._roster.value.samples(there)
+        plan = Plan.of(self._job, samples)
+        self._tally = Tally(
+            node=self._node.name,
+            round_=self.round + 1,
+            rounds=rounds,
+            windows=plan.windows,
+            now_s=time.monotonic(),
+        )
+        self._stage.place(round=self.round, rounds=rounds, windows=plan.windows)
+        window = 0
+        while self._goes_on(window, plan, samples):
+            is_made = await self._make_version(plan, window)
+            window += 1
+            if is_made:
+                await self._report(window)
+            if is_made and self._goes_on(window, plan, samples):
+                await made(self.version)
+        self.round += 1
+        return self._tally
+
+    def _goes_on(self, window: int, plan: Plan, samples: Mapping[int, int]) -> bool:
+        """Whether the round has another window; in async mode, until its samples have been gone through in number."""
+        return self._tally.samples < sum(samples.values()) if self._is_async else window < plan.windows
+
+    async def _until_somebody_is_there(self) -> Sequence[int]:
+        """Shards that take part, once there are any."""
+        patience_s = self._node.settings.patience_s
+        try:
+            with self._node.waiting("a client"):
+                async with asyncio.timeout(patience_s):
+                    await self._roster.wait_for(lambda roster: bool(roster.present()))
+        except TimeoutError:
+            raise RunFailed(f"for {patience_s:g} s there was no client; start some, then go on with --resume") from None
+        return self._roster.value.taking_part(time.monotonic())
+
+    async def _make_version(self, plan: Plan, window: int) -> bool:
+        """Gather one window and commit it; False when nobody is there (any more) who has steps in it."""
+        while True:
+            match await self._gather(plan, window):
+                case "enough":
+                    await self._commit()
+                    return True
+                case "nobody":
+                    return False
+                case "broken":
+                    self._gathering.void("the merged batch that it was part of fell apart")
+                    await self._commit()
+
+    async def _gather(self, plan: Plan, window: int) -> Outcome:
+        """Ask for the steps of one window, and wait until there are enough."""
+        if self._merges:
+            await self._until_server()
+        there = self._roster.value.taking_part(time.monotonic())
+        slices = self._pace(there)
+        self._sizes = {shard: [size] * self._job.steps for shard, (_, size) in slices.items()} or plan.sizes(
+            self._roster.value.samples(there), min(window, plan.windows - 1)
+        )
+        if not self._participants(there):
+            return "nobody"
+        if self._shares is not None:
+            samples = self._roster.value.samples(there)
+            self._shares.there(samples, sum(samples.values()) // plan.windows)
+        late = self._gathering.begin(self.version, None if self._is_async else self._cids(self._sizes))
+        now_s = self._progress_s = time.monotonic()
+        self._closing.began(self.version, self._sizes, now_s)
+        for step in late:
+            self._closing.arrived(step, self._gathering.samples(step), now_s)
+        wire_slices = tuple((shard, start, size) for shard, (start, size) in slices.items())
+        self._stage.enter(
+            phase="training", version=self.version, window=window, slices=wire_slices, **self._asked(there)
+        )
+        with self._node.waiting(lambda: f"the steps of {self._missing()}"):
+            return await self._until_closed(plan, window)
+
+    def _pace(self, there: Sequence[int]) -> Slices:
+        """What the clients' speeds make of this version; nothing where sizes do not follow speed."""
+        if self._pacer is None:
+            return {}
+        classes = {shard: self._roster.value.classes([shard]) for shard in there}
+        return self._pacer.began(self.version, there, classes, time.monotonic())
+
+    def _asked(self, there: Sequence[int]) -> dict[str, object]:
+        """What else a version's state says."""
+        asked: dict[str, object] = {}
+        if self._job.adjust_logits is not None:
+            roster = self._roster.value
+            asked |= {"present_classes": roster.classes(there), "all_classes": roster.classes()}
+        if self._merges:
+            servers = self._node.peers(Role.SPLIT_SERVER)
+            steps = [sum(batches[k] > 0 for batches in self._sizes.values()) for k in range(self._job.steps)]
+            asked |= {"merger": servers[self.version % len(servers)].id, "merged": tuple(steps)}
+        return asked
+
+    async def _until_server(self) -> None:
+        """Wait for a split server to merge the batches."""
+        patience_s = self._node.settings.patience_s
+        try:
+            with self._node.waiting("a split server"):
+                async with asyncio.timeout(patience_s):
+                    await self._roster.wait_for(lambda _: bool(self._node.peers(Role.SPLIT_SERVER)))
+        except TimeoutError:
+            raise RunFailed(
+                f"for {patience_s:g} s there was no split server; start one, then go on with --resume"
+            ) from None
+
+    def _is_broken(self, there: Sequence[int]) -> bool:
+        """Whether a merged batch cannot come about any more as it was asked for."""
+        if not self._merges:
+            return False
+        merger = self._stage.state.merger
+        return merger is None or self._node.peer(merger) is None or set(there) != self._sizes.keys()
+
+    def _cids(self, sizes: Sizes) -> list[Cid]:
+        return [
+            step_cid(self._stage.run, shard, self.version, k)
+            for shard, batches in sizes.items()
+            for k, size in enumerate(batches)
+            if size
+        ]
+
+    def _participants(self, there: Sequence[int]) -> list[int]:
+        """Those who are there and have steps in the window."""
+        return [shard for shard in there if any(self._sizes.get(shard, ()))]
+
+    async def _until_closed(self, plan: Plan, window: int) -> Outcome:
+        """Wait until there is enough for a version, or it is clear that there never will be."""
+        patience_s = self._node.settings.patience_s
+        while True:
+            now_s, roster = time.monotonic(), self._roster.value
+            there = roster.taking_part(now_s)
+            if self._is_broken(there):
+                return "broken"
+            self._admit(there, plan, window)
+            if self._closing.closes(there, now_s):
+                return "enough"
+            if there and not self._participants(there):
+                return "nobody"
+            if now_s >= self._progress_s + patience_s:
+                raise RunFailed(
+                    f"round {self.round + 1} stood still for {patience_s:g} s without the steps of {self._missing()}. "
+                    "Start what is missing, then go on with --resume"
+                )
+            ends_s = self._progress_s + patience_s
+            alarms = (self._closing.next_deadline_s(), roster.next_leave_s(now_s), ends_s)
+            await self._roster.changed_within(min(alarm for alarm in alarms if alarm > now_s) - now_s)
+
+    def _admit(self, there: Sequence[int], plan: Plan, window: int) -> None:
+        """Let those who joined since the window began take part in it, unless it was cut to those who were there."""
+        if self._pacer is not None:
+            return
+        if new := [shard for shard in there if shard not in self._sizes]:
+            sizes = plan.sizes(self._roster.value.samples(new), min(window, plan.windows - 1))
+            self._sizes |= sizes
+            self._gathering.expect(self._cids(sizes))
+            self._closing.expect(sizes)
+
+    def _took(self, meta: SpillMeta) -> None:
+        """A part of a step is here."""
+        now_s = self._progress_s = time.monotonic()
+        self._tally.served(meta)
+        if self._gathering.is_whole(meta.cid):
+            step = parse_cid(meta.cid)
+            self._closing.arrived(step, meta.samples, now_s)
+            if self._pacer is not None:
+                self._pacer.arrived(step, now_s)
+            self._roster.touch()
+
+    def _missing(self) -> str:
+        """Who holds up the window, for people."""
+        there = self._roster.value.taking_part(time.monotonic())
+        shards = self._closing.missing(there)
+        names = ", ".join(self._roster.value.name(shard) for shard in shards[:8])
+        return f"{names} and others" if len(shards) > 8 else names or "any client"
+
+    # --- versions ---------------------------------------------------------------------------------------
+
+    async def _commit(self) -> None:
+        """Make the next version of what has come, record it, publish it; of nothing, one with the same weights."""
+        gathered, dropped = self._gathering.take()
+        self._gathering.end()
+        window = self._weigh(gathered)
+        state = self._stage.state
+        place = f"round {self.round + 1}, window {state.window + 1} of {state.windows} (version {self.version})"
+
+        def step() -> None:
+            check_losses(window, place)
+            if window:
+                self._master.step(window, version=self.version, sequential=self._job.local_lr is not None)
+            self.proven = self.newest
+            self.ledger.commit(self.version, window, dropped, self._master.digest())
+            self._take_state(Version(self.version + 1))
+
+        try:
+            await compute(step)
+        except RunFailed:
+            self.newest = self.proven
+            raise
+        self._account(window)
+        self._tally.counted(window, self.version, dropped)
+        self.version = Version(self.version + 1)
+        self.publish_weights()
+        self._stage.settle(dict.fromkeys(one.cid for one in window), dropped)
+
+    def _weigh(self, window: Sequence[Contribution]) -> Sequence[Contribution]:
+        """What is late moves the weights less; in async mode, who contributes beyond its share counts less."""
+        weighed = []
+        for one in window:
+            step = parse_cid(one.cid)
+            scale = 1.0 if self._shares is None else self._shares.correction(step.shard)
+            damping = staleness_weight(self.version - step.version)
+            weighed.append(one if (scale, damping) == (1, 1) else replace(one, scale=scale, damping=damping))
+        return weighed
+
+    def _account(self, window: Sequence[Contribution]) -> None:
+        samples: Counter[int] = Counter()
+        for one in window:
+            if one.part == "client":
+                shard = parse_cid(one.cid).shard
+                self.steps[shard] = self.steps.get(shard, 0) + 1
+                samples[shard] += one.samples
+        if self._shares is not None:
+            self._shares.counted(samples)
+
+    def _take_state(self, version: Version) -> None:
+        """The master is at this version now; blocking."""
+        self.newest = version, self._master.state()
+        self._packed = self._shelf.put(*self.newest)
+
+    async def _report(self, windows: int) -> None:
+        """Progress inside a round, if some is due."""
+        if report := self._tally.window_report(windows, self.version, time.monotonic()):
+            await compute(self._folder.append_metrics, report)
+            self._node.report(report)

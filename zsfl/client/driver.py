@@ -1,0 +1,153 @@
+"""One step from head to spill, whichever servers it takes, and its care until a version settles it."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+
+import torch
+
+from zsfl.client.local import ClientWeights, LocalParts, StepInHand
+from zsfl.client.remote import RemoteBody
+from zsfl.compute import compute
+from zsfl.errors import StaleWeights
+from zsfl.ids import Cid, NodeId, Version
+from zsfl.member import Member
+from zsfl.node import Node
+from zsfl.spill.layout import SpillMeta
+from zsfl.wire.messages import Backward, RunState, SpillOffer, Step
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class StepDriver:
+    """Drives the steps of all shards of one client."""
+
+    def __init__(self, node: Node, local: LocalParts, remote: RemoteBody, member: Member[ClientWeights]) -> None:
+        self._node = node
+        self._local = local
+        self._remote = remote
+        self._member = member
+
+    async def make(
+        self, cid: Cid, state: RunState, k: int, weights: ClientWeights, batch: Batch, shift: torch.Tensor | None
+    ) -> StepInHand:
+        """Make a step at the version of `state`; returns once both its parts are spilled, its gradients in hand."""
+        step = await compute(self._local.begin, weights, cid, state.version, *batch, shift)
+        at, merged = state.merger, state.merged[k] if k < len(state.merged) else 0
+        drive = self._drive_u_shaped if self._local.u_shaped else self._drive_label_sharing
+        server, grad = await drive(weights, step, at, merged)
+        await self._spill(weights, step, grad)
+        self._node.counters.add("steps")
+        self._node.start(self._see_it_settled(step, server, merged), f"hold {cid}")
+        return step
+
+    async def _drive_u_shaped(
+        self, weights: ClientWeights, step: StepInHand, at: NodeId | None, merged: int
+    ) -> tuple[NodeId, torch.Tensor | None]:
+        server, output = await self._remote.forward(
+            cid=step.cid, version=step.version, seed=step.seed + 1, x=step.activations, at=at, merged=merged
+        )
+        await compute(self._local.turn, weights, step, output)
+        return await self._backward(step, server, at, merged)
+
+    async def _backward(
+        self, step: StepInHand, holder: NodeId | None, at: NodeId | None, merged: int
+    ) -> tuple[NodeId, torch.Tensor | None]:
+        request = partial(
+            Backward,
+            cid=step.cid,
+            version=step.version,
+            seed=step.seed + 1,
+            n=step.n,
+            samples=step.samples,
+            want_grad=self._local.want_grad,
+            provenance=self._node.name,
+            merged=merged,
+        )
+        if step.grad is None:
+            raise TypeError("a backward needs the gradient at the cut")
+        return await self._remote.backward(holder, request, step.activations, step.grad, at=at)
+
+    async def _drive_label_sharing(
+        self, _weights: ClientWeights | None, step: StepInHand, at: NodeId | None, merged: int
+    ) -> tuple[NodeId, torch.Tensor | None]:
+        request = partial(
+            Step,
+            cid=step.cid,
+            version=step.version,
+            seed=step.seed + 1,
+            n=step.n,
+            samples=step.samples,
+            want_grad=self._local.want_grad,
+            provenance=self._node.name,
+            merged=merged,
+            shift=() if step.shift is None else tuple(step.shift.tolist()),
+        )
+        server, grad, step.loss_sum = await self._remote.step(request, step.activations, step.target, at=at)
+        return server, grad
+
+    async def _spill(self, weights: ClientWeights, step: StepInHand, grad: torch.Tensor | None) -> None:
+        meta = SpillMeta(
+            cid=step.cid,
+            part="client",
+            version=step.version,
+            n=step.n,
+            samples=step.samples,
+            loss_sum=step.loss_sum,
+            client=self._node.name,
+            node=self._node.name,
+        )
+
+        def finish() -> SpillOffer:
+            self._local.finish(weights, step, grad)
+            tensors = {f"grad/{name}": tensor for name, tensor in step.grads.items()}
+            tensors |= {f"buffer/{name}": tensor for name, tensor in step.buffers.items()}
+            return self._member.spills.put(meta, tensors)
+
+        self._member.offer(await compute(finish))
+
+    async def _see_it_settled(self, step: StepInHand, server: NodeId, merged: int) -> None:
+        """Until a version settles the step, drive its body part again whenever the server that spilled it is gone.
+
+        Of a merged batch no single step can be driven again: the aggregator has all of them made anew.
+        """
+        settled = asyncio.ensure_future(self._member.until_settled(step.cid))
+        if merged:
+            await settled
+            return
+        driving = asyncio.ensure_future(self._keep_spilled(step, server))
+        try:
+            await asyncio.wait({settled, driving}, return_when=asyncio.FIRST_COMPLETED)
+            if not settled.done():
+                await driving
+        finally:
+            settled.cancel()
+            driving.cancel()
+            await asyncio.gather(settled, driving, return_exceptions=True)
+
+    async def _keep_spilled(self, step: StepInHand, server: NodeId) -> None:
+        while True:
+            await self._remote.until_lost(server)
+            self._node.note(f"the server that spilled {step.cid} is gone; driving it again")
+            try:
+                if self._local.u_shaped:
+                    server, _ = await self._backward(step, None, None, 0)
+                else:
+                    server, _ = await self._drive_label_sharing(None, step, None, 0)
+            except StaleWeights:
+                return
+
+    async def test(
+        self, version: Version, weights: ClientWeights, batches: list[Batch]
+    ) -> tuple[float, float | None, float, int]:
+        """Loss sum, correct samples (None without a metric), weight and samples of held-out batches at a version."""
+        loss_sum = weight = correct = 0.0
+        samples, has_metric = 0, True
+        for x, y in batches:
+            hidden = await compute(self._local.head_infer, weights, x)
+            output = await self._remote.infer(version, hidden)
+            loss, right, n = await compute(self._local.score, weights, output, y)
+            has_metric = right is not None
+            loss_sum, correct, weight, samples = loss_sum + loss, correct + (right or 0.0), weight + n, samples + len(y)
+        return loss_sum, correct if has_metric else None, weight, samples

@@ -1,0 +1,57 @@
+"""The data of one client, as its steps take it."""
+
+from __future__ import annotations
+
+import torch
+
+from zsfl.learning.batches import Batches, BySpeed, round_order, stream_rows
+from zsfl.learning.job import Job
+from zsfl.learning.skew import class_counts
+from zsfl.wire.messages import ShardInfo
+
+EVALUATION_BATCH = 512
+"""Held-out samples in one request."""
+
+
+class ShardData:
+    """The samples of one shard. They never leave this process."""
+
+    def __init__(self, job: Job, shard: int) -> None:
+        train, test = job.data(shard, job.shards)
+        self._job = job
+        self.shard = shard
+        self.train = Batches(train)
+        self.test = None if test is None or len(test) == 0 else Batches(test)  # type: ignore[arg-type]
+        needs_classes = job.adjust_logits is not None or (isinstance(job.batches, BySpeed) and job.batches.mix > 0)
+        self.classes = class_counts(self.train) if needs_classes else ()
+        self._order: tuple[int, torch.Tensor] = (-1, torch.empty(0))
+
+    @property
+    def info(self) -> ShardInfo:
+        """How many samples there are."""
+        tested = 0 if self.test is None else len(self.test)
+        return ShardInfo(shard=self.shard, train_samples=len(self.train), test_samples=tested, classes=self.classes)
+
+    def batch(self, round_: int, number: int, windows: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """One of the batches into which a round of so many windows divides this shard; None when that one is empty."""
+        sizes = self._job.batch_sizes(len(self.train), windows)
+        if number >= len(sizes) or not sizes[number]:
+            return None
+        if self._order[0] != round_:
+            job = self._job
+            self._order = round_, round_order(job.seed, self.shard, round_, len(self.train), job.shuffle)
+        first = sum(sizes[:number])
+        return self.train[self._order[1][first : first + sizes[number]]]
+
+    def stream(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """So many samples of the endless stream of this shard; None for no samples."""
+        if not count:
+            return None
+        job = self._job
+        return self.train[stream_rows(job.seed, self.shard, start, count, len(self.train), job.shuffle)]
+
+    def test_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """All held-out samples in order."""
+        if self.test is None:
+            return []
+        return [self.test[rows] for rows in torch.arange(len(self.test)).split(EVALUATION_BATCH)]

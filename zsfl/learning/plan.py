@@ -1,0 +1,37 @@
+"""Which steps a round has: a pure function of the shards' sizes, the same at the aggregator and at every client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from zsfl.learning.job import Job
+
+Sizes = dict[int, list[int]]
+"""By shard, the samples of its k-th step at one version; 0 where it sits that one out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One round: into how many windows it is divided, and what each window expects."""
+
+    job: Job
+    windows: int
+
+    @classmethod
+    def of(cls, job: Job, samples: Mapping[int, int]) -> Self:
+        """The plan of a round in which these shards, with so many training samples each, take part."""
+        if job.batches == "equal":
+            batches = -(-max(samples.values()) // job.batch_size)
+        else:
+            batches = -(-sum(samples.values()) // (job.batch_size * len(samples)))
+        return cls(job, max(1, -(-batches // job.steps)))
+
+    def sizes(self, samples: Mapping[int, int], window: int) -> Sizes:
+        """What this window expects of these shards."""
+        first = window * self.job.steps
+        return {
+            shard: self.job.batch_sizes(count, self.windows)[first : first + self.job.steps]
+            for shard, count in sorted(samples.items())
+        }
