@@ -34,10 +34,15 @@ def circumstances() -> dict[str, Any]:
     }
 
 
+def path_of(name: str, about: Mapping[str, Any], kind: str) -> Path:
+    """results/DATE-name.kind, in a folder that is there."""
+    RESULTS.mkdir(exist_ok=True)
+    return RESULTS / f"{about['date'][:10]}-{name}.{kind}"
+
+
 def write(name: str, about: Mapping[str, Any], figures: Mapping[str, Any], page: str) -> Path:
     """Keep the figures as results/DATE-name.json, and the page for people beside it as .md."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{about['date'][:10]}-{name}.json"
+    path = path_of(name, about, "json")
     path.write_text(json.dumps({**about, **figures}, indent=2) + "\n", encoding="utf-8")
     machine = about["machine"]
     footer = (

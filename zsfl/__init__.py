@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zsfl import baselines as baselines
     from zsfl.cluster.local import LocalCluster as LocalCluster
     from zsfl.errors import ConfigError as ConfigError
     from zsfl.errors import RunFailed as RunFailed
@@ -69,7 +70,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_HOME_OF, "baselines"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
@@ -77,6 +78,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("zsfl")
+    if name == "baselines":
+        return import_module("zsfl.baselines")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'zsfl' has no attribute {name!r}")
     value = getattr(import_module(_HOME_OF[name]), name)

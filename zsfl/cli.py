@@ -19,6 +19,7 @@ examples:
   zsfl node split-server mnist.py                  one node; run it on each GPU machine of the LAN
   zsfl node aggregator mnist.py                    anywhere
   zsfl node client mnist.py --shard 3              where the data is
+  zsfl baseline fedavg mnist.py                    what a well-known algorithm makes of the same job
 
 Every flag may also be set as ZSFL_NAME in the environment, or as `name` under [node] in zsfl.toml.
 """
@@ -51,6 +52,26 @@ Nodes find one another by mDNS. Where multicast is blocked, one address is enoug
   zsfl node aggregator mnist.py --host 192.168.1.10 --port 7700
   zsfl node split-server mnist.py --host 192.168.1.20 --peer 192.168.1.10:7700
   zsfl node client mnist.py --host 192.168.1.30 --shard 0 --peer 192.168.1.10:7700
+"""
+
+BASELINE_EXAMPLES = """\
+NAME is one of:
+  centralised       one process with the data of all clients, shuffled together
+  merged            one process on the very batches of exact mode
+  local             every client trains alone on its own data
+  fedavg            McMahan et al. 2017: an epoch each, then the models are averaged
+  sl                Gupta and Raskar 2018: split learning, one client after another
+  splitfed-v1       Thapa et al. 2022: a copy of the body for each client, averaged an epoch
+  splitfed-v2       the same: clients in random order on one body
+  microsfl          MicroSFL as published: one step a round on the gradient over all samples
+  microsfl-coded    MicroSFL as its code does it: summed means of the batches
+
+They run in this process, under the job's seed, initial weights and division of the data. benchmarks/learning.py of the
+source tree draws several beside the modes.
+
+examples:
+  zsfl baseline fedavg mnist.py
+  zsfl baseline splitfed-v2 mnist.py --clients 20 --rounds 5
 """
 
 UP_FLAGS = (
@@ -95,6 +116,15 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("job", type=Path, metavar="JOB", help="Python file with a `job`, the same on every node")
         add_flags(one, NODE_FLAGS[role])
         one.set_defaults(run_command=_node, role=role)
+
+    baseline = _parser(
+        commands.add_parser, "baseline", help="train a job by a well-known algorithm", epilog=BASELINE_EXAMPLES
+    )
+    baseline.add_argument("algorithm", metavar="NAME", help="the algorithm, see below")
+    baseline.add_argument("job", type=Path, metavar="JOB", help="Python file with a `job`")
+    baseline.add_argument("--clients", type=int, metavar="N", help="how many clients; default: what the job says")
+    add_flags(baseline, ("rounds", "threads"))
+    baseline.set_defaults(run_command=_baseline)
     return top
 
 
@@ -147,6 +177,34 @@ def _node(args: argparse.Namespace) -> int:
     from zsfl.roles import run_node
 
     return run_node(args.role, args.job, vars(args))
+
+
+def _baseline(args: argparse.Namespace) -> int:
+    import dataclasses
+    import os
+
+    import torch
+
+    from zsfl import baselines
+    from zsfl.learning.job import load_job
+    from zsfl.settings import load_settings
+
+    settings = load_settings(vars(args), os.environ)
+    torch.set_num_threads(settings.threads)
+    job = load_job(args.job)
+    if settings.clients:
+        job = dataclasses.replace(job, shards=settings.clients)
+    rounds = settings.rounds or job.rounds
+    print(f"{'round':>7}  {'train loss':>10}  {'test loss':>10}  {'test accuracy':>13}  {'seconds':>7}  {'steps':>7}")
+    for done in baselines.run(args.algorithm, job, rounds):
+        loss = "-" if done.loss is None else f"{done.loss:.4f}"
+        accuracy = "-" if done.accuracy is None else f"{done.accuracy:.2%}"
+        place = f"{done.round}/{rounds}"
+        print(
+            f"{place:>7}  {done.train_loss:10.4f}  {loss:>10}  {accuracy:>13}  {done.seconds:7.1f}  {done.steps:7}",
+            flush=True,
+        )
+    return 0
 
 
 def _run_cluster(job: Path, args: argparse.Namespace) -> int:

@@ -27,7 +27,11 @@ Address = NewType("Address", str)
 PartName = Literal["body", "client"]
 """Who computed a contribution: the body on a split server, or head and tail on the client."""
 
-PROTOCOL = 1
+Portion = NewType("Portion", str)
+"""Which weights nodes of one kind need: `body`, `client`, or where a job has several cuts `client/CUT`."""
+BODY = Portion("body")
+
+PROTOCOL = 2
 """Version of the wire protocol; peers that differ refuse one another."""
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
-
-import torch
+from typing import Any
 
 from zsfl.compute import compute
 from zsfl.errors import NoPeer, RemoteProtocolError, RunFailed
@@ -24,7 +22,6 @@ from zsfl.wire.messages import (
     FetchSpills,
     Offers,
     Ok,
-    PartName,
     ReleaseSpills,
     Reply,
     Request,
@@ -33,19 +30,16 @@ from zsfl.wire.messages import (
     Spills,
 )
 
-_Loaded = TypeVar("_Loaded")
 
-
-class Member(Generic[_Loaded]):
+class Member:
     """Membership in a run: its state, its weights, and what this node contributes to it."""
 
-    def __init__(
-        self, node: Node, part: PartName, load: Callable[[dict[str, torch.Tensor]], _Loaded], spills: Path
-    ) -> None:
+    def __init__(self, node: Node, weights: Collection[WeightsFollower[Any]], spills: Path) -> None:
+        """`weights` follow the same aggregator."""
         self._node = node
         self.state: Latest[RunState | None] = Latest(None)
         self.aggregator: Latest[NodeCard | None] = Latest(None)
-        self.weights = WeightsFollower(node, part, load)
+        self._weights = weights
         self.spills = SpillStore(spills)
         self.followed = 0
         """How often this node began to follow an aggregator: what an earlier one asked for is asked anew."""
@@ -61,7 +55,8 @@ class Member(Generic[_Loaded]):
         if card.role is not Role.AGGREGATOR:
             return
         if self.aggregator.value is None:
-            self.weights.follow(card)
+            for follower in self._weights:
+                follower.follow(card)
             self.followed += 1
             self.aggregator.set(card)
         else:
@@ -73,7 +68,8 @@ class Member(Generic[_Loaded]):
             return
         if self.state.value is None or self.state.value.phase not in ("finished", "failed"):
             self._node.note(f"{card.name} is gone: {reason}", "warning")
-        self.weights.unfollow()
+        for follower in self._weights:
+            follower.unfollow()
         self.state.set(None)
         self.aggregator.set(None)
         for other in self._node.peers(Role.AGGREGATOR):

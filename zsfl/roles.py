@@ -26,8 +26,8 @@ from zsfl.compute import compute, use_threads
 from zsfl.dashboard.progress import plain_line
 from zsfl.errors import ConfigError, StorageError, ZsflError
 from zsfl.ids import Role
+from zsfl.learning.cuts import Cuts
 from zsfl.learning.job import Job, load_job
-from zsfl.learning.model import SplitModel
 from zsfl.learning.modes import mode_name
 from zsfl.locks import LOCK, lock_folder
 from zsfl.node import Node, failed
@@ -65,13 +65,13 @@ async def run_role(
     if settings.mode and settings.mode != mode_name(job.how):
         job = dataclasses.replace(job, mode=settings.mode)
     # Where all of torch runs: elsewhere it would disturb the random numbers of other nodes of this process.
-    model = await compute(job.build)
+    cuts = await compute(job.build_cuts)
     name = settings.name or default_name(role, settings)
     node = Node(
         role,
         name=name,
         settings=settings,
-        facts=job.facts(model) | {"cluster": settings.cluster},
+        facts=job.facts(cuts) | {"cluster": settings.cluster},
         codecs=SUPPORTED,
         report=report,
         context=context,
@@ -79,7 +79,7 @@ async def run_role(
     )
     spills = settings.runs / "spills" / (settings.cluster or settings.run or job.name) / name
     with _own_folder(spills):
-        await _play(role, node, job, model, spills)
+        await _play(role, node, job, cuts, spills)
 
 
 @contextmanager
@@ -101,24 +101,24 @@ def _own_folder(spills: Path) -> Iterator[None]:
         os.close(lock)
 
 
-async def _play(role: Role, node: Node, job: Job, model: SplitModel, spills: Path) -> None:
+async def _play(role: Role, node: Node, job: Job, cuts: Cuts, spills: Path) -> None:
     settings, facts = node.settings, node.facts
     match role:
         case Role.CLIENT:
             shards = parse_shards(settings.shards, job.shards) if settings.shards else ()
             if not shards:
                 raise ConfigError(f"which shards does this client hold? Give --shard, 0 to {job.shards - 1}")
-            client = ClientRole(node, job, model, shards, choose_device(settings.device), spills)
+            client = ClientRole(node, job, cuts, shards, choose_device(settings.device), spills)
             await client.prepare()
             await node.run(client, data_port=client.data_port)
         case Role.SPLIT_SERVER:
-            server = SplitServerRole(node, job, model, choose_device(settings.device), spills)
+            server = SplitServerRole(node, job, cuts, choose_device(settings.device), spills)
             await server.prepare()
             await node.run(server, data_port=server.data_port)
         case Role.AGGREGATOR:
             with RunFolder.create(settings.runs, settings.run or job.name, settings.resume) as folder:
                 folder.write_settings(await compute(describe, job, settings, facts))
-                aggregator = AggregatorRole(node, job, model, folder)
+                aggregator = AggregatorRole(node, job, cuts, folder)
                 await aggregator.prepare()
                 await node.run(aggregator, data_port=aggregator.data_port, weights_port=aggregator.weights_port)
         case _:

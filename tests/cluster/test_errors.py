@@ -123,7 +123,7 @@ def test_data_that_is_missing_or_truncated(said: Said, tmp_path: Path) -> None:
 
 
 def test_the_loss_is_no_number(said: Said, tmp_path: Path) -> None:
-    code, error = said("up", write_job(tmp_path, lr=1e160, rounds=50))
+    code, error = said("up", write_job(tmp_path, lr=1e307, rounds=50))
     assert code == 1
     for part in ("the loss became", "at round", "window", "(version", "client-", "is kept in", "learning rate"):
         assert part in error

@@ -30,6 +30,9 @@ def ordinary(case: Case) -> dict[str, Tensor]:
         rounds=case.rounds,
         batch_size=case.batch_size,
         shuffle=case.shuffle,
+        proportional=case.batches == "proportional",
+        steps=case.steps,
+        frozen_norms=case.batch_norm == "frozen",
     )
 
 
@@ -57,6 +60,32 @@ async def test_equals_training_in_one_process(optimizer: str, tail: bool, server
     # Every parameter of every part moved, and much further than the tolerance.
     assert all((tensor - before[name]).abs().max() > 1e-3 for name, tensor in expected.items())
     assert [report.samples for report in ran.reports] == [sum(case.sizes)] * case.rounds
+    assert spills_left(tmp_path) == []
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("batches", ["proportional", "equal"])
+@pytest.mark.parametrize(("optimizer", "tail"), [("momentum", True), ("adam", False)])
+async def test_windows_of_either_rule_and_of_several_steps(
+    optimizer: str, tail: bool, batches: str, steps: int, tmp_path: Path
+) -> None:
+    case = Case(optimizer=optimizer, tail=tail, batches=batches, steps=steps, sizes=(13, 7, 20, 2), rounds=3)
+    ran = await in_process(case, tmp_path, servers=2)
+    assert_close(ran.weights, ordinary(case))
+    assert [report.samples for report in ran.reports] == [sum(case.sizes)] * case.rounds
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+@pytest.mark.parametrize("tail", [True, False], ids=["u-shaped", "label-sharing"])
+@pytest.mark.parametrize("batch_norm", ["merged", "frozen"])
+async def test_batch_norm_of_the_merged_batch_or_frozen_is_ordinary_training_too(
+    batch_norm: str, tail: bool, optimizer: str, tmp_path: Path
+) -> None:
+    case = Case(norm=True, batch_norm=batch_norm, tail=tail, optimizer=optimizer, rounds=3)
+    ran = await in_process(case, tmp_path, servers=3)
+    expected = ordinary(case)
+    assert_close(ran.weights, expected)  # the running statistics included
+    assert expected["body.1.num_batches_tracked"].item() == (12 if batch_norm == "merged" else 0)
     assert spills_left(tmp_path) == []
 
 

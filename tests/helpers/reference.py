@@ -23,13 +23,32 @@ def order(seed: int, shard: int, round_: int, samples: int, shuffle: bool) -> Te
 
 
 def merged_batches(
-    data: list[Samples], *, seed: int, rounds: int, batch_size: int, shuffle: bool
+    data: list[Samples],
+    *,
+    seed: int,
+    rounds: int,
+    batch_size: int,
+    shuffle: bool,
+    proportional: bool = False,
+    steps: int = 1,
 ) -> Iterator[list[Samples]]:
-    """For every window of every round, the batch of every shard that has one left."""
+    """For every window of every round, the batch (or `steps` batches) of every shard that has some left.
+
+    A batch is `batch_size` samples, or `proportional` to the shard: all shards then have the same number of them, as
+    many as it takes for `batch_size` on average.
+    """
+    sizes = [len(y) for _, y in data]
+    count = -(-sum(sizes) // (batch_size * len(sizes))) if proportional else -(-max(sizes) // batch_size)
+    windows = -(-count // steps)
     for round_ in range(rounds):
-        orders = [order(seed, shard, round_, len(y), shuffle) for shard, (_, y) in enumerate(data)]
-        for start in range(0, max(len(rows) for rows in orders), batch_size):
-            chosen = [rows[start : start + batch_size] for rows in orders]
+        orders = [order(seed, shard, round_, size, shuffle) for shard, size in enumerate(sizes)]
+        for window in range(windows):
+            first, last = window * steps, (window + 1) * steps
+            if proportional:
+                cuts = [(first * size // (windows * steps), last * size // (windows * steps)) for size in sizes]
+            else:
+                cuts = [(first * batch_size, last * batch_size) for _ in sizes]
+            chosen = [rows[start:stop] for rows, (start, stop) in zip(orders, cuts, strict=True)]
             yield [(x[rows], y[rows]) for (x, y), rows in zip(data, chosen, strict=True) if len(rows)]
 
 
@@ -43,6 +62,9 @@ def train(
     rounds: int,
     batch_size: int,
     shuffle: bool,
+    proportional: bool = False,
+    steps: int = 1,
+    frozen_norms: bool = False,
 ) -> dict[str, Tensor]:
     """Final weights of plain training on the union of all shards' batches, one window after another."""
     with torch.random.fork_rng(devices=()):
@@ -50,7 +72,14 @@ def train(
         model = nn.Sequential(OrderedDict(parts()))
     factory, options = optimizer
     stepper: Any = factory([p for p in model.parameters() if p.requires_grad], **options)
-    for window in merged_batches(data, seed=seed, rounds=rounds, batch_size=batch_size, shuffle=shuffle):
+    if frozen_norms:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+    windows = merged_batches(
+        data, seed=seed, rounds=rounds, batch_size=batch_size, shuffle=shuffle, proportional=proportional, steps=steps
+    )
+    for window in windows:
         x, y = (torch.cat(column) for column in zip(*window, strict=True))
         stepper.zero_grad()
         loss(model(x), y).backward()

@@ -6,9 +6,12 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from helpers.jobs import write_job
 
 import zsfl
 from zsfl.cli import main, parser
@@ -26,6 +29,7 @@ FLAGS = {
     "": {"--version"},
     "demo": {*CLUSTER, "--print-job"},
     "up": {*CLUSTER, "JOB"},
+    "baseline": {"NAME", "JOB", "--clients", "--rounds", "--threads"},
     "node": set[str](),
     "node client": {*COMMON, "JOB", "--codec", "--device", "--shard", "--shards"},
     "node split-server": {*COMMON, "JOB", "--codec", "--device", "--slots"},
@@ -74,6 +78,34 @@ def test_help_loads_nothing_heavy(args: list[str]) -> None:
 def test_the_demo_prints_its_own_job(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--print-job"]) == 0
     assert capsys.readouterr().out == Path(zsfl.__file__).with_name("demo.py").read_text()
+
+
+def test_a_baseline_is_told_round_by_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job, threads = write_job(tmp_path), torch.get_num_threads()
+    try:
+        assert main(["baseline", "fedavg", str(job), "--rounds", "2", "--clients", "3"]) == 0
+        head, *rows = capsys.readouterr().out.splitlines()
+        assert head.split()[:3] == ["round", "train", "loss"]
+        assert [row.split()[0] for row in rows] == ["1/2", "2/2"]
+        assert [int(row.split()[-1]) for row in rows] == [14, 28]  # of shards of 40, 41 and 42 samples
+        expected = [done.accuracy for done in zsfl.baselines.run("fedavg", replace(zsfl.load_job(job), shards=3), 2)]
+        assert [row.split()[3] for row in rows] == [f"{accuracy:.2%}" for accuracy in expected if accuracy is not None]
+        assert main(["baseline", "fedavgg", str(job)]) == 2
+        assert "no baseline 'fedavgg': use one of centralised, merged" in capsys.readouterr().err
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_baseline_help_names_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["baseline", "--help"])
+    text = capsys.readouterr().out
+    assert [line.split()[0] for line in text.split("one of:\n")[1].split("\n\n")[0].splitlines()] == list(
+        zsfl.baselines.BASELINES
+    )
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

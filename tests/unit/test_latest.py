@@ -55,3 +55,14 @@ async def test_one_that_stops_waiting_leaves_the_others_alone() -> None:
     one.cancel()
     latest.set(1)
     assert await other == 1
+
+
+async def test_a_change_ends_the_waiting_for_one_and_so_does_the_time() -> None:
+    latest = Latest(0)
+    waiting = asyncio.create_task(latest.changed_within(3600.0))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    latest.touch()
+    async with asyncio.timeout(10):
+        await waiting
+        await latest.changed_within(0.0)  # the change before does not count

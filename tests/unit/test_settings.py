@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zsfl.errors import ConfigError
-from zsfl.settings import NodeSettings, add_flags, load_settings, parse_shards
+from zsfl.ids import Role
+from zsfl.learning.modes import ModeName
+from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings, parse_shards
 
 ALL = tuple(NodeSettings.__dataclass_fields__)
 
@@ -34,6 +36,16 @@ def test_each_layer_wins_over_the_one_before(tmp_path: Path) -> None:
     file.write_text("[node]\nport = 1\nslots = 2\nthreads = 3\n[other]\nx = 1\n")
     found = load_settings(parsed("--threads", "7"), {"ZSFL_SLOTS": "5", "ZSFL_THREADS": "6"})
     assert (found.port, found.slots, found.threads) == (1, 5, 7)
+
+
+@pytest.mark.parametrize("mode", ["", *get_args(ModeName)])
+def test_every_mode_may_be_chosen(mode: str) -> None:
+    assert load_settings({"mode": mode}, {}).mode == mode
+
+
+def test_every_role_is_told_how_many_shards_and_which_mode_and_one_when_to_begin() -> None:
+    assert all({"clients", "mode"} <= set(flags) for flags in NODE_FLAGS.values())
+    assert [role for role, flags in NODE_FLAGS.items() if "start_with" in flags] == [Role.AGGREGATOR]
 
 
 def test_the_file_is_the_one_given_then_the_one_in_the_environment(tmp_path: Path) -> None:
@@ -82,6 +94,10 @@ def test_every_type_can_come_from_every_layer(tmp_path: Path) -> None:
         ({"name": "../x"}, {}, "--name is '../x': expected up to 63 letters"),
         ({"run": ".."}, {}, "--run is '..'"),
         ({"rounds": 0}, {}, "--rounds is 0: expected a whole number from 1 upwards"),
+        ({"start_with": -1}, {}, "--start-with is -1: expected a whole number from 0 upwards"),
+        ({"clients": -1}, {}, "--clients is -1: expected a whole number from 0 upwards"),
+        ({"mode": "sync"}, {}, "--mode is 'sync': expected exact, elastic or async"),
+        ({}, {"ZSFL_MODE": "fast"}, "ZSFL_MODE is 'fast': expected exact, elastic or async"),
         ({}, {"ZSFL_MDNS": "perhaps"}, "ZSFL_MDNS is 'perhaps': expected true or false"),
         ({}, {"ZSFL_CONFIG": "absent.toml"}, "cannot read the settings file absent.toml"),
         ({"beat_s": 2.0}, {}, "lost_after_s must be longer than beat_s"),

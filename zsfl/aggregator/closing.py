@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from zsfl.ids import StepId, Version
-from zsfl.learning.modes import Async, Elastic, Exact, Mode
+from zsfl.learning.modes import Async, Elastic, Exact, Mode, max_staleness
 from zsfl.learning.plan import Sizes
 
 SHARE_OF_CLIENTS = 0.75
@@ -87,7 +87,8 @@ class ExactClosing:
 class ElasticClosing:
     """All steps of all that are not known to be late; or the quorum and some grace; or the deadline.
 
-    Who still owes a step of an earlier version is known to be late: it is not waited for, since it cannot begin.
+    Who still owes a step of an earlier version is known to be late: it is not waited for, since it cannot begin. One
+    that is too late to count is given up, and owed no more.
     """
 
     def __init__(self, mode: Elastic) -> None:
@@ -101,8 +102,8 @@ class ElasticClosing:
         """By shard, the oldest version at which it owes a step."""
 
     def began(self, version: Version, sizes: Sizes, now_s: float) -> None:
-        for shard in self.missing(self._sizes):
-            self._owes.setdefault(shard, self._version)
+        owes = self._owes | dict.fromkeys(self.missing(self._sizes), self._version)
+        self._owes = {shard: owed for shard, owed in owes.items() if version - owed <= max_staleness(self._mode)}
         self._version, self._sizes, self._here = version, dict(sizes), Counter()
         self._samples, self._began_s, self._quorum_s = 0, now_s, math.inf
 

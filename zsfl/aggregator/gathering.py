@@ -106,8 +106,7 @@ class Gathering:
 
     def _drop(self, cid: Cid, reason: str) -> None:
         self._held.pop(cid, None)
-        if cid not in self._dropped:
-            self._dropped[cid] = reason
+        self._dropped.setdefault(cid, reason)
 
     def _wants(self, key: Key) -> bool:
         return self.expects(key[0]) and key[1] not in self._held.get(key[0], ()) and key not in self._asked

@@ -48,10 +48,10 @@ class Best:
     """Versions that were taken: a resumed run may test one again."""
 
     def take(self, tested: Tested) -> bool:
-        """Whether this test is better than all before."""
-        score = tested.accuracy if tested.accuracy is not None else -(math.inf if tested.loss is None else tested.loss)
-        if tested.version in self.seen:
+        """Whether this test is better than all before; one of no samples says nothing."""
+        if tested.loss is None or tested.version in self.seen:
             return False
+        score = -tested.loss if tested.accuracy is None else tested.accuracy
         self.seen.add(tested.version)
         if score > self.score:
             self.score, self.tested, self.since = score, tested, 0

@@ -13,9 +13,9 @@ from torch import Tensor
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.errors import ConfigError, StorageError
 from zsfl.ids import Version
+from zsfl.learning.cuts import Cuts
 from zsfl.learning.job import Job
 from zsfl.learning.master import Master
-from zsfl.learning.model import SplitModel
 from zsfl.reports import RoundReport
 
 _PLACE = "place.json"
@@ -44,11 +44,11 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 class Progress:
     """Keeps how far a run got in its folder. Everything here blocks on the disk."""
 
-    def __init__(self, folder: RunFolder, job: Job, model: SplitModel, master: Master) -> None:
+    def __init__(self, folder: RunFolder, job: Job, cuts: Cuts, master: Master) -> None:
         self._folder = folder
-        self._model = model
+        self._model = cuts.first
         self._master = master
-        self._facts = {name: fact for name, fact in job.facts(model).items() if name not in ("optimizer", "codec")}
+        self._facts = {name: fact for name, fact in job.facts(cuts).items() if name not in ("optimizer", "codec")}
 
     def keep_model(self, state: Mapping[str, Tensor]) -> None:
         """Replace the run's model by the one with these weights."""

@@ -22,9 +22,9 @@ from zsfl.compute import compute
 from zsfl.errors import ConfigError, NoPeer, RemoteProtocolError, RunFailed, StorageError
 from zsfl.ids import NodeCard, NodeId, Role, Version
 from zsfl.latest import Latest
+from zsfl.learning.cuts import Cuts
 from zsfl.learning.job import Job
 from zsfl.learning.master import Master
-from zsfl.learning.model import SplitModel
 from zsfl.learning.modes import Exact, max_staleness
 from zsfl.node import BeatExtras, Node
 from zsfl.reports import Assembled, Finished, RoundReport, Tested
@@ -53,13 +53,13 @@ FAREWELL_S = 2.0
 class AggregatorRole:
     """Runs one job from its first version to its last."""
 
-    def __init__(self, node: Node, job: Job, model: SplitModel, folder: RunFolder) -> None:
+    def __init__(self, node: Node, job: Job, cuts: Cuts, folder: RunFolder) -> None:
         self._node = node
         self._job = job
         self._folder = folder
-        master = Master(model, job.optimizer)
-        self._progress = Progress(folder, job, model, master)
-        self._shelf = Shelf(max_staleness(job.how))
+        master = Master(cuts.first, job.optimizer)
+        self._progress = Progress(folder, job, cuts, master)
+        self._shelf = Shelf(cuts.portions(), max_staleness(job.how))
         mode = job.how
         return_s = mode.return_s if isinstance(mode, Exact) else 0.0
         self._roster: Latest[Roster] = Latest(Roster(job.shards, return_s))
@@ -134,7 +134,7 @@ class AggregatorRole:
     def lost(self, card: NodeCard, reason: str) -> None:
         """A peer is gone."""
         self._training.collector.lost(card)
-        self._roster.value.lost(card.id, time.monotonic(), said_goodbye=reason == SAID_GOODBYE)
+        self._roster.value.lost(card.id, time.monotonic(), said_goodbye=reason.endswith(SAID_GOODBYE))
         self._roster.touch()
         if card.role is not Role.OBSERVER and self._stage.state.phase not in ("finished", "failed"):
             self._node.note(f"{card.name} is gone: {reason}", "warning")

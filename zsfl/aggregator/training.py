@@ -23,7 +23,7 @@ from zsfl.aggregator.stage import Stage
 from zsfl.aggregator.tally import Tally
 from zsfl.compute import compute
 from zsfl.errors import RunFailed
-from zsfl.ids import Cid, PartName, Role, Version, parse_cid, step_cid
+from zsfl.ids import Cid, Portion, Role, Version, parse_cid, step_cid
 from zsfl.latest import Latest
 from zsfl.learning.averaging import Contribution
 from zsfl.learning.batches import BySpeed
@@ -83,7 +83,7 @@ class Training:
         self.newest: tuple[Version, dict[str, Tensor]]
         self.proven: tuple[Version, dict[str, Tensor]]
         """The newest version that gave finite losses and gradients (the first one is taken on trust)."""
-        self._packed: dict[PartName, Packed] = {}
+        self._packed: dict[Portion, Packed] = {}
         self._tally: Tally
         self._sizes: Sizes = {}
         self._progress_s = 0.0
@@ -109,8 +109,8 @@ class Training:
 
     def publish_weights(self) -> None:
         """Hand the newest version to everybody who listens."""
-        for part, (body, parts) in self._packed.items():
-            self._publisher.publish(part.encode(), body, parts)
+        for portion, (body, parts) in self._packed.items():
+            self._publisher.publish(portion.encode(), body, parts)
 
     # --- rounds and windows -----------------------------------------------------------------------------
 

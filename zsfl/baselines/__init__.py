@@ -4,6 +4,9 @@ They run any job from the same file, under the same seed, initial weights and di
 
     for done in zsfl.baselines.run("splitfed-v1", job, rounds=10):
         print(done.round, done.accuracy)
+
+What belongs to modes is left out (`mode`, `local_lr`, `adjust_logits`). Only `merged` looks at `batches` and `steps`:
+elsewhere every client takes `batch_size` samples at a time, as in the papers.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ def run(name: str, job: Job, rounds: int | None = None) -> Iterator[BaselineRoun
     """Train so many rounds (None: as many as the job says), yielding each one's result."""
     baseline = make(name, job)
     seconds, steps = 0.0, 0
-    for number in range(1, (rounds or job.rounds) + 1):
+    for number in range(1, (job.rounds if rounds is None else rounds) + 1):
         begun_s = time.perf_counter()
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(job.seed + number)

@@ -7,7 +7,7 @@ import random
 import torch
 from torch import nn
 
-from zsfl.baselines.common import Baseline, Stepper, Trained, average, client_parts
+from zsfl.baselines.common import Baseline, Stepper, Trained, average, client_parts, union
 from zsfl.learning.batches import round_order
 from zsfl.learning.job import Job
 from zsfl.learning.model import SplitModel
@@ -35,12 +35,8 @@ class Centralised(_OneModel):
         rows = torch.cat([torch.arange(client.samples) for client in self.clients])
         order = round_order(job.seed, job.shards, round_, len(rows), job.shuffle)
         for chosen in order.split(job.batch_size * job.shards):
-            picked = [client.train[rows[chosen[owners[chosen] == client.shard]]] for client in self.clients]
-            x, y = (torch.cat(column) for column in zip(*picked, strict=True))
-            loss, weight = self.loss(self.model, (x, y))
-            loss.backward()
-            self.stepper.step()
-            trained.add(loss, weight)
+            picks = ((client, rows[chosen[owners[chosen] == client.shard]]) for client in self.clients)
+            self.step(self.model, union(picks), trained, self.stepper)
 
 
 class Merged(_OneModel):
@@ -55,25 +51,22 @@ class Merged(_OneModel):
         }
         for window in range(plan.windows):
             taken = range(window * job.steps, (window + 1) * job.steps)
-            picked = [client.train[orders[client.shard][k]] for client in self.clients for k in taken]
-            x, y = (torch.cat(column) for column in zip(*picked, strict=True))
-            loss, weight = self.loss(self.model, (x, y))
-            loss.backward()
-            self.stepper.step()
-            trained.add(loss, weight)
+            picks = ((client, orders[client.shard][k]) for client in self.clients for k in taken)
+            self.step(self.model, union(picks), trained, self.stepper)
 
 
 class MicroSFL(_OneModel):
     """MicroSFL as published (doi 10.22967/HCIS.2026.16.013): one step a round, on the gradient over all samples."""
 
     def _train(self, round_: int, trained: Trained) -> None:
-        batches = [batch for client in self.clients for batch in client.batches(round_)]
-        weigh = self.job.loss_weight
-        total = sum(float(len(y)) if weigh is None else float(weigh(y)) for _, y in batches)
-        for batch in batches:
-            loss, weight = self.loss(self.model, batch)
-            (loss * (weight / total)).backward()
-            trained.add(loss, weight)
+        for client in self.clients:
+            for batch in client.batches(round_):
+                loss, weight = self.loss(self.model, batch)
+                (loss * weight).backward()
+                trained.add(loss, weight)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= trained.weight
         self.stepper.step()
 
 
@@ -82,10 +75,7 @@ class MicroSFLCoded(_OneModel):
 
     def _train(self, round_: int, trained: Trained) -> None:
         for client in self.clients:
-            for batch in client.batches(round_):
-                loss, weight = self.loss(self.model, batch)
-                loss.backward()
-                trained.add(loss, weight)
+            self.epoch(client, self.model, round_, trained)
         self.stepper.step()
 
 
@@ -95,19 +85,18 @@ class _ModelEach(Baseline):
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         self.models = [job.build() for _ in self.clients]
-        self.steppers = [Stepper(job, model.parameters()) for model in self.models]
+        self.steppers = [self._steppers(model) for model in self.models]
+
+    def _steppers(self, model: SplitModel) -> list[Stepper]:
+        return [Stepper(self.job, model.parameters())]
 
     def model_of(self, shard: int) -> SplitModel:
-        return self.models[shard]
+        return self.models[0]  # after an average all are equal
 
     def _train_each(self, round_: int, trained: Trained) -> None:
         """Every client goes once over its data, alone."""
-        for client, model, stepper in zip(self.clients, self.models, self.steppers, strict=True):
-            for batch in client.batches(round_):
-                loss, weight = self.loss(model, batch)
-                loss.backward()
-                stepper.step()
-                trained.add(loss, weight)
+        for client, model, steppers in zip(self.clients, self.models, self.steppers, strict=True):
+            self.epoch(client, model, round_, trained, *steppers)
 
     def _average_models(self) -> None:
         mean = average([model.state_dict() for model in self.models], [client.samples for client in self.clients])
@@ -121,6 +110,9 @@ class Local(_ModelEach):
     def _train(self, round_: int, trained: Trained) -> None:
         self._train_each(round_, trained)
 
+    def model_of(self, shard: int) -> SplitModel:
+        return self.models[shard]
+
 
 class FedAvg(_ModelEach):
     """McMahan et al. 2017: every client trains the whole model for an epoch, the models are averaged by samples.
@@ -129,7 +121,8 @@ class FedAvg(_ModelEach):
     """
 
     def _train(self, round_: int, trained: Trained) -> None:
-        self.steppers = [Stepper(self.job, model.parameters()) for model in self.models]
+        for stepper in (one for steppers in self.steppers for one in steppers):
+            stepper.forget()
         self._train_each(round_, trained)
         self._average_models()
 
@@ -137,8 +130,11 @@ class FedAvg(_ModelEach):
 class SplitFedV1(_ModelEach):
     """Thapa et al. 2022, V1: clients train in parallel, each with a copy of the body; all parts are averaged an epoch.
 
-    In arithmetic it is FedAvg whose optimizers persist.
+    In arithmetic it is FedAvg whose optimizers persist, and clip gradients of client and server apart.
     """
+
+    def _steppers(self, model: SplitModel) -> list[Stepper]:
+        return [Stepper(self.job, model.body.parameters()), Stepper(self.job, client_parts(model))]
 
     def _train(self, round_: int, trained: Trained) -> None:
         self._train_each(round_, trained)
@@ -158,15 +154,10 @@ class _OneBody(Baseline):
         self.steppers = [Stepper(job, client_parts(model)) for model in self.models]
 
     def model_of(self, shard: int) -> SplitModel:
-        return self.models[shard]
+        return self.models[-1]  # once clients are averaged all are equal; where they take turns it is the newest
 
     def _train_client(self, shard: int, round_: int, trained: Trained) -> None:
-        for batch in self.clients[shard].batches(round_):
-            loss, weight = self.loss(self.models[shard], batch)
-            loss.backward()
-            self.server.step()
-            self.steppers[shard].step()
-            trained.add(loss, weight)
+        self.epoch(self.clients[shard], self.models[shard], round_, trained, self.server, self.steppers[shard])
 
 
 class SplitFedV2(_OneBody):
@@ -193,6 +184,3 @@ class SL(_OneBody):
         for shard, model in enumerate(self.models):
             model.load_state_dict(self.models[shard - 1].state_dict())  # before the first comes the last of before
             self._train_client(shard, round_, trained)
-
-    def model_of(self, shard: int) -> SplitModel:
-        return self.models[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -29,9 +30,12 @@ class BaselineRound:
     train_loss: float
     loss: float | None
     accuracy: float | None
-    """In 0..1, over all held-out samples of all shards; None where there are none, or the job has no metric."""
+    """In 0..1, over all held-out samples of all shards; None where there are none, or the job has no metric.
+
+    Where clients keep models of their own, the mean over these models, weighted by training samples; so is `loss`.
+    """
     per_client: dict[int, float]
-    """By shard, on its own held-out samples."""
+    """By shard, its model on its own held-out samples."""
     seconds: float
     """Spent on training since the start, tests left out."""
     steps: int
@@ -77,7 +81,7 @@ class Client:
 
 
 class Stepper:
-    """The job's optimizer over some parameters, with its schedule by its own steps."""
+    """The job's optimizer over some parameters, with its schedule by its own steps; clips them by themselves."""
 
     def __init__(self, job: Job, parameters: Iterable[nn.Parameter]) -> None:
         self._spec = job.optimizer
@@ -95,6 +99,11 @@ class Stepper:
         cast(Any, self._optimizer).step()
         self._optimizer.zero_grad(set_to_none=True)
         self._made += 1
+
+    def forget(self) -> None:
+        """Drop momenta and moments; the schedule goes on."""
+        if self._optimizer is not None:
+            self._optimizer.state.clear()
 
 
 class Baseline(ABC):
@@ -117,18 +126,30 @@ class Baseline(ABC):
 
     @abstractmethod
     def model_of(self, shard: int) -> SplitModel:
-        """The model with which this shard is tested."""
+        """This shard's model after a round; the same object for all shards where they share one."""
 
     def state(self) -> State:
         """Weights and buffers of the (first client's) model."""
         return self.model_of(0).state_dict()
 
+    def epoch(self, client: Client, model: SplitModel, round_: int, trained: Trained, *steppers: Stepper) -> None:
+        """One client goes once over its data, see `step`."""
+        for batch in client.batches(round_):
+            self.step(model, batch, trained, *steppers)
+
+    def step(self, model: SplitModel, batch: Batch, trained: Trained, *steppers: Stepper) -> None:
+        """One mini-batch step of what `steppers` hold; without any, its gradient adds to what is there."""
+        loss, weight = self.loss(model, batch)
+        loss.backward()
+        for stepper in steppers:
+            stepper.step()
+        trained.add(loss, weight)
+
     def loss(self, model: SplitModel, batch: Batch) -> tuple[Tensor, float]:
         """Mean training loss of a batch, and its weight."""
         x, y = batch
         self._set_training(model)
-        weight = float(len(y)) if self.job.loss_weight is None else float(self.job.loss_weight(y))
-        return self.job.loss(model(x), y), weight
+        return self.job.loss(model(x), y), self._weight(y)
 
     def _set_training(self, model: SplitModel) -> None:
         model.train()
@@ -138,29 +159,46 @@ class Baseline(ABC):
 
     def test(self) -> tuple[float | None, float | None, dict[int, float]]:
         """Loss and accuracy over all held-out samples, and accuracy by shard."""
-        loss_sum = weight = correct = 0.0
-        samples, per_client = 0, dict[int, float]()
-        for client in self.clients:
-            if client.test is None:
-                continue
-            right = 0.0
-            for rows in torch.arange(len(client.test)).split(TEST_BATCH):
-                part, n, loss = self._score(self.model_of(client.shard), client.test[rows])
-                right, weight, loss_sum = right + part, weight + n, loss_sum + loss * n
-            samples, correct = samples + len(client.test), correct + right
-            per_client[client.shard] = right / len(client.test)
-        if not samples:
+        held_out = {client.shard: client.test for client in self.clients if client.test is not None}
+        if not held_out:
             return None, None, {}
-        has_metric = self.job.metric is not None
-        return loss_sum / weight, correct / samples if has_metric else None, per_client if has_metric else {}
+        samples = {shard: len(data) for shard, data in held_out.items()}
+        behind = Counter[SplitModel]()
+        for client in self.clients:
+            behind[self.model_of(client.shard)] += client.samples
+        loss = accuracy = 0.0
+        per_client = dict[int, float]()
+        for model, count in behind.items():
+            scores = {shard: self._score(model, data) for shard, data in held_out.items()}
+            right, weight, loss_sum = (sum(column) for column in zip(*scores.values(), strict=True))
+            share = count / behind.total()
+            loss, accuracy = loss + share * loss_sum / weight, accuracy + share * right / sum(samples.values())
+            own = (shard for shard in held_out if self.model_of(shard) is model)
+            per_client |= {shard: scores[shard][0] / samples[shard] for shard in own}
+        return (loss, None, {}) if self.job.metric is None else (loss, accuracy, per_client)
 
     @torch.no_grad()
-    def _score(self, model: SplitModel, batch: Batch) -> tuple[float, float, float]:
-        x, y = batch
-        output = model.eval()(x)
-        weight = float(len(y)) if self.job.loss_weight is None else float(self.job.loss_weight(y))
-        right = 0.0 if self.job.metric is None else float(self.job.metric(output, y))
-        return right, weight, float(self.job.loss(output, y))
+    def _score(self, model: SplitModel, data: Batches) -> tuple[float, float, float]:
+        """Right samples, weight, and loss summed over it."""
+        model.eval()
+        right = total = loss_sum = 0.0
+        for rows in torch.arange(len(data)).split(TEST_BATCH):
+            x, y = data[rows]
+            output = model(x)
+            weight = self._weight(y)
+            total, loss_sum = total + weight, loss_sum + weight * float(self.job.loss(output, y))
+            right += 0.0 if self.job.metric is None else float(self.job.metric(output, y))
+        return right, total, loss_sum
+
+    def _weight(self, y: Tensor) -> float:
+        return float(len(y)) if self.job.loss_weight is None else float(self.job.loss_weight(y))
+
+
+def union(picks: Iterable[tuple[Client, Tensor]]) -> Batch:
+    """One batch of these rows of these clients, of some maybe none."""
+    picked = [client.train[rows] for client, rows in picks if len(rows)]
+    x, y = (torch.cat(column) for column in zip(*picked, strict=True))
+    return x, y
 
 
 def client_parts(model: SplitModel) -> list[nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -15,17 +16,27 @@ from zsfl.ids import Cid, NodeId, Version
 from zsfl.member import Member
 from zsfl.node import Node
 from zsfl.spill.layout import SpillMeta
+from zsfl.weights.follower import WeightsFollower
 from zsfl.wire.messages import Backward, RunState, SpillOffer, Step
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class StepDriver:
-    """Drives the steps of all shards of one client."""
+    """Drives the steps of all shards of one client that use the same cut."""
 
-    def __init__(self, node: Node, local: LocalParts, remote: RemoteBody, member: Member[ClientWeights]) -> None:
+    def __init__(
+        self,
+        node: Node,
+        local: LocalParts,
+        weights: WeightsFollower[ClientWeights],
+        remote: RemoteBody,
+        member: Member,
+    ) -> None:
         self._node = node
-        self._local = local
+        self.local = local
+        self.weights = weights
+        """Of this cut's head and tail."""
         self._remote = remote
         self._member = member
 
@@ -33,9 +44,9 @@ class StepDriver:
         self, cid: Cid, state: RunState, k: int, weights: ClientWeights, batch: Batch, shift: torch.Tensor | None
     ) -> StepInHand:
         """Make a step at the version of `state`; returns once both its parts are spilled, its gradients in hand."""
-        step = await compute(self._local.begin, weights, cid, state.version, *batch, shift)
+        step = await compute(self.local.begin, weights, cid, state.version, *batch, shift)
         at, merged = state.merger, state.merged[k] if k < len(state.merged) else 0
-        drive = self._drive_u_shaped if self._local.u_shaped else self._drive_label_sharing
+        drive = self._drive_u_shaped if self.local.u_shaped else self._drive_label_sharing
         server, grad = await drive(weights, step, at, merged)
         await self._spill(weights, step, grad)
         self._node.counters.add("steps")
@@ -48,7 +59,7 @@ class StepDriver:
         server, output = await self._remote.forward(
             cid=step.cid, version=step.version, seed=step.seed + 1, x=step.activations, at=at, merged=merged
         )
-        await compute(self._local.turn, weights, step, output)
+        await compute(self.local.turn, weights, step, output)
         return await self._backward(step, server, at, merged)
 
     async def _backward(
@@ -61,7 +72,7 @@ class StepDriver:
             seed=step.seed + 1,
             n=step.n,
             samples=step.samples,
-            want_grad=self._local.want_grad,
+            want_grad=self.local.want_grad,
             provenance=self._node.name,
             merged=merged,
         )
@@ -79,7 +90,7 @@ class StepDriver:
             seed=step.seed + 1,
             n=step.n,
             samples=step.samples,
-            want_grad=self._local.want_grad,
+            want_grad=self.local.want_grad,
             provenance=self._node.name,
             merged=merged,
             shift=() if step.shift is None else tuple(step.shift.tolist()),
@@ -100,7 +111,7 @@ class StepDriver:
         )
 
         def finish() -> SpillOffer:
-            self._local.finish(weights, step, grad)
+            self.local.finish(weights, step, grad)
             tensors = {f"grad/{name}": tensor for name, tensor in step.grads.items()}
             tensors |= {f"buffer/{name}": tensor for name, tensor in step.buffers.items()}
             return self._member.spills.put(meta, tensors)
@@ -131,7 +142,7 @@ class StepDriver:
             await self._remote.until_lost(server)
             self._node.note(f"the server that spilled {step.cid} is gone; driving it again")
             try:
-                if self._local.u_shaped:
+                if self.local.u_shaped:
                     server, _ = await self._backward(step, None, None, 0)
                 else:
                     server, _ = await self._drive_label_sharing(None, step, None, 0)
@@ -139,15 +150,17 @@ class StepDriver:
                 return
 
     async def test(
-        self, version: Version, weights: ClientWeights, batches: list[Batch]
+        self, shard: int, version: Version, batches: Iterator[Batch]
     ) -> tuple[float, float | None, float, int]:
         """Loss sum, correct samples (None without a metric), weight and samples of held-out batches at a version."""
+        weights = await self.weights.get(version)
         loss_sum = weight = correct = 0.0
         samples, has_metric = 0, True
-        for x, y in batches:
-            hidden = await compute(self._local.head_infer, weights, x)
-            output = await self._remote.infer(version, hidden)
-            loss, right, n = await compute(self._local.score, weights, output, y)
+        while batch := await compute(next, batches, None):  # between two of them, steps have their turn
+            x, y = batch
+            hidden = await compute(self.local.head_infer, weights, x)
+            output = await self._remote.infer(shard, version, hidden)
+            loss, right, n = await compute(self.local.score, weights, output, y)
             has_metric = right is not None
             loss_sum, correct, weight, samples = loss_sum + loss, correct + (right or 0.0), weight + n, samples + len(y)
         return loss_sum, correct if has_metric else None, weight, samples

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -53,13 +54,16 @@ def step_seed(seed: int, cid: Cid) -> int:
 
 
 class LocalParts:
-    """Head and tail on this client's device."""
+    """Head and tail of one cut on this client's device."""
 
-    def __init__(self, job: Job, model: SplitModel, device: torch.device) -> None:
+    def __init__(
+        self, job: Job, model: SplitModel, device: torch.device, names: Mapping[str, str] | None = None
+    ) -> None:
+        """`names` as for a `Part`."""
         self._job = job
-        norm = job.batch_norm
-        self._head = Part(model.head, "head", device, batch_norm=norm)
-        self._tail = None if model.tail is None else Part(model.tail, "tail", device, batch_norm=norm)
+        part = partial(Part, device=device, batch_norm=job.batch_norm, names=names)
+        self._head = part(model.head, "head")
+        self._tail = None if model.tail is None else part(model.tail, "tail")
         self.want_grad = bool(self._head.trainable)
 
     @property
@@ -73,9 +77,7 @@ class LocalParts:
 
     def load(self, state: Mapping[str, torch.Tensor]) -> ClientWeights:
         """Head and tail of a published version."""
-        head = {name: tensor for name, tensor in state.items() if name.startswith("head.")}
-        tail = {name: tensor for name, tensor in state.items() if name.startswith("tail.")}
-        return ClientWeights(self._head.load(head), None if self._tail is None else self._tail.load(tail))
+        return ClientWeights(self._head.load(state), None if self._tail is None else self._tail.load(state))
 
     def begin(
         self,

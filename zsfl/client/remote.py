@@ -12,7 +12,7 @@ from contextlib import nullcontext, suppress
 import torch
 
 from zsfl.client.line import Line
-from zsfl.client.routing import ServerChooser
+from zsfl.client.routing import MAX_SHUN_S, ServerChooser
 from zsfl.compute import compute
 from zsfl.errors import BadShape, Busy, DeadlineExceeded, InputNeeded, NoPeer, SpillFull, Unavailable
 from zsfl.ids import Cid, NodeCard, NodeId, Version
@@ -28,8 +28,8 @@ Made = tuple[Request, Sequence[Buffer]]
 Make = Callable[[Codec], Awaitable[Made]]
 Packed = tuple[TensorSpec, Buffer]
 _RAW = Codec.parse("raw")
-AGAIN_S = 0.05
-"""Between two requests of the one server that may be asked, when it had no room."""
+AGAIN_S, MAX_AGAIN_S = 0.05, 1.0
+"""How long to wait before the one server that may be asked is asked again; twice as long after each failure."""
 
 
 class _Outgoing:
@@ -96,14 +96,14 @@ class RemoteBody:
         """Returns when this server is gone."""
         await self._servers.wait_for(lambda _: not self.has(server))
 
-    async def infer(self, version: Version, x: torch.Tensor) -> torch.Tensor:
+    async def infer(self, shard: int, version: Version, x: torch.Tensor) -> torch.Tensor:
         """The body's output in evaluation mode."""
 
         sent = _Outgoing("input", x)
 
         async def make(codec: Codec) -> Made:
             spec, data = await sent.packed(codec)
-            return Infer(version=version, input=spec), [data]
+            return Infer(shard=shard, version=version, input=spec), [data]
 
         _, answer = await self._ask(make)
         return await _unpacked(answer.expect(Output).output, answer)
@@ -171,19 +171,36 @@ class RemoteBody:
         return server, await _grad_of(answer), answer.expect(Spilled).loss_sum or 0.0
 
     async def _ask_at(self, server: NodeId, make: Make) -> tuple[NodeId, Answer]:
-        """Ask this server until it answers or is gone."""
-        deadline = time.monotonic() + self._node.settings.patience_s
-        with suppress(TimeoutError):
+        """Ask this server, once it is known, until it answers; Unavailable as soon as it is gone.
+
+        Not a matter of the chooser: what waits there for others takes no slot.
+        """
+        pause_s, trouble = AGAIN_S, "it is not known yet"
+        try:
             async with asyncio.timeout(self._node.settings.patience_s):
                 await self._servers.wait_for(lambda _: self.has(server))
-        while True:
-            try:
-                return server, await self._ask_one(server, make)
-            except (Unavailable, SpillFull) as error:
-                if not self.has(server) or time.monotonic() > deadline:
-                    raise
-                pause_s = error.retry_after_s if isinstance(error, Busy) else 0.0
-                await asyncio.sleep(max(pause_s, AGAIN_S))
+                while True:
+                    try:
+                        return server, await self._request(server, make)
+                    except (Unavailable, SpillFull) as error:
+                        if not self.has(server):
+                            raise Unavailable(f"the server that merges is gone: {error}") from error
+                        self._node.counters.add("busy" if isinstance(error, Busy) else "retries")
+                        asked_s = error.retry_after_s if isinstance(error, Busy) else 0.0
+                        trouble = str(error)
+                    await self._until_lost_for(server, max(pause_s, min(asked_s, MAX_SHUN_S)))
+                    pause_s = min(2 * pause_s, MAX_AGAIN_S)
+        except TimeoutError:
+            raise NoPeer(
+                f"the server that merges took no step for {self._node.settings.patience_s:g} s; "
+                f"the last trouble was: {trouble}"
+            ) from None
+
+    async def _until_lost_for(self, server: NodeId, seconds: float) -> None:
+        """Returns when this server is gone, or after so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.until_lost(server)
 
     async def _ask(self, make: Make, at: NodeId | None = None) -> tuple[NodeId, Answer]:
         """Ask one server after another until one answers; what is refused for good is raised."""
@@ -205,14 +222,9 @@ class RemoteBody:
         )
 
     async def _ask_one(self, server: NodeId, make: Make) -> Answer:
-        held = self._connections.get(server)
-        if held is None:
-            raise NoPeer("that split server is gone")
-        connection, codec = held
         self._chooser.asked(server)  # before anything is waited for: it was picked because it had room
         try:
-            body, parts = await make(codec)
-            answer = await connection.request(body, parts, deadline_s=self._node.settings.request_s)
+            return await self._request(server, make)
         except Busy as busy:
             self._node.counters.add("busy")
             self._chooser.refused(server, time.monotonic(), busy.retry_after_s)
@@ -225,6 +237,14 @@ class RemoteBody:
             self._chooser.answered(server)
             self._answers.touch()
             self._line.call(1)
+
+    async def _request(self, server: NodeId, make: Make) -> Answer:
+        held = self._connections.get(server)
+        if held is None:
+            raise NoPeer("that split server is gone")
+        connection, codec = held
+        body, parts = await make(codec)
+        answer = await connection.request(body, parts, deadline_s=self._node.settings.request_s)
         if isinstance(answer.body, Output | Spilled):
             self._chooser.heard(server, answer.body.load)
         return answer

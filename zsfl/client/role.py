@@ -13,20 +13,21 @@ from typing import Any
 import torch
 
 from zsfl.client.driver import StepDriver
-from zsfl.client.local import ClientWeights, LocalParts
+from zsfl.client.local import LocalParts
 from zsfl.client.remote import RemoteBody
 from zsfl.client.shard import ShardData
 from zsfl.compute import compute
 from zsfl.errors import ConfigError, RemoteProtocolError, StaleWeights, Unavailable, ZsflError
 from zsfl.ids import NodeCard, NodeId, Role, RunId, Version, step_cid
 from zsfl.latest import Latest
+from zsfl.learning.cuts import Cuts
 from zsfl.learning.dryrun import check_shapes
 from zsfl.learning.job import Job
-from zsfl.learning.model import SplitModel
 from zsfl.learning.modes import Async, max_staleness
 from zsfl.learning.skew import logit_shift
 from zsfl.member import Member
 from zsfl.node import BeatExtras, Node
+from zsfl.weights.follower import WeightsFollower
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import MAX_JOINED, Beat, Broadcast, Evaluated, Join, Joined, Reply, Request, RunState
 
@@ -43,19 +44,25 @@ class ClientRole:
         self,
         node: Node,
         job: Job,
-        model: SplitModel,
+        cuts: Cuts,
         shards: Sequence[int],
         device: torch.device,
         spills: Path,
     ) -> None:
         self._node = node
         self._job = job
-        self._model = model
+        self._cuts = cuts
         self._shards = shards
-        self._local = LocalParts(job, model, device)
-        self._member: Member[ClientWeights] = Member(node, "client", self._local.load, spills)
         self._remote = RemoteBody(node, node.settings.codec or job.codec, random.Random(node.card.id))
-        self._driver = StepDriver(node, self._local, self._remote, self._member)
+        parts = {
+            cut: LocalParts(job, cuts.model(cut), device, cuts.names(cut))
+            for cut in sorted({cuts.of(shard) for shard in shards})
+        }
+        weights = {cut: WeightsFollower(node, cuts.portion(cut), local.load) for cut, local in parts.items()}
+        self._member = Member(node, weights.values(), spills)
+        self._drivers = {
+            cut: StepDriver(node, local, weights[cut], self._remote, self._member) for cut, local in parts.items()
+        }
         self._bound = max_staleness(job.how)
         self._data: list[ShardData] = []
         self._steps: Latest[dict[int, int]] = Latest({})
@@ -68,9 +75,10 @@ class ClientRole:
         self._data = await compute(lambda: [ShardData(self._job, shard) for shard in self._shards])
         rows = torch.arange(min(DRY_RUN_SAMPLES, len(self._data[0].train)))
         x, y = self._data[0].train[rows]
-        await compute(check_shapes, self._model, x, y, self._job.loss)
-        for warning in self._local.warnings():
-            self._node.note(warning, "warning")
+        for cut, driver in self._drivers.items():
+            await compute(check_shapes, self._cuts.model(cut), x, y, self._job.loss)
+            for warning in driver.local.warnings():
+                self._node.note(warning, "warning")
 
     async def run(self) -> None:
         """Take part until the run is finished."""
@@ -79,7 +87,7 @@ class ClientRole:
             others = [
                 tasks.create_task(self._server.run(), name="data"),
                 tasks.create_task(self._join(), name="join"),
-                *(tasks.create_task(self._test(data), name=f"test {data.shard}") for data in self._data),
+                *(tasks.create_task(self._test(data), name=f"test {data.shard}") for data in self._data if data.test),
             ]
             shards = [tasks.create_task(run_shard(data), name=f"shard {data.shard}") for data in self._data]
             await asyncio.gather(*shards)
@@ -161,16 +169,20 @@ class ClientRole:
             if await self._attempt(self._make_window(data, state), state):
                 done = self._asked(state)
 
+    def _driver_of(self, data: ShardData) -> StepDriver:
+        return self._drivers[self._cuts.of(data.shard)]
+
     async def _make_window(self, data: ShardData, state: RunState) -> None:
-        weights = await self._member.weights.get(state.version)
+        driver = self._driver_of(data)
+        weights = await driver.weights.get(state.version)
         for k in range(self._job.steps):
             batch = await compute(self._batch, data, state, k)
             if batch is None:
                 continue
             cid = step_cid(state.run, data.shard, state.version, k)
-            step = await self._driver.make(cid, state, k, weights, batch, self._shift(data, state))
+            step = await driver.make(cid, state, k, weights, batch, self._shift(data, state))
             if self._job.local_lr is not None:
-                weights = await compute(self._local.moved, weights, step, self._job.local_lr)
+                weights = await compute(driver.local.moved, weights, step, self._job.local_lr)
 
     def _batch(self, data: ShardData, state: RunState, k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The samples of the k-th step of this window; None when this shard sits it out."""
@@ -203,9 +215,10 @@ class ClientRole:
     async def _make_step(self, data: ShardData, state: RunState, steps: int, k: int) -> None:
         batch = await compute(data.batch, *divmod(steps, state.windows), state.windows)
         if batch is not None:
-            weights = await self._member.weights.get(state.version)
+            driver = self._driver_of(data)
+            weights = await driver.weights.get(state.version)
             cid = step_cid(state.run, data.shard, state.version, k)
-            await self._driver.make(cid, state, k, weights, batch, self._shift(data, state))
+            await driver.make(cid, state, k, weights, batch, self._shift(data, state))
 
     def _shift(self, data: ShardData, state: RunState) -> torch.Tensor | None:
         """What is added to the logits, where the job adjusts them."""
@@ -281,9 +294,8 @@ class ClientRole:
                 await asyncio.sleep(self._node.settings.beat_s)
 
     async def _test_version(self, data: ShardData, version: Version) -> None:
-        weights = await self._member.weights.get(version)
-        batches = await compute(data.test_batches)
-        loss_sum, correct, weight, samples = await self._driver.test(version, weights, batches)
+        driver = self._driver_of(data)
+        loss_sum, correct, weight, samples = await driver.test(data.shard, version, data.test_batches())
         result = Evaluated(
             shard=data.shard, version=version, samples=samples, weight=weight, correct=correct, loss_sum=loss_sum
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from zsfl.learning.batches import Batches, BySpeed, round_order, stream_rows
@@ -50,8 +52,8 @@ class ShardData:
         job = self._job
         return self.train[stream_rows(job.seed, self.shard, start, count, len(self.train), job.shuffle)]
 
-    def test_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """All held-out samples in order."""
-        if self.test is None:
-            return []
-        return [self.test[rows] for rows in torch.arange(len(self.test)).split(EVALUATION_BATCH)]
+    def test_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """All held-out samples in order, each batch read when it is asked for."""
+        if self.test is not None:
+            for rows in torch.arange(len(self.test)).split(EVALUATION_BATCH):
+                yield self.test[rows]

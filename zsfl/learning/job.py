@@ -10,10 +10,10 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,10 @@ from zsfl.learning.modes import Async, Elastic, Exact, Mode, ModeName, mode_name
 from zsfl.learning.optim import OptimizerSpec
 
 if TYPE_CHECKING:
+    from zsfl.learning.cuts import Cuts
     from zsfl.learning.model import SplitModel
 
+_Made = TypeVar("_Made")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 """A DNS label short enough to leave room for a node's part in an mDNS label (63 bytes)."""
 
@@ -56,8 +58,9 @@ class Job:
 
     name: str
     """Lower-case letters, digits and hyphens, at most 40: names the run's folder and its mDNS service."""
-    model: Callable[[], SplitModel]
-    """Builds the model; called by every node, under the job's seed."""
+    model: Callable[[], SplitModel | Mapping[str, SplitModel]]
+    """Builds the model; called by every node, under the job's seed. Several cuts of one network by name, each made by
+    `zsfl.split`, where clients do not all keep as much of it: see `cut`."""
     loss: Callable[[Tensor, Tensor], Tensor]
     """Of output and target; a mean over the samples (or see `loss_weight`)."""
     data: Callable[[int, int], tuple[Dataset[Any], Dataset[Any] | None]]
@@ -102,6 +105,8 @@ class Job:
     """Of output and target: the number of correct samples in the batch; None to report the loss only."""
     loss_weight: Callable[[Tensor], float] | None = None
     """Of the target: a batch's weight sum, when the loss is a weighted mean; None for its sample count."""
+    cut: Callable[[int], str] | None = None
+    """Of a shard: the name of the cut that its client uses; needed where `model` gives several."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without building anything."""
@@ -167,6 +172,7 @@ class Job:
             ("data", False),
             ("metric", True),
             ("loss_weight", True),
+            ("cut", True),
         ):
             value = getattr(self, field)
             if not (callable(value) or (optional and value is None)):
@@ -180,24 +186,42 @@ class Job:
         return batch_sizes(samples, windows * self.steps, self.batch_size if self.batches == "equal" else None)
 
     def build(self) -> SplitModel:
-        """The model with its initial weights, equal on every node; `ConfigError` when the factory fails."""
+        """The model with its initial weights, equal on every node (of several cuts the first); see `build_cuts`."""
+        return self.build_cuts().first
+
+    def build_cuts(self) -> Cuts:
+        """All cuts of the model with its initial weights; `ConfigError` when the job's functions fail."""
+        from zsfl.learning.cuts import Cuts
         from zsfl.learning.model import SplitModel
 
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(self.seed)
+            model = self._made_by("model()", self.model)
+        by_name = cast("Mapping[object, object]", model).items() if isinstance(model, Mapping) else [("", model)]
+        for name, one in by_name:
+            if not isinstance(one, SplitModel):
+                raise self._wrong(
+                    f"model() returned a {type(one).__name__}{f' for {name!r}' if name else ''}: return a "
+                    "zsfl.SplitModel(head=..., body=..., tail=...), or cut an existing module with zsfl.split"
+                )
+        cut = self.cut
+        by_shard = cut and self._made_by("cut(shard)", lambda: [cut(shard) for shard in range(self.shards)])
         try:
-            with torch.random.fork_rng(devices=()):
-                torch.manual_seed(self.seed)
-                model = cast(object, self.model())
-        except Exception as error:
-            where = _line(error, None)
-            raise self._wrong(f"model() failed: {_said(error)}{where}; correct the model's function") from error
-        if not isinstance(model, SplitModel):
-            raise self._wrong(
-                f"model() returned a {type(model).__name__}: return a zsfl.SplitModel(head=..., body=..., "
-                "tail=...), or cut an existing module with zsfl.split"
-            )
-        return model
+            cuts = Cuts(cast("SplitModel | Mapping[str, SplitModel]", model), by_shard)
+        except ConfigError as error:
+            raise self._wrong(str(error)) from error
+        if len(cuts.all) > 1 and self.batch_norm == "merged":
+            raise self._wrong("batch_norm='merged' needs one body for all: give all clients the same cut")
+        return cuts
 
-    def facts(self, model: nn.Module) -> dict[str, str]:
+    def _made_by(self, call: str, function: Callable[[], _Made]) -> _Made:
+        try:
+            return function()
+        except Exception as error:
+            where = f"{_said(error)}{_line(error, None)}"
+            raise self._wrong(f"{call} failed: {where}; correct the {call.partition('(')[0]}'s function") from error
+
+    def facts(self, cuts: Cuts) -> dict[str, str]:
         """What all nodes of a run must agree on, as short strings; `rounds` may differ."""
         facts = {
             "name": self.name,
@@ -215,7 +239,8 @@ class Job:
             "optimizer": repr(self.optimizer),
             "loss": _name(self.loss),
             "loss_weight": _name(self.loss_weight),
-            "parameters": _shape_digest(model),
+            "parameters": _shape_digest(cuts.first),
+            "cuts": cuts.fact,
         }
         return {name: _shortened(fact) for name, fact in facts.items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Any, cast
 
@@ -11,15 +11,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from zsfl.errors import ConfigError
+from zsfl.errors import ConfigError, RunFailed
 from zsfl.learning.schedules import Schedule
 
 
 class Yogi(Optimizer):
     """Zaheer et al. 2018, with the defaults of Reddi et al. 2021: Adam whose second moment moves by a bounded amount.
 
-    v += -(1 - b2) sign(v - g^2) g^2, and w -= lr m / (sqrt(v) + eps); both moments begin at `initial`, without bias
-    correction as in the paper.
+    m = b1 m + (1 - b1) g, v -= (1 - b2) sign(v - g^2) g^2 and w -= lr m / (sqrt(v) + eps), where m begins at 0 and v
+    at `initial_accumulator`; without bias correction, as in both papers.
     """
 
     def __init__(
@@ -28,11 +28,11 @@ class Yogi(Optimizer):
         lr: float = 1e-2,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-3,
-        initial: float = 1e-6,
+        initial_accumulator: float = 1e-6,
     ) -> None:
-        if not (lr >= 0 and all(0 <= beta < 1 for beta in betas) and eps > 0 and initial >= 0):
-            raise ValueError(f"lr={lr}, betas={betas}, eps={eps}, initial={initial} are out of range")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "initial": initial})
+        if not (lr >= 0 and all(0 <= beta < 1 for beta in betas) and eps > 0 and initial_accumulator >= 0):
+            raise ValueError(f"{lr=}, {betas=}, {eps=}, {initial_accumulator=} are out of range")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "initial_accumulator": initial_accumulator})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -44,8 +44,8 @@ class Yogi(Optimizer):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["exp_avg"] = torch.full_like(parameter, group["initial"])
-                    state["exp_avg_sq"] = torch.full_like(parameter, group["initial"])
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.full_like(parameter, group["initial_accumulator"])
                 mean, square, new = state["exp_avg"], state["exp_avg_sq"], parameter.grad**2
                 mean.mul_(beta1).add_(parameter.grad, alpha=1 - beta1)
                 square.sub_((1 - beta2) * torch.sign(square - new) * new)
@@ -57,7 +57,7 @@ class OptimizerSpec:
     """A torch optimizer class with its options, and what goes with it; wrong options are a `ConfigError` at once."""
 
     factory: type[Optimizer]
-    """Any class of `torch.optim` whose `step` needs no closure, or one that behaves like them."""
+    """Any class of `torch.optim` whose `step` needs no closure, or one that behaves like them (with a rate `lr`)."""
     options: Mapping[str, Any]
     """Keyword arguments of the class, the parameters left out."""
     clip_norm: float | None = None
@@ -65,7 +65,10 @@ class OptimizerSpec:
     clip_value: float | None = None
     """Each number of the averaged gradient is brought into [-clip_value, clip_value]."""
     schedule: Schedule | None = None
-    """What the learning rate is multiplied by, at each version: `zsfl.cosine(...)`, or any function of the version."""
+    """What the learning rate is multiplied by, at each version: `zsfl.cosine(...)`, or any function of the version.
+
+    Nodes know a function by its name alone; one with settings is best a frozen dataclass with `__call__`.
+    """
 
     def __post_init__(self) -> None:
         """Check class and options, without a step."""
@@ -78,12 +81,15 @@ class OptimizerSpec:
             )
         object.__setattr__(self, "options", dict(self.options))
         try:
-            _without_dynamo(self.factory)([nn.Parameter(torch.zeros(1, 1))], **self.options)
+            trial = _without_dynamo(self.factory)([nn.Parameter(torch.zeros(1, 1))], **self.options)
+            lr = float(trial.param_groups[0]["lr"])
         except Exception as error:
             raise ConfigError(f"{self!r} cannot be built: {error}; correct the optimizer's options") from error
+        if not math.isfinite(lr):
+            raise ConfigError(f"the learning rate of {self!r} is {lr}: use a number, such as lr=0.1")
         for name in ("clip_norm", "clip_value"):
             bound = getattr(self, name)
-            if bound is not None and not 0 < bound < math.inf:
+            if bound is not None and not (isinstance(bound, int | float) and 0 < bound < math.inf):
                 raise ConfigError(f"{name} is {bound!r}: use a number above 0, or None not to clip")
         if self.schedule is not None:
             self.factor(0)
@@ -116,12 +122,16 @@ class OptimizerSpec:
             raise ConfigError(f"the schedule of {self!r} gives {factor} at version {version}: it must be 0 or more")
         return factor
 
-    def clip(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Clip the gradients that are there, by value, then by norm."""
+    def clip(self, parameters: Collection[nn.Parameter]) -> None:
+        """Clip the gradients that are there, by value, then by norm; `RunFailed` when their norm overflows."""
         if self.clip_value is not None:
             nn.utils.clip_grad_value_(parameters, self.clip_value)
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+            try:
+                nn.utils.clip_grad_norm_(parameters, self.clip_norm, error_if_nonfinite=True)
+            except RuntimeError as error:
+                # Clipped by an infinite norm, the gradient would be 0 and the step would do nothing, unnoticed.
+                raise RunFailed("the norm of the averaged gradient overflows: lower the learning rate") from error
 
 
 def _name(function: object) -> str:
@@ -192,8 +202,8 @@ def yogi(
     lr: float = 1e-2,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-3,
-    initial: float = 1e-6,
+    initial_accumulator: float = 1e-6,
     **others: Any,
 ) -> OptimizerSpec:
     """`Yogi`."""
-    return optimizer(Yogi, lr=lr, betas=betas, eps=eps, initial=initial, **others)
+    return optimizer(Yogi, lr=lr, betas=betas, eps=eps, initial_accumulator=initial_accumulator, **others)

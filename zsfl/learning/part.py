@@ -66,9 +66,18 @@ class Part:
     """One part of a `SplitModel` on one device; `prefix` is `head`, `body` or `tail`."""
 
     def __init__(
-        self, module: nn.Module, prefix: str, device: torch.device, *, batch_norm: BatchNorm = "per-client"
+        self,
+        module: nn.Module,
+        prefix: str,
+        device: torch.device,
+        *,
+        batch_norm: BatchNorm = "per-client",
+        names: Mapping[str, str] | None = None,
     ) -> None:
-        """`batch_norm` says what statistics a training pass uses: its batch's, or with `frozen` the running ones."""
+        """`batch_norm` says what statistics a training pass uses: its batch's, or with `frozen` the running ones.
+
+        `names` leads from `PREFIX.NAME` to what a tensor is called everywhere else, its full name; None: the same.
+        """
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.module = module
@@ -78,6 +87,7 @@ class Part:
         self._buffers = dict(module.named_buffers())
         self._known = set(module.state_dict())
         self._batch_norm = batch_norm
+        self._names = names
         self._norms = tracked_norms(module)
         self._seen: dict[str, int] = {}
         """By batch norm, the values per channel of the present pass."""
@@ -91,10 +101,12 @@ class Part:
 
     def load(self, state: Mapping[str, Tensor]) -> PartWeights:
         """This part's entries of a model's state, copied to the device; `BadShape` when they do not fit."""
-        start = f"{self.prefix}."
-        own = {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
-        if unknown := own.keys() - self._known:
-            raise BadShape(f"the model has no {self._full(min(unknown))}: do all nodes run the same job file?")
+        if self._names is None:  # else the state holds what belongs to other cuts, too
+            known = {self._full(name) for name in self._known}
+            if unknown := {name for name in state if name.startswith(f"{self.prefix}.")} - known:
+                raise BadShape(f"the model has no {min(unknown)}: do all nodes run the same job file?")
+        held = (name for name in (*self._params, *self._buffers) if name in self._known)
+        own = {name: state[full] for name in held if (full := self._full(name)) in state}
         params = {
             name: self._fitting(name, own, param).requires_grad_(param.requires_grad)
             for name, param in self._params.items()
@@ -178,26 +190,30 @@ class Part:
         if norm.training:
             self._seen[name] = args[0].numel() // args[0].shape[1]
 
-    def warnings(self) -> list[str]:
-        """What makes a run of this part differ from training in one process."""
+    def warnings(self, steps: int = 1) -> list[str]:
+        """What makes a run of this part, of so many steps a version, differ from training in one process."""
         self._set_mode(train=True)
         coupled = [
-            self._full(name)
+            f"{self.prefix}.{name}".rstrip(".")
             for name, layer in self.module.named_modules()
             if isinstance(layer, _BatchNorm) and layer.training
         ]
-        if not coupled or (self._batch_norm == "merged" and self.prefix == "body"):
+        merged, is_body = self._batch_norm == "merged", self.prefix == "body"
+        if not coupled or (merged and is_body and steps == 1):
             return []
-        instead = "batch_norm='frozen' or group norm would not"
-        if self.prefix == "body":
-            instead = f"batch_norm='merged', {instead}"
+        # What is left with 'frozen' keeps no running statistics that it could use.
+        instead = ["group norm"] if self._batch_norm == "frozen" else ["batch_norm='frozen'", "group norm"]
+        if is_body:
+            instead.insert(0, "steps=1" if merged else "batch_norm='merged'")
+        of = f"one of the {steps} merged batches of a version" if merged and is_body else "one client's batch"
         return [
-            "batch norm takes its statistics from one client's batch at a time, so training differs from "
-            f"one process with all the data: {', '.join(coupled)}; {instead}"
+            f"batch norm takes its statistics from {of} at a time, so training differs from one process with all the "
+            f"data: {', '.join(coupled)}; {', '.join(instead[:-1])}{' or ' * (len(instead) > 1)}{instead[-1]} would not"
         ]
 
     def _full(self, name: str) -> str:
-        return f"{self.prefix}.{name}" if name else self.prefix
+        own = f"{self.prefix}.{name}"
+        return own if self._names is None else self._names[own]
 
     def _fitting(self, name: str, given: Mapping[str, Tensor], like: Tensor) -> Tensor:
         """A copy of `given[name]` on the device, once it is known to be what the module has there."""

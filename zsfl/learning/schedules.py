@@ -74,23 +74,32 @@ def linear(versions: int, warmup: int = 0, floor: float = 0.0) -> Linear:
 
 def step_down(every: int, factor: float = 0.1) -> StepDown:
     """Multiplied by `factor` after every so many versions."""
-    if every < 1 or not 0 < factor <= 1:
-        raise ConfigError(f"step_down(every={every}, factor={factor}): use every >= 1 and a factor above 0, up to 1")
+    if not (_whole(every, 1) and _share(factor) and factor > 0):
+        raise ConfigError(
+            f"step_down(every={every!r}, factor={factor!r}): use a whole every >= 1, a factor above 0, up to 1"
+        )
     return StepDown(every, factor)
 
 
 def warmup(versions: int) -> Warmup:
     """Rising to 1 over so many versions, then 1."""
-    if versions < 1:
-        raise ConfigError(f"warmup({versions}): use a whole number of versions from 1 up")
+    if not _whole(versions, 1):
+        raise ConfigError(f"warmup({versions!r}): use a whole number of versions from 1 up")
     return Warmup(versions)
 
 
 def _check_decay(name: str, versions: int, warmup: int, floor: float) -> None:
-    if not 0 <= warmup < versions or not 0 <= floor <= 1:
-        raise ConfigError(
-            f"{name}(versions={versions}, warmup={warmup}, floor={floor}): use 0 <= warmup < versions, 0 <= floor <= 1"
-        )
+    if not (_whole(warmup, 0) and _whole(versions, warmup + 1) and _share(floor)):
+        given = f"{name}(versions={versions!r}, warmup={warmup!r}, floor={floor!r})"
+        raise ConfigError(f"{given}: use whole numbers 0 <= warmup < versions, and 0 <= floor <= 1")
+
+
+def _whole(value: object, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
+def _share(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= 1
 
 
 def _decay(version: int, versions: int, warmup: int, floor: float, shape: Callable[[float], float]) -> float:

@@ -6,7 +6,6 @@ Both need only how many samples of each class a client has.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -20,24 +19,34 @@ Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 MAX_CLASSES = 1024
 CHUNK = 4096
 """Samples that are read at once to count their classes."""
+IGNORED = -100
+"""The target that torch's losses leave out unless told otherwise."""
 SMOOTHING = 0.5
-"""Added to every class count, so that a class that nobody has keeps a finite logarithm."""
-ROUNDS_OF_DESCENT = 300
+"""For each class there is, so many samples of the mix of all shards are added to what is present, so that a class that
+is absent keeps a finite logarithm."""
+SLOWEST = 1e-6
+"""No client counts as slower than this share of the fastest."""
+NEWTON_STEPS = 50
+"""Far more than it takes, which is about ten."""
 
 
 def class_counts(data: Batches) -> tuple[int, ...]:
-    """Samples of each class, from 0 up to the highest there is; every target of a sample with many counts."""
+    """Samples of each class, from 0 up to the highest there is; every target of a sample with many counts.
+
+    `ConfigError` when the targets are no class indices.
+    """
     counts = torch.zeros(0, dtype=torch.int64)
     for rows in torch.arange(len(data)).split(CHUNK):
         _, y = data[rows]
-        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or (y.numel() and int(y.min()) < 0):
+        y = y[y != IGNORED]
+        if y.dtype != torch.int64 or (y.numel() and int(y.min()) < 0):
             raise ConfigError(
                 f"the targets are {y.dtype} and not class indices from 0 up: adjust_logits, and by_speed with mix "
                 "above 0, need classes; leave them out"
             )
         if y.numel() and int(y.max()) >= MAX_CLASSES:
             raise ConfigError(f"the targets have {int(y.max()) + 1} classes: at most {MAX_CLASSES} can be adjusted to")
-        more = torch.bincount(y.flatten(), minlength=len(counts))
+        more = torch.bincount(y, minlength=len(counts))
         more[: len(counts)] += counts
         counts = more
     return tuple(counts.tolist())
@@ -48,17 +57,18 @@ def logit_shift(present: Sequence[int], everybody: Sequence[int]) -> Tensor:
 
     Added to the logits before the loss, it lets a network that is trained on p learn the posterior of q (Menon et al.
     2021, logit adjustment; SCALA uses it for split federated learning). All zeros where p and q are equal, so that with
-    everybody there nothing changes.
+    everybody there nothing changes; 0 for a class that nobody has, which p and q agree on.
     """
-    classes = len(everybody)
+    shift = torch.zeros(len(everybody), dtype=torch.float64)
     if tuple(present) == tuple(everybody):
-        return torch.zeros(classes, dtype=torch.float64)
-    shares = []
-    for counts in (present, everybody):
-        padded = torch.zeros(classes, dtype=torch.float64)
-        padded[: len(counts)] = torch.tensor(counts[:classes], dtype=torch.float64)
-        shares.append((padded + SMOOTHING) / (padded + SMOOTHING).sum())
-    return (shares[0] / shares[1]).log()
+        return shift
+    p = torch.zeros_like(shift)
+    p[: len(present)] = torch.tensor(present[: len(p)], dtype=torch.float64)
+    q = torch.tensor(everybody, dtype=torch.float64) / max(sum(everybody), 1)
+    known = q > 0
+    added = SMOOTHING * int(known.sum())
+    shift[known] = ((p[known] / q[known] + added) / (p.sum() + added)).log()
+    return shift
 
 
 def shifted_loss(loss: Loss, shift: Tensor) -> Loss:
@@ -78,35 +88,72 @@ def shifted_loss(loss: Loss, shift: Tensor) -> Loss:
 
 
 def regulate(
-    speeds: Sequence[float], mixes: Sequence[Sequence[int]], total: int, least: int, most: int, mix: float
+    speeds: Sequence[float],
+    mixes: Sequence[Sequence[int]],
+    total: int,
+    least: int,
+    most: int,
+    mix: float,
+    everybody: Sequence[int] | None = None,
 ) -> list[int]:
     """Batch sizes that sum to `total` (as far as the bounds allow), each from `least` to `most`.
 
     Proportional to the clients' speeds (samples/s), so that all are done at the same time, but regulated so that the
     merged batch keeps the label mix of all data (MergeSFL, Liao et al. 2024): they minimise, for sizes b of sum T,
 
-        sum_i (b_i - s_i)^2 / s_i + mix / T |sum_i b_i (q_i - q)|^2
+        chi2(b/T, s/T) + mix chi2(sum_i b_i q_i / T, q)     where chi2(x, y) = sum (x - y)^2 / y
 
-    with s_i the size proportional to speed, q_i client i's class shares from its counts in `mixes`, and q those of all.
+    with s_i the size proportional to speed, q_i client i's class shares from its counts in `mixes` (without any it has
+    no say), and q those of `everybody` (None: of these clients together).
     """
-    count = len(speeds)
-    total = min(max(total, count * least), count * most)
-    speed = np.asarray(speeds, dtype=np.float64)
+    total = min(max(total, len(speeds) * least), len(speeds) * most)
+    speed = np.asarray(speeds, dtype=np.float64) / max(speeds)
+    speed = np.maximum(speed, SLOWEST)
     ideal = total * speed / speed.sum()
-    counts = np.asarray(list(zip_longest(*mixes, fillvalue=0)), dtype=np.float64).T.reshape(count, -1)
-    sums = counts.sum(1, keepdims=True)
-    shares = np.divide(counts, sums, out=np.zeros_like(counts), where=sums > 0)
-    off = shares - counts.sum(0) / max(counts.sum(), 1.0)
-    off[sums[:, 0] == 0] = 0.0
-    sizes = _onto(ideal, ideal, total, least, most)
-    rate = 1.0 / (1.0 + 2.0 * mix)  # in the metric of 1/s the curvature is at most 1 + 2 mix
-    for _ in range(ROUNDS_OF_DESCENT if mix and off.any() else 0):
-        slope = (sizes - ideal) / ideal + mix / total * (off @ (off.T @ sizes))
-        moved = _onto(sizes - rate * ideal * slope, ideal, total, least, most)
-        if np.abs(moved - sizes).max() < 1e-3:
+    off = _off(mixes, everybody) * np.sqrt(mix / total)
+    return _whole(_regulated(ideal, off, total, least, most), total, most)
+
+
+def _off(mixes: Sequence[Sequence[int]], everybody: Sequence[int] | None) -> Array:
+    """[clients, classes]: how far each client's class shares are from all data's, in units of the root of these."""
+    counts = np.zeros((len(mixes), max(len(everybody or ()), *map(len, mixes))))
+    for row, mix in zip(counts, mixes, strict=True):
+        row[: len(mix)] = mix
+    whole = counts.sum(0) if everybody is None else np.pad(everybody, (0, counts.shape[1] - len(everybody)))
+    sums, q = counts.sum(1, keepdims=True), whole / max(whole.sum(), 1.0)
+    off = np.where(sums > 0, counts / np.maximum(sums, 1.0) - q, 0.0)
+    return off[:, q > 0] / np.sqrt(q[q > 0])
+
+
+def _regulated(ideal: Array, off: Array, total: int, least: int, most: int) -> Array:
+    """The sizes b of that sum, within the bounds, that minimise sum (b - ideal)^2 / ideal + |b off|^2.
+
+    Newton's method on the dual, which has one variable y for each column of `off` and in which sum and bounds are a
+    projection: there y = b off, and b is the nearest to ideal (1 - off y).
+    """
+    if off.shape[1] > len(ideal):  # the same norm with fewer columns
+        off = np.asarray(np.linalg.qr(off.T, mode="r")).T
+
+    def at(dual: Array) -> tuple[Array, float]:
+        sizes = _onto(ideal - ideal * (off @ dual), ideal, total, least, most)
+        return sizes, float((np.square(sizes - ideal) / ideal).sum() / 2 + sizes @ off @ dual - dual @ dual / 2)
+
+    dual = np.zeros(off.shape[1])
+    sizes, value = at(dual)
+    for _ in range(NEWTON_STEPS):
+        slope = sizes @ off - dual
+        free = np.where((sizes > least) & (sizes < most), ideal, 0.0)
+        centred = off - free @ off / (free.sum() or 1.0)
+        step = np.linalg.solve(np.eye(len(dual)) + (centred.T * free) @ centred, slope)
+        gain = float(slope @ step)
+        part, tried = 1.0, at(dual + step)
+        while tried[1] < value + 1e-4 * part * gain and part > 1e-9:
+            part /= 2
+            tried = at(dual + part * step)
+        if gain < 1e-9 * total or tried[1] <= value:
             break
-        sizes = moved
-    return _whole(sizes, total, most)
+        dual, (sizes, value) = dual + part * step, tried
+    return sizes
 
 
 def _onto(sizes: Array, weights: Array, total: int, least: int, most: int) -> Array:

@@ -43,7 +43,7 @@ class Shares:
         """
         total, known = sum(samples.values()), sum(self._counted.get(shard, 0.0) for shard in samples)
         before = sum(count for shard, count in samples.items() if shard in self._counted)
-        level = known / before if before else HORIZON * batch / total
+        level = known / before if before else HORIZON * batch / max(total, 1)
         self._counted = {shard: self._counted.get(shard, level * count) for shard, count in samples.items()}
         self._data = {shard: count / total for shard, count in samples.items()}
         self._batch = float(batch)

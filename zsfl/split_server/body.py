@@ -124,7 +124,7 @@ class BodyWorker:
         if kept is None:
             raise InputNeeded(f"{self._node} no longer holds the merged batch; send all its inputs again")
         result = self._part.backward(*kept, torch.cat([grad for _, grad, _ in given.values()]))
-        return self._spill_merged([request for request, _, _ in given.values()], result, {})
+        return self._spill_merged([(request, len(grad)) for request, grad, _ in given.values()], result, {})
 
     def step_merged(
         self, weights: PartWeights, given: Mapping[Cid, tuple[messages.Step, torch.Tensor, torch.Tensor]]
@@ -137,24 +137,29 @@ class BodyWorker:
             for (cid, (request, _, target)), output in zip(given.items(), slices, strict=True)
         }
         result = self._part.backward(weights, forward.ending_in(torch.stack(list(losses.values())).sum()))
-        requests = [request for request, _, _ in given.values()]
-        return self._spill_merged(requests, result, {cid: float(loss.detach()) for cid, loss in losses.items()})
+        steps = [(request, len(x)) for request, x, _ in given.values()]
+        return self._spill_merged(steps, result, {cid: float(loss.detach()) for cid, loss in losses.items()})
 
     def _merged_pass(self, weights: PartWeights, inputs: Sequence[tuple[int, torch.Tensor]]) -> Forward:
         return self._part.forward(weights, torch.cat([x for _, x in inputs]), seed=inputs[0][0], train=True)
 
     def _spill_merged(
-        self, requests: Sequence[messages.Backward | messages.Step], result: Backward, losses: Mapping[Cid, float]
+        self,
+        steps: Sequence[tuple[messages.Backward | messages.Step, int]],
+        result: Backward,
+        losses: Mapping[Cid, float],
     ) -> dict[Cid, Done]:
-        """One spill a step: the first has the gradients of all, the others none, so that their sum is right."""
-        sizes = [request.samples for request in requests]
+        """One spill a step, given with its rows: the first has the gradients of all, the others none, so that their
+        sum is right.
+        """
+        sizes = [rows for _, rows in steps]
         grads = [None] * len(sizes) if result.grad_input is None else result.grad_input.split(sizes)
         nothing = Backward(grads={}, buffers={}, grad_input=None)
         return {
             request.cid: self._spill(
                 request, replace(nothing if number else result, grad_input=grad), losses.get(request.cid)
             )
-            for number, (request, grad) in enumerate(zip(requests, grads, strict=True))
+            for number, ((request, _), grad) in enumerate(zip(steps, grads, strict=True))
         }
 
     def _loss(self, request: messages.Step, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -1,20 +1,28 @@
-"""Requests that are computed together wait here for one another: no sockets, no clock, no computing of its own."""
+"""Requests that are computed together wait here for one another: no sockets, no clock, no computing of its own.
+
+Whoever waits takes no slot of the server, or with more clients than slots a merged batch would never be whole. What
+waits is bounded all the same: so many meetings, of so many steps each, and each only for as long as its asker does.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
-from zsfl.errors import Busy, RemoteProtocolError
+from zsfl.errors import Busy, Rejected, RemoteProtocolError
 from zsfl.ids import Cid, RunId, Version, parse_cid
 
 MAX_MEETINGS = 64
-"""Meetings that are not complete; more are refused."""
-KEPT_RESULTS = 4
-"""Meetings whose results are kept, for those whose answer was lost on its way and who ask again."""
+"""Meetings that are not over; more are refused."""
+MAX_SIZE = 192
+"""Steps of one meeting: some less than the requests that a connection carries and a server serves at once."""
+KEPT_VERSIONS = 2
+"""Results are kept of the versions that were worked on last: for those whose answer was lost on its way, and for a
+client that starts again and makes all its steps of a version once more."""
+RETRY_AFTER_S = 0.1
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -37,8 +45,14 @@ def group_of(cid: Cid) -> Group:
 @dataclass(slots=True)
 class _Meeting(Generic[_Item, _Result]):
     size: int
+    results: asyncio.Future[Mapping[Cid, _Result]]
     items: dict[Cid, _Item] = field(default_factory=dict[Cid, _Item])
-    waiting: dict[Cid, list[asyncio.Future[_Result]]] = field(default_factory=dict)
+    waiting: Counter[Cid] = field(default_factory=Counter[Cid])
+    """How many requests wait for each step: a copy of a request joins it."""
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.items) == self.size
 
 
 class Meetings(Generic[_Item, _Result]):
@@ -48,61 +62,82 @@ class Meetings(Generic[_Item, _Result]):
         """`work` is given the items of a whole group in cid order."""
         self._work = work
         self._meetings: dict[Group, _Meeting[_Item, _Result]] = {}
-        self._results: OrderedDict[Group, Mapping[Cid, _Result]] = OrderedDict()
+        self._results: OrderedDict[tuple[RunId, Version], dict[Cid, _Result]] = OrderedDict()
         self._working: set[asyncio.Task[None]] = set()
+        self._draining = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits and nothing is worked on."""
+        return not self._meetings
+
+    def drain(self) -> None:
+        """Begin no version from now on; what was begun may be finished."""
+        self._draining = True
 
     async def attend(self, cid: Cid, size: int, item: _Item) -> _Result:
-        """The result for this step, once `size` steps of its group are there; an error of the work is everybody's."""
+        """The result for this step, once `size` steps of its group are there; an error of the work is everybody's.
+
+        Cancelled before the group is whole, it takes its item along; the others go on waiting.
+        """
         group = group_of(cid)
-        if group in self._results and cid in self._results[group]:
-            return self._results[group][cid]
-        meeting = self._meetings.get(group)
-        if meeting is None:
-            if len(self._meetings) >= MAX_MEETINGS:
-                self._drop_oldest()
-            meeting = self._meetings[group] = _Meeting(size)
-        if meeting.size != size:
+        if cid in (known := self._results.get(group[:2], {})):
+            return known[cid]
+        meeting = self._meetings.get(group) or self._open(group, size)
+        if meeting.size != size or (meeting.is_whole and cid not in meeting.items):
             raise RemoteProtocolError(
-                f"{cid} is to be merged with {size} steps, others of its version with {meeting.size}"
+                f"{cid} is to be merged with {size} steps, but {len(meeting.items)} of {meeting.size} are there "
+                "and it is none of them: do all clients follow the same aggregator?"
             )
-        meeting.items[cid] = item
-        result: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
-        meeting.waiting.setdefault(cid, []).append(result)
-        if len(meeting.items) == size:
-            del self._meetings[group]
-            task = asyncio.create_task(self._hold(group, meeting), name=f"merge {group}")
-            self._working.add(task)
-            task.add_done_callback(self._working.discard)
+        if not meeting.is_whole:
+            meeting.items[cid] = item
+            if meeting.is_whole:
+                self._start(group, meeting)
+        meeting.waiting[cid] += 1
         try:
-            return await result
+            await asyncio.wait([meeting.results])
         finally:
-            self._leave(meeting, cid, result)
+            self._leave(group, meeting, cid)
+        return meeting.results.result()[cid]
 
-    def _leave(self, meeting: _Meeting[_Item, _Result], cid: Cid, result: asyncio.Future[_Result]) -> None:
-        """Whoever gave up before the meeting was complete takes its item along."""
-        meeting.waiting[cid].remove(result)
-        if not meeting.waiting[cid] and len(meeting.items) < meeting.size:
-            del meeting.items[cid], meeting.waiting[cid]
+    def _open(self, group: Group, size: int) -> _Meeting[_Item, _Result]:
+        if size > MAX_SIZE:
+            raise Rejected(
+                f"a batch of {size} steps is to be merged, {MAX_SIZE} is the most: "
+                "use fewer shards or another batch_norm"
+            )
+        if self._draining and group[:2] not in self._results:
+            raise Busy("this split server is leaving; the next one will be asked to merge", RETRY_AFTER_S)
+        if len(self._meetings) >= MAX_MEETINGS:
+            raise Busy(f"{MAX_MEETINGS} merged batches are under way, no room for another", RETRY_AFTER_S)
+        meeting = _Meeting[_Item, _Result](size, asyncio.get_running_loop().create_future())
+        self._meetings[group] = meeting
+        return meeting
 
-    def _drop_oldest(self) -> None:
-        """Versions that nobody completes any more make room."""
-        oldest = next(iter(self._meetings))
-        for futures in self._meetings.pop(oldest).waiting.values():
-            for future in futures:
-                future.set_exception(Busy("too many merged batches are under way; ask again", retry_after_s=0.1))
+    def _leave(self, group: Group, meeting: _Meeting[_Item, _Result], cid: Cid) -> None:
+        meeting.waiting[cid] -= 1
+        if meeting.is_whole or meeting.waiting[cid]:
+            return
+        del meeting.items[cid]
+        if not meeting.items:
+            del self._meetings[group]
+
+    def _start(self, group: Group, meeting: _Meeting[_Item, _Result]) -> None:
+        """In a task of its own, as any of those who wait may give up."""
+        task = asyncio.create_task(self._hold(group, meeting), name=f"merge {group}")
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
 
     async def _hold(self, group: Group, meeting: _Meeting[_Item, _Result]) -> None:
         try:
             results = await self._work({cid: meeting.items[cid] for cid in sorted(meeting.items)})
         except Exception as error:
-            for future in (future for futures in meeting.waiting.values() for future in futures):
-                if not future.done():
-                    future.set_exception(error)
-            return
-        self._results[group] = results
-        while len(self._results) > KEPT_RESULTS:
-            self._results.popitem(last=False)
-        for cid, futures in meeting.waiting.items():
-            for future in futures:
-                if not future.done():
-                    future.set_result(results[cid])
+            meeting.results.set_exception(error)
+            meeting.results.exception()  # whoever waits gets it; nobody waiting is no fault
+        else:
+            self._results.setdefault(group[:2], {}).update(results)
+            self._results.move_to_end(group[:2])
+            while len(self._results) > KEPT_VERSIONS:
+                self._results.popitem(last=False)
+            meeting.results.set_result(results)
+        del self._meetings[group]

@@ -7,16 +7,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, assert_never
 
 import torch
 
 from zsfl.compute import compute
 from zsfl.errors import BadShape, Rejected, RemoteProtocolError, Unavailable
-from zsfl.ids import Cid, NodeCard
+from zsfl.ids import BODY, Cid, NodeCard, Version, parse_cid
 from zsfl.latest import Latest
+from zsfl.learning.cuts import Cuts
 from zsfl.learning.job import Job
-from zsfl.learning.model import SplitModel
 from zsfl.learning.part import Part, PartWeights
 from zsfl.member import Member
 from zsfl.node import BeatExtras, Node
@@ -25,6 +25,7 @@ from zsfl.split_server.body import BodyWorker, Done
 from zsfl.split_server.meeting import Meetings
 from zsfl.tensors.codec import Codec, unpack
 from zsfl.tensors.spec import TensorSpec
+from zsfl.weights.follower import WeightsFollower
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Backward, Broadcast, Forward, Infer, Output, Reply, Request, Spilled, Step
 
@@ -35,14 +36,24 @@ Answer = tuple[Reply, Sequence[Buffer]]
 class SplitServerRole:
     """Takes requests of any client while it has slots; holds nothing that cannot vanish."""
 
-    def __init__(self, node: Node, job: Job, model: SplitModel, device: torch.device, spills: Path) -> None:
+    def __init__(self, node: Node, job: Job, cuts: Cuts, device: torch.device, spills: Path) -> None:
         self._node = node
-        part = Part(model.body, "body", device, batch_norm=job.batch_norm)
-        self._warnings = part.warnings()
-        self._member: Member[PartWeights] = Member(node, "body", part.load, spills)
+        self._cuts = cuts
+        parts = {
+            cut: Part(cuts.model(cut).body, "body", device, batch_norm=job.batch_norm, names=cuts.names(cut))
+            for cut in cuts.all
+        }
+        self._warnings = dict.fromkeys(warning for part in parts.values() for warning in part.warnings(job.steps))
+        self._weights = WeightsFollower(
+            node, BODY, lambda state: {cut: part.load(state) for cut, part in parts.items()}
+        )
+        self._member = Member(node, [self._weights], spills)
         self._codec = Codec.parse(node.settings.codec or job.codec)
         self._admission = Admission(node.settings.slots)
-        self._worker = BodyWorker(job, part, self._member.spills, node=node.name, slots=node.settings.slots)
+        self._workers = {
+            cut: BodyWorker(job, part, self._member.spills, node=node.name, slots=node.settings.slots)
+            for cut, part in parts.items()
+        }
         self._forwards = Meetings(self._merge_forwards)
         self._backwards = Meetings(self._merge_backwards)
         self._steps = Meetings(self._merge_steps)
@@ -69,6 +80,8 @@ class SplitServerRole:
     async def drain(self, timeout_s: float) -> None:
         """Finish what is in hand, and stay until the aggregator has what was spilled."""
         self._admission.drain()
+        self._forwards.drain()
+        self._steps.drain()
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._news.wait_for(lambda _: self._handed_over())
@@ -76,7 +89,9 @@ class SplitServerRole:
 
     def _handed_over(self) -> bool:
         """Whether nothing is in hand, and nothing is held that a live aggregator may still want."""
-        return self._admission.idle and not (self._member.pending() and self._member.aggregator.value)
+        meetings = (self._forwards, self._backwards, self._steps)
+        idle = self._admission.idle and all(meeting.idle for meeting in meetings)
+        return idle and not (self._member.pending() and self._member.aggregator.value)
 
     async def control(self, request: Request) -> Reply:
         """A split server answers no control requests."""
@@ -110,13 +125,8 @@ class SplitServerRole:
 
     async def _answer(self, request: Request, parts: Sequence[Buffer]) -> Answer:
         match request:
-            # Waiting for others takes no slot: with fewer slots than clients a merged batch would never be whole.
-            case Forward() if request.merged:
-                return await self._attend_forward(request, _only(parts, 1))
-            case Backward() if request.merged:
-                return await self._attend_backward(request, _only(parts, 1 if request.input is None else 2))
-            case Step() if request.merged:
-                return await self._attend_step(request, _only(parts, 2))
+            case Forward() | Backward() | Step() if request.merged:
+                return await self._answer_merged(request, parts)
             case Forward() | Infer():
                 with self._admitted():
                     return await self._run_forward(request, _only(parts, 1))
@@ -138,21 +148,30 @@ class SplitServerRole:
             self._admission.leave()
             self._news.touch()
 
+    async def _weights_of(self, shard: int, version: Version) -> PartWeights:
+        return (await self._weights.get(version))[self._cuts.of(shard)]
+
+    def _worker_of(self, shard: int) -> BodyWorker:
+        return self._workers[self._cuts.of(shard)]
+
     async def _run_forward(self, request: Forward | Infer, parts: Sequence[Buffer]) -> Answer:
-        weights = await self._member.weights.get(request.version)
+        shard = request.shard if isinstance(request, Infer) else parse_cid(request.cid).shard
+        weights, worker = await self._weights_of(shard, request.version), self._worker_of(shard)
 
         def work() -> tuple[TensorSpec, Buffer]:
             x = unpack(request.input, parts[0])
             if isinstance(request, Infer):
-                return self._codec.pack("output", self._worker.infer(weights, x))
-            return self._codec.pack("output", self._worker.forward(weights, request, x))
+                return self._codec.pack("output", worker.infer(weights, x))
+            return self._codec.pack("output", worker.forward(weights, request, x))
 
         spec, data = await self._computed(work)
         self._node.counters.add("forwards")
         return Output(output=spec, load=self._admission.load), [data]
 
     async def _run_backward(self, request: Backward, parts: Sequence[Buffer]) -> Answer:
-        weights = None if request.input is None else await self._member.weights.get(request.version)
+        shard = parse_cid(request.cid).shard
+        weights = None if request.input is None else await self._weights_of(shard, request.version)
+        worker = self._worker_of(shard)
 
         def needed() -> PartWeights:
             if weights is None:
@@ -161,20 +180,38 @@ class SplitServerRole:
 
         def work() -> Done:
             x = None if request.input is None else unpack(request.input, parts[1])
-            return self._worker.backward(needed, request, unpack(request.grad, parts[0]), x)
+            return worker.backward(needed, request, unpack(request.grad, parts[0]), x)
 
         return await self._spilled(work)
 
     async def _run_step(self, request: Step, parts: Sequence[Buffer]) -> Answer:
-        weights = await self._member.weights.get(request.version)
+        shard = parse_cid(request.cid).shard
+        weights, worker = await self._weights_of(shard, request.version), self._worker_of(shard)
 
         def work() -> Done:
             x, target = unpack(request.input, parts[0]), unpack(request.target, parts[1])
-            return self._worker.step(weights, request, x, target)
+            return worker.step(weights, request, x, target)
 
         return await self._spilled(work)
 
     # --- merged batches ---------------------------------------------------------------------------------
+
+    async def _answer_merged(self, request: Forward | Backward | Step, parts: Sequence[Buffer]) -> Answer:
+        """Wait for the other steps of the merged batch, without a slot; see `Meetings`."""
+        if parse_cid(request.cid).version != request.version:
+            raise RemoteProtocolError(f"step {request.cid} cannot be of version {request.version}")
+        try:
+            match request:
+                case Forward():
+                    return await self._attend_forward(request, _only(parts, 1))
+                case Backward():
+                    return await self._attend_backward(request, _only(parts, 1 if request.input is None else 2))
+                case Step():
+                    return await self._attend_step(request, _only(parts, 2))
+                case _:
+                    assert_never(request)
+        finally:
+            self._news.touch()
 
     async def _attend_forward(self, request: Forward, parts: Sequence[Buffer]) -> Answer:
         x = await compute(unpack, request.input, parts[0])
@@ -186,33 +223,34 @@ class SplitServerRole:
     async def _attend_backward(self, request: Backward, parts: Sequence[Buffer]) -> Answer:
         grad = await compute(unpack, request.grad, parts[0])
         x = None if request.input is None else await compute(unpack, request.input, parts[1])
-        done = await self._backwards.attend(request.cid, request.merged, (request, grad, x))
-        return await self._acknowledge(request, done)
+        return await self._acknowledge(await self._backwards.attend(request.cid, request.merged, (request, grad, x)))
 
     async def _attend_step(self, request: Step, parts: Sequence[Buffer]) -> Answer:
         x, target = await compute(unpack, request.input, parts[0]), await compute(unpack, request.target, parts[1])
-        done = await self._steps.attend(request.cid, request.merged, (request, x, target))
-        return await self._acknowledge(request, done)
+        return await self._acknowledge(await self._steps.attend(request.cid, request.merged, (request, x, target)))
 
-    async def _acknowledge(self, request: Backward | Step, done: Done) -> Answer:
+    async def _acknowledge(self, done: Done) -> Answer:
         packed = None if done.grad is None else await compute(self._codec.pack, "grad", done.grad)
         return self._spilled_reply(done, packed)
 
     async def _merge_forwards(self, given: Mapping[Cid, tuple[Forward, torch.Tensor]]) -> dict[Cid, torch.Tensor]:
-        weights = await self._member.weights.get(next(iter(given.values()))[0].version)
-        return await compute(self._worker.forward_merged, weights, given)
+        first = parse_cid(next(iter(given)))
+        weights, worker = await self._weights_of(first.shard, first.version), self._worker_of(first.shard)
+        return await self._computed(lambda: worker.forward_merged(weights, given))
 
     async def _merge_backwards(
         self, given: Mapping[Cid, tuple[Backward, torch.Tensor, torch.Tensor | None]]
     ) -> dict[Cid, Done]:
+        first = parse_cid(next(iter(given)))
         whole = all(x is not None for _, _, x in given.values())
-        version = next(iter(given.values()))[0].version
-        weights = await self._member.weights.get(version) if whole else None
-        return await compute(self._worker.backward_merged, weights, given)
+        weights = await self._weights_of(first.shard, first.version) if whole else None
+        worker = self._worker_of(first.shard)
+        return await self._computed(lambda: worker.backward_merged(weights, given))
 
     async def _merge_steps(self, given: Mapping[Cid, tuple[Step, torch.Tensor, torch.Tensor]]) -> dict[Cid, Done]:
-        weights = await self._member.weights.get(next(iter(given.values()))[0].version)
-        return await compute(self._worker.step_merged, weights, given)
+        first = parse_cid(next(iter(given)))
+        weights, worker = await self._weights_of(first.shard, first.version), self._worker_of(first.shard)
+        return await self._computed(lambda: worker.step_merged(weights, given))
 
     async def _spilled(self, work: Callable[[], Done]) -> Answer:
         """Acknowledge a step: only after its spill is in place."""

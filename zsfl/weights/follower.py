@@ -11,7 +11,7 @@ import torch
 
 from zsfl.compute import compute
 from zsfl.errors import BadShape, NoPeer, ZsflError
-from zsfl.ids import NodeCard, PartName, Version
+from zsfl.ids import NodeCard, Portion, Version
 from zsfl.latest import Latest
 from zsfl.node import Node
 from zsfl.tensors.codec import unpack
@@ -28,14 +28,14 @@ _Loaded = TypeVar("_Loaded")
 
 
 class WeightsFollower(Generic[_Loaded]):
-    """The newest versions of one part of the model, loaded and ready to use.
+    """The newest versions of one portion of the weights, loaded and ready to use.
 
     `load` turns tensors by name into what the role computes with; it runs in the compute thread, once a version.
     """
 
-    def __init__(self, node: Node, part: PartName, load: Callable[[dict[str, torch.Tensor]], _Loaded]) -> None:
+    def __init__(self, node: Node, portion: Portion, load: Callable[[dict[str, torch.Tensor]], _Loaded]) -> None:
         self._node = node
-        self._part: PartName = part
+        self._portion = portion
         self._load = load
         self._source: NodeCard | None = None
         self._connection: Connection | None = None
@@ -49,7 +49,7 @@ class WeightsFollower(Generic[_Loaded]):
         self.unfollow()
         self._source = aggregator
         self._connection = self._node.connect(aggregator, aggregator.data_port)
-        ear = self._node.listen(aggregator, aggregator.weights_port, [self._part.encode()], self._heard)
+        ear = self._node.listen(aggregator, aggregator.weights_port, [self._portion.encode()], self._heard)
         self._arriving = lambda: [body for body in ear.arriving() if isinstance(body, Weights)]
         self._listening = self._node.start(ear.run(), f"weights of {aggregator.name}")
 
@@ -99,17 +99,19 @@ class WeightsFollower(Generic[_Loaded]):
         connection = self._connection
         if connection is None:
             raise NoPeer("there is no aggregator to fetch weights from")
-        request = FetchWeights(part=self._part, version=version)
+        request = FetchWeights(portion=self._portion, version=version)
         answer = await connection.request(request, deadline_s=self._node.settings.request_s)
         if connection is not self._connection:
             raise NoPeer("the aggregator that was asked for weights is gone; ask the next one")
         weights = answer.expect(Weights)
-        if weights.version != version or weights.part != self._part:
-            raise BadShape(f"asked for {self._part} of version {version}, got {weights.part} of {weights.version}")
+        if weights.version != version or weights.portion != self._portion:
+            raise BadShape(
+                f"asked for {self._portion} of version {version}, got {weights.portion} of {weights.version}"
+            )
         return self._take(weights, answer.parts)
 
     def _heard(self, broadcast: Broadcast, parts: list[Buffer]) -> None:
-        if isinstance(broadcast, Weights) and broadcast.part == self._part:
+        if isinstance(broadcast, Weights) and broadcast.portion == self._portion:
             with suppress(ZsflError):
                 self._take(broadcast, parts)
 

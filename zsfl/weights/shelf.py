@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
 from zsfl.errors import StaleWeights
-from zsfl.ids import PartName, Version
+from zsfl.ids import Portion, Version
 from zsfl.tensors.codec import Codec
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import FetchWeights, Weights
@@ -22,34 +22,35 @@ Packed = tuple[Weights, list[Buffer]]
 _RAW = Codec.parse("raw")
 
 
-def pack(version: Version, part: PartName, state: Mapping[str, torch.Tensor]) -> Packed:
-    """The message that carries one part of the model. Lossless: every node must hold the same weights."""
-    packed = [
-        _RAW.pack(name, tensor) for name, tensor in state.items() if (name.startswith("body.")) == (part == "body")
-    ]
+def pack(version: Version, portion: Portion, state: Mapping[str, torch.Tensor]) -> Packed:
+    """The message that carries `state`. Lossless: every node must hold the same weights."""
+    packed = [_RAW.pack(name, tensor) for name, tensor in state.items()]
     specs = tuple(spec for spec, _ in packed)
-    return Weights(part=part, version=version, tensors=specs), [buffer for _, buffer in packed]
+    return Weights(portion=portion, version=version, tensors=specs), [buffer for _, buffer in packed]
 
 
 class Shelf:
     """Packed weights of the newest versions."""
 
-    def __init__(self, max_staleness: int = 0) -> None:
-        """Steps up to `max_staleness` versions late count, so their versions had better be there."""
-        self._packed: dict[Version, dict[PartName, Packed]] = {}
+    def __init__(self, portions: Mapping[Portion, Collection[str]], max_staleness: int = 0) -> None:
+        """`portions` are given with the names of their tensors. Steps up to `max_staleness` versions late count, so
+        their versions had better be there.
+        """
+        self._portions = portions
+        self._packed: dict[Version, dict[Portion, Packed]] = {}
         self._most = max(KEPT_VERSIONS, max_staleness + 2)
         self._pins: Counter[Version] = Counter()
 
-    def put(self, version: Version, state: Mapping[str, torch.Tensor]) -> dict[PartName, Packed]:
+    def put(self, version: Version, state: Mapping[str, torch.Tensor]) -> dict[Portion, Packed]:
         """Pack a version, to be published; the oldest one makes room."""
-        parts: dict[PartName, Packed] = {
-            "body": pack(version, "body", state),
-            "client": pack(version, "client", state),
+        packed = {
+            portion: pack(version, portion, {name: tensor for name, tensor in state.items() if name in names})
+            for portion, names in self._portions.items()
         }
-        self._packed[version] = parts
-        size_bytes = sum(memoryview(buffer).nbytes for _, buffers in parts.values() for buffer in buffers)
+        self._packed[version] = packed
+        size_bytes = sum(tensor.nbytes for tensor in state.values())
         self._keep(max(KEPT_VERSIONS, min(self._most, KEPT_BYTES // max(size_bytes, 1))))
-        return parts
+        return packed
 
     def _keep(self, count: int) -> None:
         """Let go of the oldest versions beyond `count`, other than those that are pinned."""
@@ -73,4 +74,8 @@ class Shelf:
         if version is None or version not in self._packed:
             held = f"those from {min(self._packed)} to {max(self._packed)}" if self._packed else "none"
             raise StaleWeights(f"version {version} is not held, only {held}; redo the step at the newest version")
-        return self._packed[version][request.part]
+        if request.portion not in self._portions:
+            raise StaleWeights(
+                f"there is no portion {request.portion!r} of the weights: do all nodes run the same job?"
+            )
+        return self._packed[version][request.portion]

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from zsfl.ids import CID_PATTERN, Address, Cid, NodeCard, NodeId, PartName, Role, RunId, Version
+from zsfl.ids import CID_PATTERN, Address, Cid, NodeCard, NodeId, PartName, Portion, Role, RunId, Version
 from zsfl.tensors.spec import TensorSpec
 
 MAX_PEERS_EXCHANGED = 256
@@ -37,6 +37,7 @@ ShortText = Annotated[str, Meta(max_length=200)]
 LongText = Annotated[str, Meta(max_length=4000)]
 CidText = Annotated[Cid, Meta(max_length=64, pattern=CID_PATTERN)]
 VersionNumber = Annotated[Version, Meta(ge=0, le=1 << 53)]
+PortionName = Annotated[Portion, Meta(pattern=r"^(body|client(/[a-z0-9][a-z0-9-]{0,39})?)\Z")]
 ClassCounts = Annotated[tuple[Count, ...], Meta(max_length=MAX_CLASSES)]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 """A bound also keeps NaN out, which would compare as neither early nor late."""
@@ -157,6 +158,8 @@ class Forward(Message, frozen=True, kw_only=True, tag="forward"):
 class Infer(Message, frozen=True, kw_only=True, tag="infer"):
     """Run the body forward in evaluation mode; nothing is kept. Answered by Output."""
 
+    shard: Count
+    """Whose input it is: where a job has several cuts, that says which body is meant."""
     version: VersionNumber
     input: TensorSpec
 
@@ -249,14 +252,14 @@ class ReleaseSpills(Message, frozen=True, kw_only=True, tag="release-spills"):
 class FetchWeights(Message, frozen=True, kw_only=True, tag="fetch-weights"):
     """Asks the aggregator for weights, the newest when `version` is None; answered by Weights."""
 
-    part: PartName
+    portion: PortionName
     version: VersionNumber | None
 
 
 class Weights(Message, frozen=True, kw_only=True, tag="weights"):
-    """The weights of one part of the model at one version, one part of the message a tensor."""
+    """One portion of the weights at one version, one part of the message a tensor."""
 
-    part: PartName
+    portion: PortionName
     version: VersionNumber
     tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_TENSORS)]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from zsfl.aggregator.fates import StepSet
 from zsfl.aggregator.gathering import PARTS, Gathering, Key
@@ -95,7 +95,7 @@ def test_a_second_copy_is_no_news() -> None:
 
 def test_what_nobody_expects_is_neither_fetched_nor_taken() -> None:
     gathering = begun(4)
-    for one in (cid(4, 9), cid(5), cid(4, run=FOREIGN), cid(4, k=2), cid(4, k=1)):
+    for one in (cid(4, 9), cid(5), cid(4, run=FOREIGN), cid(4, k=2), cid(4, k=1), cid(3, run=FOREIGN), cid(3, k=2)):
         verdict = gathering.offered(NODES[0], [offer((one, "body"))])
         assert (verdict.fetch, verdict.release) == ([], [])
         assert not gathering.arrived(contribution((one, "body")))
@@ -156,6 +156,15 @@ def test_a_step_that_never_came_whole_is_dropped_when_it_is_too_late() -> None:
     assert gathering.offered(NODES[0], [offer((cid(4, 1), "client"))]).release == [cid(4, 1)]
 
 
+def test_a_step_is_dropped_for_the_first_reason_there_was() -> None:
+    gathering = begun(4)
+    for version in (5, 6, 7):
+        gathering.offered(NODES[0], [offer((cid(3), "body"))])
+        gathering.end()
+        gathering.begin(Version(version), expected(version))
+    assert gathering.take()[1] == {cid(3): "1 version late; at most 0 count"}
+
+
 def test_what_is_void_is_dropped() -> None:
     gathering = begun(4)
     fill(gathering, [cid(4, 0)])
@@ -178,93 +187,152 @@ def test_a_set_of_steps_is_a_set(added: list[StepId], asked: list[StepId]) -> No
 
 
 class Collecting(RuleBasedStateMachine):
-    """Offers, deliveries, losses and commits in any order, with every holder lying about nothing but being slow."""
+    """Offers, deliveries, losses, joins and commits in any order, beside a plain account of what must come of them."""
 
-    BOUND = 2
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gathering = begun(0, self.BOUND)
-        self.version = 0
-        self.fetching: dict[NodeId, set[Key]] = {node: set() for node in NODES}
-        self.held: set[Key] = set()
+    @initialize(bound=st.integers(0, 3), is_free=st.booleans())
+    def starts(self, bound: int, is_free: bool) -> None:
+        self.bound, self.is_free = bound, is_free
+        self.gathering = Gathering(RUN, max_staleness=bound, steps_per_version=2)
+        self.version, self.is_open = -1, False
+        self.asked: dict[Key, NodeId] = {}
+        self.held: dict[Cid, set[PartName]] = {}
+        self.doomed: set[Cid] = set()
+        """Dropped, and in no record yet."""
         self.counted: set[Cid] = set()
         self.dropped: dict[Cid, str] = {}
-        self.seen: set[Cid] = set()
+        self.known: set[Cid] = set()
+        """Every step that was ever held, or offered when it was too late."""
+        self.begins()
+
+    # --- what must come of it ---------------------------------------------------------------------------
+
+    def is_too_late(self, one: Cid) -> bool:
+        return self.version - parse_cid(one).version + (not self.is_open) > self.bound
+
+    def may_count(self, one: Cid) -> bool:
+        step = parse_cid(one)
+        is_asked_for = step.version < self.version or self.expected is None or one in self.expected
+        is_settled = one in self.counted or one in self.dropped or one in self.doomed
+        return self.is_ours(one) and is_asked_for and not is_settled and not self.is_too_late(one)
+
+    def is_ours(self, one: Cid) -> bool:
+        step = parse_cid(one)
+        return step.run == RUN and step.k < 2 and step.version <= self.version
+
+    def whole(self) -> list[Cid]:
+        return sorted(one for one, parts in self.held.items() if len(parts) == 2)
+
+    def doom(self, cids: Iterable[Cid]) -> None:
+        for one in list(cids):
+            self.held.pop(one, None)
+            self.doomed.add(one)
+
+    # --- what happens -----------------------------------------------------------------------------------
+
+    @precondition(lambda self: not self.is_open)
+    @rule()
+    def begins(self) -> None:
+        self.version, self.is_open = self.version + 1, True
+        self.expected = None if self.is_free else set(expected(self.version))
+        late = self.gathering.begin(Version(self.version), self.expected)
+        self.doom(one for one in self.held if self.is_too_late(one))
+        assert late == [parse_cid(one) for one in self.whole()]
+
+    @precondition(lambda self: self.is_open)
+    @rule()
+    def commits(self) -> None:
+        window, dropped = self.gathering.take()
+        whole = self.whole()
+        assert [(one.cid, one.part) for one in window] == keys(whole)
+        assert dropped.keys() == self.doomed
+        assert all(dropped.values())
+        for one in whole:
+            del self.held[one]
+        self.counted.update(whole)
+        self.dropped |= dropped
+        self.doomed = set()
+        self.gathering.end()
+        self.is_open = False
+
+    @rule()
+    def somebody_joins(self) -> None:
+        new = [cid(self.version, len(SHARDS))]
+        self.gathering.expect(new)
+        if self.expected is not None:
+            self.expected.update(new)
 
     @rule(
         node=st.sampled_from(NODES),
-        age=st.integers(-1, 5),
+        age=st.sampled_from([0, 0, 0, 1, 1, 2, 3, 5, -1]),
         shard=st.integers(0, len(SHARDS)),
-        part=st.sampled_from(PARTS),
-        run=st.sampled_from([RUN, RUN, RUN, FOREIGN]),
-        k=st.integers(0, 2),
+        parts=st.sampled_from([PARTS, PARTS[:1], PARTS[1:]]),
+        run=st.sampled_from([RUN, RUN, RUN, RUN, FOREIGN]),
+        k=st.sampled_from([0, 0, 0, 1, 2]),
     )
-    def offers(self, node: NodeId, age: int, shard: int, part: PartName, run: RunId, k: int) -> None:
-        version = max(0, self.version - age)
-        key = (cid(version, shard, run, k), part)
-        verdict = self.gathering.offered(node, [offer(key)])
-        assert set(verdict.release) <= self.counted | self.dropped.keys()
-        if key[0] in self.counted or key[0] in self.dropped:
-            assert verdict.release == [key[0]]
-        for wanted in verdict.fetch:
-            assert 0 <= self.version - version <= self.BOUND
-            assert run == RUN
-            assert wanted not in self.held
-            assert all(wanted not in others for others in self.fetching.values())
-            self.fetching[node].add(wanted)
-            self.seen.add(wanted[0])
+    def offers(self, node: NodeId, age: int, shard: int, parts: tuple[PartName, ...], run: RunId, k: int) -> None:
+        one = cid(max(0, self.version - age), shard, run, k)
+        offered: list[Key] = [(one, part) for part in parts]
+        verdict = self.gathering.offered(node, map(offer, offered))
+        is_settled = one in self.counted or one in self.dropped
+        assert verdict.release == [one] * len(offered) * is_settled
+        wanted = [key for key in offered if key not in self.asked and key[1] not in self.held.get(one, ())]
+        assert verdict.fetch == (wanted if self.may_count(one) else [])
+        self.asked |= dict.fromkeys(verdict.fetch, node)
+        if self.is_ours(one) and self.is_too_late(one) and not is_settled:
+            self.known.add(one)
+            self.doom([one])
 
-    @rule(node=st.sampled_from(NODES), twice=st.booleans())
-    def delivers(self, node: NodeId, twice: bool) -> None:
-        for key in sorted(self.fetching[node])[:1]:
-            self.fetching[node].discard(key)
-            is_news = self.gathering.arrived(contribution(key))
-            if is_news:
-                assert key not in self.held
-                assert key[0] not in self.counted
-                assert key[0] not in self.dropped
-                self.held.add(key)
+    @rule(node=st.sampled_from(NODES), count=st.integers(1, 4), twice=st.booleans())
+    def delivers(self, node: NodeId, count: int, twice: bool) -> None:
+        for one, part in [key for key in sorted(self.asked) if self.asked[key] == node][:count]:
+            del self.asked[one, part]
+            assert self.gathering.arrived(contribution((one, part))) == self.may_count(one)
+            if self.may_count(one):
+                self.held.setdefault(one, set()).add(part)
+                self.known.add(one)
             if twice:
-                assert not self.gathering.arrived(contribution(key))
+                assert not self.gathering.arrived(contribution((one, part)))
 
-    @rule(node=st.sampled_from(NODES))
-    def is_lost(self, node: NodeId) -> None:
-        self.gathering.not_delivered(node)
-        self.fetching[node].clear()
+    @rule(node=st.sampled_from(NODES), is_gone=st.booleans())
+    def does_not_deliver(self, node: NodeId, is_gone: bool) -> None:
+        its = [key for key in sorted(self.asked) if self.asked[key] == node]
+        its = its if is_gone else its[:1]
+        self.gathering.not_delivered(node, None if is_gone else its)
+        for key in its:
+            del self.asked[key]
 
-    @rule(node=st.sampled_from(NODES))
-    def does_not_deliver(self, node: NodeId) -> None:
-        self.gathering.not_delivered(node, list(self.fetching[node])[:1])
-        for key in list(self.fetching[node])[:1]:
-            self.fetching[node].discard(key)
-
-    @rule()
-    def commits(self) -> None:
-        whole = {one for one, part in self.held if part == "body" and (one, "client") in self.held}
-        window, dropped = self.gathering.take()
-        assert [(one.cid, one.part) for one in window] == keys(sorted(whole))
-        assert not dropped.keys() & (self.counted | self.dropped.keys() | whole)
-        assert all(self.version - parse_cid(one).version > self.BOUND for one in dropped)
-        self.counted |= whole
-        self.dropped |= dropped
-        self.held = {key for key in self.held if key[0] not in whole and key[0] not in dropped}
-        self.gathering.end()
-        self.version += 1
-        late = self.gathering.begin(Version(self.version), expected(self.version))
-        self.held = {key for key in self.held if self.version - parse_cid(key[0]).version <= self.BOUND}
-        assert {(step.shard, step.version) for step in late} <= {
-            (parse_cid(one).shard, parse_cid(one).version) for one, _ in self.held
-        }
+    @rule(falls_apart=st.sampled_from([False, False, True]))
+    def the_next_version_comes(self, falls_apart: bool) -> None:
+        if falls_apart:
+            self.gathering.void("it fell apart")
+            self.doom(self.held)
+            for one in sorted(self.doomed):  # for which there is no use any more
+                assert not self.gathering.expects(one)
+        if self.is_open:
+            self.commits()
+        self.begins()
 
     @invariant()
-    def nothing_counts_twice(self) -> None:
-        assert not self.counted & self.dropped.keys()
-        assert all(
-            self.gathering.is_whole(one) == ((one, "body") in self.held and (one, "client") in self.held)
-            for one, _ in self.held
-        )
+    def each_step_is_counted_dropped_or_pending(self) -> None:
+        fates = [*self.counted, *self.dropped, *self.doomed, *self.held]
+        assert len(fates) == len(set(fates))
+        assert set(fates) == self.known
+        for one, parts in self.held.items():
+            assert self.gathering.is_whole(one) == (len(parts) == 2)
+
+    def teardown(self) -> None:
+        """In the end everything is counted or dropped, and let go of whenever it is offered again."""
+        for _ in range(self.bound + 2):
+            if not self.is_open:
+                self.begins()
+            self.commits()
+        self.each_step_is_counted_dropped_or_pending()
+        assert not self.held
+        assert not self.doomed
+        for one in self.known:
+            verdict = self.gathering.offered(NODES[0], [offer((one, "body"))])
+            assert (verdict.fetch, verdict.release) == ([], [one])
 
 
 TestCollecting = Collecting.TestCase
-TestCollecting.settings = settings(max_examples=60, stateful_step_count=40)
+TestCollecting.settings = settings(max_examples=80, stateful_step_count=40)

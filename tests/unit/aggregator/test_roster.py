@@ -134,6 +134,45 @@ def test_whatever_comes_and_goes_each_shard_has_one_holder(events: list[tuple[st
         assert roster.samples().keys() == holder.keys()
 
 
+partings = st.tuples(
+    st.floats(0, 9), st.sampled_from("abc"), st.sampled_from(["lost", "lost", "goodbye", "returned", "joins"])
+)
+
+
+@given(st.lists(partings, max_size=20), st.sampled_from([0.0, 5.0]))
+def test_who_is_gone_takes_part_until_it_leaves_and_not_a_moment_longer(
+    events: list[tuple[float, str, str]], return_s: float
+) -> None:
+    roster, now_s = Roster(3, return_s), 100.0
+    gone_since_s: dict[int, float | None] = {}
+    for shard, node in enumerate("abc"):
+        roster.join(NodeId(node), f"client-{shard}", [info(shard)])
+        gone_since_s[shard] = None
+    for after_s, node, event in events:
+        now_s += after_s
+        shard = "abc".index(node)
+        match event:
+            case "joins":
+                roster.join(NodeId(node), f"client-{shard}", [info(shard)])
+                gone_since_s[shard] = None
+            case "returned":
+                roster.returned(NodeId(node))
+                gone_since_s[shard] = None
+            case _ if gone_since_s[shard] is None:
+                gone_since_s[shard] = -math.inf if event == "goodbye" else now_s
+        if event in ("lost", "goodbye"):
+            roster.lost(NodeId(node), now_s, said_goodbye=event == "goodbye")
+        awaited = {n: since for n, since in gone_since_s.items() if since is not None and now_s < since + return_s}
+        present = [n for n, since in gone_since_s.items() if since is None]
+        assert roster.present() == present
+        assert roster.taking_part(now_s) == sorted([*present, *awaited])
+        leave_s = roster.next_leave_s(now_s)
+        assert leave_s == min((since + return_s for since in awaited.values()), default=math.inf)
+        if awaited:
+            assert roster.taking_part(math.nextafter(leave_s, 0.0)) == roster.taking_part(now_s)
+            assert len(roster.taking_part(leave_s)) < len(roster.taking_part(now_s))
+
+
 @given(st.sets(st.integers(0, 60)))
 def test_ranges_name_each_number_once(numbers: set[int]) -> None:
     text = ranges(sorted(numbers))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.reference import order
+from helpers.reference import order, train
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 import zsfl
 from zsfl import baselines
@@ -22,6 +23,15 @@ SIZES = (12, 7)
 WEIGHTS = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
 State = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for one another take longer than such small tensors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def model(tail: bool) -> zsfl.SplitModel:
@@ -244,12 +254,169 @@ def test_a_round_says_what_it_came_to_and_two_runs_are_equal(name: str) -> None:
     assert first[1].seconds > first[0].seconds > 0
     baseline = baselines.make(name, told)
     baseline.train_round()
-    rights = []
-    for shard in range(2):
-        x, y = samples(1 - shard)  # what is held out from one is what the other trains on
-        rights.append((baseline.model_of(shard).eval()(x).argmax(1) == y).double())
-    assert first[0].per_client == {shard: pytest.approx(right.mean().item()) for shard, right in enumerate(rights)}
-    assert first[0].accuracy == pytest.approx(torch.cat(rights).mean().item())
+    outputs = [[baseline.model_of(shard).eval()(samples(1 - other)[0]) for other in range(2)] for shard in range(2)]
+    targets = [samples(1)[1], samples(0)[1]]  # what is held out from one is what the other trains on
+    own = {shard: (outputs[shard][shard].argmax(1) == targets[shard]).double().mean().item() for shard in range(2)}
+    assert first[0].per_client == pytest.approx(own)
+    # Each client's model on the held-out samples of both, weighted by what it was trained on.
+    together, y = [torch.cat(row) for row in outputs], torch.cat(targets)
+    shares = [size / sum(SIZES) for size in SIZES]
+    right = [(output.argmax(1) == y).double().mean().item() for output in together]
+    losses = [mean_loss(output, y).item() for output in together]
+    assert first[0].accuracy == pytest.approx(sum(share * one for share, one in zip(shares, right, strict=True)))
+    assert first[0].loss == pytest.approx(sum(share * one for share, one in zip(shares, losses, strict=True)))
+
+
+def test_clients_that_stay_alone_are_tested_on_what_is_held_out_from_all() -> None:
+    (done,) = baselines.run("local", job(), 1)
+    sizes = {shard: SIZES[1 - shard] for shard in range(2)}
+    on_their_own = sum(done.per_client[shard] * size for shard, size in sizes.items()) / sum(SIZES)
+    assert done.accuracy != pytest.approx(on_their_own)
+
+
+def test_losses_are_weighed_as_the_job_says() -> None:
+    start = model(True)
+    start.load_state_dict(first_weights(True))
+    baseline = baselines.make("microsfl", job(weighted=True))
+    trained_on, held_out = (
+        [torch.cat(column) for column in zip(*(samples(shard) for shard in shards), strict=True)]
+        for shards in ((0, 1), (1, 0))
+    )
+    sums = baseline.train_round()
+    assert sums.loss_sum / sums.weight == pytest.approx(weighted_loss(start(trained_on[0]), trained_on[1]).item())
+    assert sums.weight == pytest.approx(WEIGHTS[trained_on[1]].sum().item())
+    end = model(True)
+    end.load_state_dict(baseline.state())
+    assert baseline.test()[0] == pytest.approx(weighted_loss(end(held_out[0]), held_out[1]).item())
+
+
+class OneByOne(Dataset[Any]):
+    """A dataset that is read sample by sample."""
+
+    def __init__(self, shard: int) -> None:
+        self.x, self.y = samples(shard)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.x[index], self.y[index]
+
+
+@pytest.mark.parametrize("name", baselines.BASELINES)
+def test_a_dataset_without_tensors_will_do_where_a_batch_takes_nothing_of_a_client(name: str) -> None:
+    told = dataclasses.replace(job(batches="equal"), batch_size=1)  # the second client has 7 batches, the first has 12
+    wanted = trained(name, told, rounds=1)
+    read_one_by_one = dataclasses.replace(told, data=lambda shard, _: (OneByOne(shard), None))
+    for key, tensor in trained(name, read_one_by_one, rounds=1).items():
+        assert torch.equal(tensor, wanted[key])
+
+
+@pytest.mark.parametrize(("batches", "steps"), [("proportional", 2), ("equal", 1), ("equal", 2)])
+def test_merged_takes_the_batches_of_exact_mode(batches: str, steps: int) -> None:
+    wanted = train(
+        lambda: model(True).parts(),
+        [samples(0), samples(1)],
+        mean_loss,
+        (torch.optim.SGD, {"lr": LR, "momentum": MU}),
+        seed=SEED,
+        rounds=ROUNDS,
+        batch_size=2,
+        shuffle=True,
+        proportional=batches == "proportional",
+        steps=steps,
+    )
+    got = trained("merged", dataclasses.replace(job(batches=batches, steps=steps), batch_size=2))
+    assert got.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(got[key], tensor, rtol=0, atol=1e-12)
+
+
+def clipped(g: State, groups: tuple[Callable[[str], bool], ...], bound: float) -> State:
+    """Gradients of each group scaled down to a common 2-norm of `bound`."""
+    scaled = State()
+    for group in groups:
+        own = {name: tensor for name, tensor in g.items() if group(name)}
+        norm = torch.cat([tensor.flatten() for tensor in own.values()]).norm()
+        assert norm > bound
+        scaled |= {name: tensor * bound / (norm + 1e-6) for name, tensor in own.items()}
+    return scaled
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [("centralised", (lambda _: True,)), ("splitfed-v1", (is_body, is_client)), ("sl", (is_body, is_client))],
+)
+def test_server_and_client_clip_what_they_hold(name: str, groups: tuple[Callable[[str], bool], ...]) -> None:
+    told = job(optimizer=zsfl.sgd(LR, clip_norm=0.01))
+    w = first_weights(True)
+    alone = dataclasses.replace(told, shards=1)
+    for batch in batches(0, 0) if name != "centralised" else centralised_batches():
+        g = clipped(gradient(w, batch, True), groups, 0.01)
+        w = {key: tensor - LR * g[key] for key, tensor in w.items()}
+    for key, tensor in trained(name, alone, rounds=1).items():
+        torch.testing.assert_close(tensor, w[key], rtol=0, atol=1e-12)
+
+
+def centralised_batches() -> list[Batch]:
+    """Those of one client alone: its samples in the order of the pool, which is no client's own."""
+    x, y = samples(0)
+    return [(x[rows], y[rows]) for rows in order(SEED, 1, 0, SIZES[0], True).split(BATCH)]
+
+
+def normed(dropout: float = 0.0) -> zsfl.SplitModel:
+    body = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(dropout))
+    return zsfl.SplitModel(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)), body, nn.Linear(4, 3)).double()
+
+
+@pytest.mark.parametrize("name", ["fedavg", "splitfed-v1", "splitfed-v2", "sl"])
+def test_running_statistics_are_averaged_by_samples_and_counts_of_batches_never(name: str) -> None:
+    told = dataclasses.replace(job(optimizer=zsfl.sgd(LR)), model=normed)
+    models = [told.build(), told.build()]
+    if name in ("splitfed-v2", "sl"):
+        models[1].body = models[0].body
+    if name == "sl":
+        models[1] = models[0]
+    turns = [0, 1]
+    if name == "splitfed-v2":
+        random.Random(f"{SEED}/0").shuffle(turns)
+    for shard in turns:
+        for x, y in batches(shard, 0):
+            weights = list(models[shard].parameters())
+            for weight, g in zip(weights, torch.autograd.grad(mean_loss(models[shard](x), y), weights), strict=True):
+                weight.data -= LR * g
+    got = trained(name, told, rounds=1)
+    for key, tensor in mean_of([model.state_dict() for model in models]).items():
+        if key.endswith("num_batches_tracked"):
+            shared = name == "sl" or (name == "splitfed-v2" and is_body(key))
+            assert got[key].item() == (3 + 2 if shared else max(3, 2))
+        else:
+            torch.testing.assert_close(got[key], tensor, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["centralised", "splitfed-v2"])
+def test_frozen_statistics_stay_and_dropout_is_the_same_again(name: str) -> None:
+    told = dataclasses.replace(job(batch_norm="frozen"), model=lambda: normed(dropout=0.5))
+    first, again = ([done.loss for done in baselines.run(name, told, 2)] for _ in range(2))
+    other = [done.loss for done in baselines.run(name, dataclasses.replace(told, model=normed), 2)]
+    assert first == again != other
+    start = told.build().state_dict()
+    for key, tensor in trained(name, told, rounds=1).items():
+        if "running" in key or "tracked" in key:
+            torch.testing.assert_close(tensor, start[key], rtol=0, atol=1e-12)
+
+
+def test_a_round_of_fedavg_forgets_momenta_and_goes_on_with_the_schedule() -> None:
+    asked: list[int] = []
+
+    def schedule(step: int) -> float:
+        asked.append(step)
+        return 1.0
+
+    told = dataclasses.replace(job(optimizer=zsfl.sgd(LR, schedule=schedule)), shards=1)
+    asked.clear()
+    trained("fedavg", told, rounds=2)
+    assert asked == list(range(6))
 
 
 def test_rates_follow_the_schedule_of_each_optimizer() -> None:

@@ -3,9 +3,11 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 
+import msgspec
 import pytest
 from rich.console import Console
 
+from zsfl import reports
 from zsfl.dashboard.progress import (
     LEFT,
     REPEAT_S,
@@ -140,6 +142,46 @@ def test_plain_lines() -> None:
         "served by server-0 75%, server-1 25%"
     )
     assert "test loss -, test accuracy -" in (plain_line(whole_round(2, accuracy=None)) or "")
+
+
+def held_out(*, ends_round: bool) -> reports.Tested:
+    return reports.Tested(
+        round=1, version=14, loss=0.25, accuracy=0.875, clients={}, seconds=2.0, ends_round=ends_round
+    )
+
+
+def test_a_test_inside_a_round_is_a_line_and_that_of_the_round_is_in_its_report() -> None:
+    line = "version 14, in round 2: test loss 0.2500, test accuracy 87.50%"
+    assert plain_line(held_out(ends_round=False)) == line
+    assert plain_line(held_out(ends_round=True)) is None
+    view = folded(window(1), held_out(ends_round=False), held_out(ends_round=True))
+    assert list(view.notes) == [(line, False)]
+
+
+def test_a_round_whose_test_took_long_does_not_hide_the_next_one() -> None:
+    view = folded(window(9), window(3, round=2), whole_round(1))
+    assert view.window == window(3, round=2)
+    assert view.done == pytest.approx(1.3)
+    view.on(whole_round(2), 9.0)
+    assert (view.window, view.done) == (None, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("best", "early", "said"),
+    [
+        (0.9625, False, "finished: 4 rounds in 6.2 s, test accuracy 96.25%, test loss"),
+        (0.97, False, "in 6.2 s, test accuracy 96.25% (best 97.00% after round 2), test loss"),
+        (0.97, True, "in 6.2 s, ended early since its tests got no better, test accuracy 96.25% (best"),
+        (None, False, "in 6.2 s, test accuracy 96.25%, test loss"),
+    ],
+)
+def test_the_end_says_which_version_was_best_and_why_it_came_early(best: float, early: bool, said: str) -> None:
+    finished = msgspec.structs.replace(FINISHED, best_accuracy=best, best_round=2, early=early)
+    assert said in (plain_line(finished) or "")
+    text = drawn(folded(whole_round(4), finished))
+    assert ("97.00% after round 2: best.safetensors" in text) == (best == 0.97)
+    assert ("ended early" in text) == early
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_the_live_view_fits_into_80_columns_and_24_lines() -> None:

@@ -90,6 +90,17 @@ def test_scale_counts_for_gradient_and_weight_and_damping_for_the_gradient_alone
     assert average([late, plain])["w"].item() == average([plain, late])["w"].item()
 
 
+def test_weighed_contributions_equal_the_formula_in_any_order() -> None:
+    torch.manual_seed(4)
+    parts = [
+        replace(contribution(s, {"w": torch.randn(9).double()}, n=s + 1), scale=0.3 + s, damping=1 / (1 + s))
+        for s in range(5)
+    ]
+    wanted = sum(p.scale * p.damping * p.grads["w"] for p in parts) / sum(p.scale * p.n for p in parts)
+    torch.testing.assert_close(average(parts)["w"], wanted, rtol=0, atol=1e-14)
+    assert torch.equal(average(parts)["w"], average(parts[::-1])["w"])
+
+
 def test_a_contribution_that_is_not_weighed_counts_as_before_to_the_last_bit() -> None:
     torch.manual_seed(3)
     parts = [contribution(shard, {"w": torch.randn(50)}, n=3) for shard in range(9)]

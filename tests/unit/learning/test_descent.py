@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -106,7 +107,7 @@ def test_clipping_by_norm_and_by_value() -> None:
 def test_yogi_is_that_of_the_paper() -> None:
     lr, (b1, b2), eps = 0.02, (0.8, 0.9), 1e-3
     w = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
-    m, v = torch.full_like(w, 1e-6), torch.full_like(w, 1e-6)
+    m, v = torch.zeros_like(w), torch.full_like(w, 1e-6)
     for at, g in zip(descend(yogi(lr, (b1, b2), eps), gradients()), gradients(), strict=True):
         m = b1 * m + (1 - b1) * g
         v = v - (1 - b2) * torch.sign(v - g**2) * g**2
@@ -129,12 +130,22 @@ def test_an_optimizer_reads_the_same_on_every_node() -> None:
     "wrong",
     [
         lambda: sgd(0.1, clip_norm=0.0),
+        lambda: sgd(0.1, clip_norm=math.nan),
+        lambda: sgd(0.1, clip_norm="1"),
         lambda: sgd(0.1, clip_value=-1.0),
+        lambda: sgd(math.nan),
+        lambda: adam(math.inf),
         lambda: cosine(5, warmup=5),
         lambda: linear(5, floor=2),
+        lambda: cosine(5.5),  # pyright: ignore[reportArgumentType]
+        lambda: cosine(5, warmup=-1),
+        lambda: linear(5, floor=math.nan),
         lambda: step_down(0),
+        lambda: step_down(3, 0.0),
         lambda: step_down(3, 1.5),
         lambda: warmup(0),
+        lambda: warmup("5"),  # pyright: ignore[reportArgumentType]
+        lambda: sgd(0.1, schedule=5),
         lambda: sgd(0.1, schedule=lambda _: -1.0),
         lambda: sgd(0.1, schedule=lambda _: 1 / 0),
         lambda: yogi(lr=-1),
@@ -218,6 +229,24 @@ def test_local_steps_are_fedavg_of_the_clients_moves() -> None:
             first[name] - lr * body[name] if name.startswith("body.") else sum(own[name] for own in moved) / clients
         )
         torch.testing.assert_close(w, wanted, rtol=0, atol=1e-12)
+
+
+def test_the_steps_of_a_version_are_made_in_order_of_k_and_its_buffers_pooled_once() -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.BatchNorm1d(2)).double()
+    master = Master(SplitModel(nn.Identity(), body), sgd(0.1, momentum=0.9))
+    made = [
+        contribution({"body.0.weight": torch.full((2,), 3.0**k, dtype=torch.float64)}, shard=shard, k=k, n=4)
+        for k in (11, 2)
+        for shard in (1, 0)
+    ]
+    stored = {"num_batches_tracked": torch.tensor(1), "num_values": torch.tensor(4)}
+    stored |= {"running_mean": torch.ones(2).double(), "running_var": torch.ones(2).double()}
+    made = [replace(one, buffers={f"body.0.{name}": tensor for name, tensor in stored.items()}) for one in made]
+    master.step(made, sequential=True)
+    first, second = 3.0**2 / 4, 3.0**11 / 4
+    assert master.state()["body.0.weight"].tolist() == pytest.approx([1 - 0.1 * (1.9 * first + second)] * 2, abs=1e-9)
+    assert master.state()["body.0.num_batches_tracked"] == 1
 
 
 def test_the_gap_between_local_and_exact_steps_is_of_second_order() -> None:

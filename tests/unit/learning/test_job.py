@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zsfl.errors import ConfigError
+from zsfl.learning.batches import by_speed
+from zsfl.learning.cuts import Cuts
 from zsfl.learning.job import Job, accuracy, load_job
 from zsfl.learning.model import SplitModel
+from zsfl.learning.modes import Async, Elastic, Exact
 from zsfl.learning.optim import adam, sgd
 
 
@@ -61,11 +64,36 @@ def test_good_names(name: str) -> None:
         ({"shards": True}, "shards is True"),
         ({"seed": -1}, "seed is -1: use a whole number from 0 up"),
         ({"mode": "fast"}, "mode is 'fast': use 'exact'"),
+        ({"mode": None}, "mode is 'None': use 'exact'"),
+        ({"steps": 0}, "steps is 0: use a whole number from 1 up"),
+        ({"evaluate_every": 0}, "evaluate_every is 0"),
+        ({"stop_after": 1.5}, "stop_after is 1.5"),
+        ({"batches": "even"}, r"batches is 'even': use 'proportional', 'equal' or zsfl.by_speed\(\)"),
+        ({"batch_norm": "none"}, "batch_norm is 'none': use 'per-client', 'merged' or 'frozen'"),
+        ({"adjust_logits": "yes"}, "adjust_logits is 'yes': use 'participants', 'client' or None"),
+        ({"batch_norm": "merged", "mode": "elastic"}, "batch_norm='merged' needs mode='exact'"),
+        ({"batch_norm": "merged", "mode": Async()}, "batch_norm='merged' needs mode='exact'"),
+        ({"mode": "async", "steps": 2}, "mode='async' has none: state its samples instead"),
+        ({"mode": "async", "batches": by_speed()}, "in mode='async' fast clients step more often already"),
+        ({"local_lr": 0.1}, "local_lr is 0.1: use a rate above 0, together with steps above 1"),
+        ({"local_lr": 0.0, "steps": 2}, "local_lr is 0.0"),
+        ({"local_lr": float("inf"), "steps": 2}, "local_lr is inf"),
     ],
 )
 def test_wrong_values_say_what_to_do(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         job(**fields)
+
+
+def test_choices_that_go_together() -> None:
+    assert job(mode="elastic", steps=3, local_lr=0.1, batches=by_speed(), adjust_logits="client").how == Elastic()
+    assert job(mode=Exact(return_s=1.0), batch_norm="merged").how == Exact(return_s=1.0)
+    assert job(mode="async", batches="equal", evaluate_every=5, stop_after=1).how == Async()
+
+
+def test_batch_sizes_are_those_of_all_steps_of_a_round() -> None:
+    assert job(steps=2).batch_sizes(10, 2) == [2, 3, 2, 3]
+    assert job(steps=2, batches="equal", batch_size=4).batch_sizes(10, 2) == [4, 4, 2, 0]
 
 
 def test_build_is_the_same_everywhere_and_leaves_the_generator_alone() -> None:
@@ -91,18 +119,23 @@ def test_build_wraps_what_the_factory_does_wrong() -> None:
 
 def test_facts_are_short_words_that_differ_where_the_jobs_do() -> None:
     mine = job(batch_size=64)
-    facts = mine.facts(mine.build())
+    facts = mine.facts(mine.build_cuts())
     assert all(isinstance(value, str) and len(value) < 100 for value in facts.values())
-    assert facts == job(rounds=99, seed=0).facts(model())
-    theirs = job(batch_size=32, optimizer=adam(lr=0.1)).facts(model())
+    assert facts == job(rounds=99, seed=0).facts(Cuts(model()))
+    theirs = job(batch_size=32, optimizer=adam(lr=0.1)).facts(Cuts(model()))
     assert {name for name in facts if facts[name] != theirs[name]} == {"batch_size", "optimizer"}
+    assert facts == job(evaluate_every=3, stop_after=2).facts(Cuts(model()))
+    for field, value in (("steps", 2), ("mode", Exact(return_s=1.0)), ("batch_norm", "frozen"), ("batches", "equal")):
+        assert {name for name, fact in job(**{field: value}).facts(Cuts(model())).items() if fact != facts[name]} == {
+            field
+        }
 
 
 def test_facts_see_shapes_dtypes_and_what_is_frozen_but_not_values() -> None:
     def digest(change: Any) -> str:
         changed = model()
         change(changed)
-        return job().facts(changed)["parameters"]
+        return job().facts(Cuts(changed))["parameters"]
 
     same = digest(lambda m: None)
     assert digest(lambda m: m.head.weight.data.zero_()) == same
@@ -124,7 +157,7 @@ def test_facts_see_shapes_dtypes_and_what_is_frozen_but_not_values() -> None:
     ],
 )
 def test_losses_have_names_without_addresses(loss: Any, name: str) -> None:
-    assert job(loss=loss).facts(model())["loss"] == name
+    assert job(loss=loss).facts(Cuts(model()))["loss"] == name
 
 
 def test_accuracy_counts_samples() -> None:
@@ -223,7 +256,7 @@ def test_an_error_in_a_neighbour_names_the_neighbour(folder: Path) -> None:
 def test_long_facts_are_shortened_and_still_tell_jobs_apart() -> None:
     def facts(last: int) -> dict[str, str]:
         loss = nn.Sequential(*[nn.Identity() for _ in range(20)], nn.Linear(1, last))
-        return job(loss=loss).facts(model())
+        return job(loss=loss).facts(Cuts(model()))
 
     assert len(facts(1)["loss"]) <= 120
     assert facts(1)["loss"].startswith("Sequential(")

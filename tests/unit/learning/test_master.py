@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from zsfl.errors import ConfigError, RunFailed, StorageError
@@ -163,6 +164,10 @@ def _with(made: list[Contribution], **fields: Any) -> list[Contribution]:
         ({"n": -1.0}, "weighs n=-1.0"),
         ({"samples": 0}, "for 0 samples"),
         ({"loss_sum": float("nan")}, "has a loss of nan"),
+        ({"scale": float("nan")}, "scale of nan"),
+        ({"scale": -1.0}, "scale of -1.0"),
+        ({"damping": float("inf")}, "damping of inf"),
+        ({"damping": -0.5}, "damping of -0.5"),
     ],
 )
 def test_what_cannot_be_used_is_named_and_changes_nothing(fields: dict[str, Any], said: str) -> None:
@@ -190,10 +195,67 @@ def test_both_parts_of_a_step_are_of_one_batch(fields: dict[str, Any]) -> None:
     assert master.digest() == before
 
 
-def test_a_step_that_overflows_names_the_tensor() -> None:
-    master = Master(model(), sgd(1e308, weight_decay=1e10))
-    with pytest.raises(RunFailed, match=r"made head.weight not finite: lower the learning rate"):
-        master.step(contributions(master.state(), batches(0)))
+def saved(master: Master, folder: Path) -> str:
+    """Digest of weights, optimizer state and options."""
+    master.save(folder)
+    with safe_open(folder / "master.safetensors", framework="pt") as file:
+        return file.metadata()["digest"]
+
+
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("spec", [sgd(0.1, momentum=0.9), adam(0.1), yogi(), optimizer(torch.optim.NAdam)], ids=str)
+def test_a_step_that_overflows_names_the_tensor_and_changes_nothing(
+    spec: OptimizerSpec, before: int, tmp_path: Path
+) -> None:
+    spec = dataclasses.replace(spec, schedule=lambda version: 1e308 if version == 99 else 1.0)
+    master, undisturbed = Master(model(), spec), Master(model(), spec)
+    train(master, range(before))
+    made = contributions(master.state(), batches(1))
+    huge = [dataclasses.replace(c, grads={n: 1e300 * g for n, g in c.grads.items()}) for c in made]
+    with pytest.raises(RunFailed, match=r"the optimizer's step made .*head.weight not finite"):
+        master.step(huge, version=99)
+    train(undisturbed, range(before))
+    assert saved(master, tmp_path) == saved(undisturbed, tmp_path)
+    train(master, range(before, 4))
+    train(undisturbed, range(before, 4))
+    assert master.digest() == undisturbed.digest()
+
+
+def test_the_optimizers_memory_does_not_overflow_unnoticed() -> None:
+    master = Master(model(dtype=torch.float32), adam(0.1))
+    before = master.digest()
+    made = contributions(master.state(), [(x.float(), y) for x, y in batches(0)])
+    huge = [dataclasses.replace(c, grads={n: torch.full_like(g, 1e30) for n, g in c.grads.items()}) for c in made]
+    with pytest.raises(RunFailed, match=r"made exp_avg_sq of head.weight not finite"):
+        master.step(huge)
+    clipped = Master(model(dtype=torch.float32), adam(0.1, clip_norm=1.0))
+    with pytest.raises(RunFailed, match="norm of the averaged gradient overflows"):
+        clipped.step(huge)
+    assert master.digest() == clipped.digest() == before
+
+
+def test_a_schedule_that_fails_on_its_way_changes_nothing() -> None:
+    master = Master(model(), sgd(0.1, schedule=lambda version: 1 / (3 - version)))
+    train(master, range(3))
+    before = master.digest()
+    with pytest.raises(RunFailed, match="fails at version 3"):
+        train(master, range(3, 4))
+    assert master.digest() == before
+
+
+def test_the_gradient_is_clipped_by_its_norm_over_all_parameters() -> None:
+    master = Master(model(), sgd(0.5, clip_norm=0.05))
+    net = model()
+    for step in range(3):
+        train(master, range(step, step + 1))
+        x, y = (torch.cat(column) for column in zip(*batches(step), strict=True))
+        grads = torch.autograd.grad(F.cross_entropy(run(net, x), y), list(net.parameters()))
+        length = torch.cat([grad.flatten() for grad in grads]).norm()
+        assert length > 0.05
+        with torch.no_grad():
+            for parameter, grad in zip(net.parameters(), grads, strict=True):
+                parameter -= 0.5 * grad * 0.05 / (length + 1e-6)
+    torch.testing.assert_close(master.state(), dict(net.state_dict()), rtol=0, atol=1e-12)
 
 
 def test_counted_twice_empty_or_overflowing() -> None:
@@ -213,7 +275,13 @@ def test_nothing_to_train() -> None:
         Master(model().requires_grad_(False), sgd(0.1))
 
 
-@pytest.mark.parametrize("spec", [*SPECS, yogi(), adam(schedule=cosine(9, warmup=2), clip_norm=0.1)], ids=str)
+SCHEDULED = [
+    adam(schedule=cosine(9, warmup=2), clip_norm=0.1),
+    optimizer(torch.optim.Adam, schedule=cosine(9, warmup=2)),  # the rate is the class's own
+]
+
+
+@pytest.mark.parametrize("spec", [*SPECS, yogi(), *SCHEDULED], ids=str)
 @pytest.mark.parametrize("stop", [0, 3])
 def test_restored_it_goes_on_bit_for_bit(spec: OptimizerSpec, stop: int, tmp_path: Path) -> None:
     undisturbed = Master(model(norm=True), spec)

@@ -128,6 +128,19 @@ def test_what_makes_a_run_inexact_is_named(prefix: str, choice: Any, said: str |
         assert re.search(said, warnings[0])
 
 
+def test_merged_batches_of_several_steps_are_not_one_batch() -> None:
+    part = Part(nn.Sequential(nn.BatchNorm1d(2)), "body", CPU, batch_norm="merged")
+    (warning,) = part.warnings(steps=3)
+    assert "one of the 3 merged batches of a version" in warning
+    assert warning.endswith("body.0; steps=1, batch_norm='frozen' or group norm would not")
+
+
+def test_frozen_is_no_remedy_for_a_norm_without_running_statistics() -> None:
+    norm = nn.BatchNorm1d(2, track_running_stats=False)
+    (warning,) = Part(nn.Sequential(norm), "tail", CPU, batch_norm="frozen").warnings()
+    assert warning.endswith("tail.0; group norm would not")
+
+
 def test_rules_are_found_by_full_name() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2, momentum=None), nn.Sequential(nn.BatchNorm2d(2)))
     model.append(nn.BatchNorm1d(2, track_running_stats=False)).append(nn.InstanceNorm1d(2))

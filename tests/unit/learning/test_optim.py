@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -57,7 +58,25 @@ def test_parameters_that_do_not_fit_are_a_config_error() -> None:
         sgd(0.1).build([])
 
 
-def test_stating_an_optimizer_does_not_load_the_compiler() -> None:
-    code = "import sys, zsfl.learning.optim as o; o.sgd(0.1); o.adamw(); print('torch._dynamo' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+def test_stating_an_optimizer_reads_the_same_in_every_process_and_does_not_load_the_compiler() -> None:
+    code = """if True:
+        import sys, zsfl
+        def falling(version): return 0.5**version
+        print(zsfl.yogi(clip_norm=1, schedule=zsfl.cosine(9)), zsfl.sgd(0.1, schedule=falling))
+        print('torch._dynamo' in sys.modules)
+    """
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in "12"
+    }
+    assert said == {
+        "Yogi(betas=(0.9, 0.999), eps=0.001, initial_accumulator=1e-06, lr=0.01, clip_norm=1, "
+        "schedule=Cosine(versions=9, warmup=0, floor=0.0)) "
+        "SGD(lr=0.1, momentum=0.0, nesterov=False, weight_decay=0.0, schedule=falling)\nFalse\n"
+    }

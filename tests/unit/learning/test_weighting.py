@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -20,7 +19,6 @@ from zsfl.learning.optim import sgd
 from zsfl.learning.weighting import Shares, staleness_weight
 
 CURVATURES = (0.2, 0.5, 1.0)
-LR = 0.15
 
 
 class Quadratic(nn.Module):
@@ -35,22 +33,38 @@ def test_a_fresh_gradient_counts_whole_and_a_late_one_less() -> None:
     assert [staleness_weight(t) for t in (0, 3, 8)] == [1.0, 0.5, pytest.approx(1 / 3)]
 
 
+@st.composite
+def delayed(draw: st.DrawFn) -> tuple[int, float, list[list[tuple[int, float]]]]:
+    """tau, a share of the largest step that the bound allows, and each version's (delay, scale) of contributions."""
+    tau = draw(st.integers(0, 6))
+    worst = st.tuples(st.just(tau), st.just(1.0))
+    any_ = st.tuples(st.integers(0, tau), st.floats(0.25, 4.0))
+    return tau, draw(st.floats(0.05, 0.95)), draw(st.lists(st.lists(any_ | worst, min_size=1, max_size=4), min_size=30))
+
+
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 6), st.data())
-def test_delayed_descent_on_a_quadratic_converges_within_the_bound(tau: int, data: Any) -> None:
-    """In each coordinate x' = x - a w mean(x_old), with a = lr * curvature, so
-    |x'| <= (1 - a w)|x| + a w |x - x_old|, and a move is at most a M, with M the largest |x| of the last 2 tau + 1
-    versions: |x'| <= (1 - a w (1 - a tau)) M, and w >= (1 + tau)^-1/2.
+@given(delayed())
+@example((0, 1.0, [[(0, 1.0)]] * 30))
+@example((6, 0.95, [[(6, 1.0)]] * 60))
+def test_delayed_descent_on_a_quadratic_converges_within_the_bound(
+    case: tuple[int, float, list[list[tuple[int, float]]]],
+) -> None:
+    """In each coordinate, with a = lr * curvature, p_i the share of contribution i in the sum of c n, w_i its damping
+    and W = sum p_i w_i: x' = x - a sum p_i w_i x_i, so |x'| <= (1 - a W)|x| + a sum p_i w_i |x - x_i|, as a W <= 1.
+    x and x_i are at most tau moves apart. Each of these is at most a M, M the largest |x| of the last 2 tau + 1
+    versions, so |x'| <= (1 - a W (1 - a tau)) M <= rho M, as W >= (1 + tau)^-1/2. After 2 tau + 1 versions M itself
+    has shrunk by rho.
     """
+    tau, step, versions = case
+    lr = step / max(1, tau) / max(CURVATURES)
     curvature = torch.tensor(CURVATURES, dtype=torch.float64)
-    assert LR * max(CURVATURES) * tau < 1
-    rho = 1 - LR * min(CURVATURES) * (1 + tau) ** -0.5 * (1 - LR * max(CURVATURES) * tau)
-    master = Master(SplitModel(nn.Identity(), Quadratic()), sgd(LR))
+    rho = 1 - lr * min(CURVATURES) * (1 + tau) ** -0.5 * (1 - lr * max(CURVATURES) * tau)
+    master = Master(SplitModel(nn.Identity(), Quadratic()), sgd(lr))
     path = [master.state()["body.x"]]
-    for version in range(40):
-        delays = data.draw(st.lists(st.integers(0, min(tau, version)), min_size=1, max_size=4))
+    for version, arrived in enumerate(versions):
         window = []
-        for shard, delay in enumerate(delays):
+        for shard, (lag, scale) in enumerate(arrived):
+            delay = min(lag, version)
             made_at = Version(version - delay)
             one = Contribution(
                 cid=step_cid(RunId("abcdef"), shard, made_at),
@@ -63,10 +77,10 @@ def test_delayed_descent_on_a_quadratic_converges_within_the_bound(tau: int, dat
                 buffers={},
                 node="s",
             )
-            window.append(replace(one, damping=staleness_weight(delay)))
+            window.append(replace(one, scale=scale, damping=staleness_weight(delay)))
         master.step(window, version=version)
         path.append(master.state()["body.x"])
-        bound = rho ** (len(path[1:]) // (2 * tau + 1))
+        bound = rho ** ((version + 1) // (2 * tau + 1))
         assert path[-1].abs().max().item() <= bound * (1 + 1e-12)
 
 
@@ -115,3 +129,14 @@ def test_one_that_joins_begins_with_its_share_and_what_is_remembered_survives_a_
     assert [again.correction(shard) for shard in range(3)] == [shares.correction(shard) for shard in range(3)]
     shares.there({1: 100, 2: 50}, batch=15)
     assert shares.correction(0) == 1.0
+    shares.there({}, batch=0)
+    shares.there({0: 100, 1: 100}, batch=20)
+    assert shares.correction(0) == shares.correction(1) == 1.0
+
+
+def test_half_of_what_was_counted_is_forgotten_after_four_merged_batches() -> None:
+    shares = Shares(100.0)
+    shares.there({0: 100, 1: 100}, batch=20)
+    counted(shares, 4, {0: 20})  # of the 40 + 40 at the start a half is left, and the new ones fade as they age
+    new = 20 * sum(0.5 ** (age / 4) for age in range(4))
+    assert shares.correction(1) == pytest.approx(0.5 * (20 + 20 + new) / 20, rel=1e-12)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zsfl import ids
 from zsfl.errors import LocalProtocolError, RemoteProtocolError
 from zsfl.ids import Version
 from zsfl.settings import WireLimits
@@ -93,7 +94,7 @@ def test_parts_need_not_be_bytes_of_one_dimension() -> None:
 
 
 def test_the_header_is_a_plain_msgpack_map() -> None:
-    body = FetchWeights(part="body", version=Version(7))
+    body = FetchWeights(portion=ids.BODY, version=Version(7))
     (frames,) = encode(Header(kind="request", id=9, deadline_s=1.5, body=body), [b"ab", b""], LIMITS)
     fields = msgpack.unpackb(frames[0])  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType]
     assert fields == {
@@ -101,7 +102,7 @@ def test_the_header_is_a_plain_msgpack_map() -> None:
         "id": 9,
         "deadline_s": 1.5,
         "sizes": [2, 0],
-        "body": {"t": "fetch-weights", "part": "body", "version": 7},
+        "body": {"t": "fetch-weights", "portion": "body", "version": 7},
     }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from helpers.wires import HOST, wires
 
-from zsfl.ids import Address, Cid, NodeCard, NodeId, PartName, Role, RunId, Version
+from zsfl.ids import Address, Cid, NodeCard, NodeId, PartName, Portion, Role, RunId, Version
 from zsfl.node import in_pieces, in_turn
 from zsfl.settings import WireLimits
 from zsfl.tensors.spec import MAX_NDIM, MAX_TENSOR_BYTES, TensorSpec
@@ -91,7 +91,7 @@ WORST: Sequence[AnyMessage] = [
     FetchSpills(wanted=KEYS),
     Spills(found=KEYS),
     ReleaseSpills(cids=(CID,) * MAX_OFFERS),
-    Weights(part="client", version=Version(MOST), tensors=(SPEC,) * MAX_TENSORS),
+    Weights(portion=Portion("client/" + 40 * "x"), version=Version(MOST), tensors=(SPEC,) * MAX_TENSORS),
     Beat(card=CARD, peers=HINTS, counters=COUNTERS, load=LOAD, offers=(OFFER,) * MAX_OFFERS, state=STATE),
     Offers(node=CARD.id, offers=(OFFER,) * MAX_OFFERS, counters=COUNTERS),
     Announcement(node=CARD.id, state=STATE, counted=(CID,) * MAX_SETTLED, dropped=(CID,) * MAX_SETTLED),

@@ -1,0 +1,112 @@
+"""Clients that stop, crash, leave and come back while a run goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.exact import Case, assert_equal, in_process, spills_left
+from helpers.ledger import ledger, shards, versions
+from helpers.rounds import Rounds
+from helpers.waiting import eventually
+from safetensors.torch import load_file
+
+import zsfl
+from zsfl.reports import AnyReport, Note
+
+RETURN_S = 2.0
+CASE = Case(sizes=(13, 7, 20, 10), batches="proportional", batch_size=6)
+QUICK: dict[str, Any] = {"mdns": False, "split_servers": 1, "patience_s": 20.0, "lost_after_s": 1.0, "beat_s": 0.2}
+
+
+class Watch:
+    """Who was said to be gone, and how many versions there were then."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.gone: dict[str, tuple[float, int]] = {}
+
+    def on(self, report: AnyReport) -> None:
+        """For `LocalCluster(on_report=...)`."""
+        if isinstance(report, Note) and " is gone: " in report.message:
+            self.gone[report.message.split()[0]] = time.monotonic(), versions(self._folder)
+
+
+async def until_without(rounds: Rounds, client: str, watch: Watch) -> None:
+    """Until it is known that this client is gone, and three rounds in a row ended without its steps."""
+    without = 0
+    while without < 3 or client not in watch.gone:
+        [report] = await rounds.until(lambda _: True)
+        without = 0 if client in report.serving else without + 1
+
+
+@pytest.mark.parametrize("mode", [zsfl.Elastic(quorum=0.5), zsfl.Async(), zsfl.Exact(return_s=RETURN_S)])
+async def test_clients_that_are_stopped_or_killed_are_done_without_until_they_are_back(
+    mode: zsfl.Elastic | zsfl.Async | zsfl.Exact, tmp_path: Path
+) -> None:
+    watch = Watch(tmp_path / "exact")
+    job = replace(CASE, mode=mode).job_file(tmp_path)
+    async with zsfl.LocalCluster(job, runs=tmp_path, on_report=watch.on, **QUICK) as cluster:
+        rounds = Rounds(cluster)
+        await rounds.until_with("client-1")
+        pid = cluster.nodes["client-1"].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await until_without(rounds, "client-1", watch)
+            waited_s = time.monotonic() - watch.gone["client-1"][0]
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        await rounds.until_with("client-1")
+        await cluster.kill("client-2")
+        await until_without(rounds, "client-2", watch)
+        await cluster.start_client("2")
+        await rounds.until_with("client-2")
+    records = ledger(tmp_path / "exact")
+    _, halted = watch.gone["client-1"]
+    if isinstance(mode, zsfl.Exact):
+        assert waited_s > RETURN_S / 2  # it is told a little later than it is so
+        assert shards(records[halted - 1]) == {0, 1, 2, 3}
+        assert shards(records[halted]) == {0, 2, 3}
+
+
+async def test_exact_mode_waits_for_a_return_and_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    case = replace(CASE, dropout=0.2, optimizer="adam", rounds=15)
+    quiet = await in_process(case, tmp_path, run="quiet")
+    watch = Watch(tmp_path / "struck")
+    cluster = zsfl.LocalCluster(case.job_file(tmp_path), runs=tmp_path, run="struck", on_report=watch.on, **QUICK)
+    async with cluster:
+        async for report in cluster.train():
+            if report.round == 1:
+                await cluster.kill("client-2")
+                await cluster.start_client("2")
+            if report.round == 3:
+                pid = cluster.nodes["client-1"].pid
+                assert pid is not None
+                os.kill(pid, signal.SIGSTOP)
+                try:
+                    await eventually(lambda: "client-1" in watch.gone)
+                finally:
+                    os.kill(pid, signal.SIGCONT)
+    assert watch.gone.keys() == {"client-1", "client-2"}
+    assert_equal(load_file(tmp_path / "struck" / "model.safetensors"), quiet.weights)
+    assert all(shards(record) == {0, 1, 2, 3} for record in ledger(tmp_path / "struck"))
+    assert spills_left(tmp_path) == []
+
+
+async def test_the_last_client_cannot_be_done_without(tmp_path: Path) -> None:
+    job = replace(CASE, mode="elastic").job_file(tmp_path)
+
+    async def run() -> None:
+        async with zsfl.LocalCluster(job, runs=tmp_path, client_processes=1, **QUICK) as cluster:
+            async for report in cluster.train(10_000):
+                if report.round == 2:
+                    await cluster.kill("client-0-3")
+
+    with pytest.raises(zsfl.RunFailed, match="client-0-3 was killed by signal 9, and there is no other client"):
+        await run()

@@ -1,0 +1,57 @@
+"""Nodes without a cluster around them: each can be started and lost by itself."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import zmq.asyncio
+
+import zsfl
+from zsfl.ids import Role
+from zsfl.reports import AnyReport, Note, Ready
+from zsfl.roles import run_role
+from zsfl.settings import NodeSettings
+
+
+class Nodes:
+    """Nodes of one job in this event loop, each started and cancelled by itself."""
+
+    def __init__(self, job: zsfl.Job, runs: Path) -> None:
+        self._job = job
+        self._runs = runs
+        self._context = zmq.asyncio.Context()
+        self.ready: asyncio.Queue[Ready] = asyncio.Queue()
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.notes: list[str] = []
+        self.rounds: list[zsfl.RoundReport] = []
+        self.lost_after_round: int | None = None
+        """The aggregator is cancelled in the moment it reports this round."""
+
+    async def start(self, name: str, role: Role, **flags: Any) -> str:
+        """The address of a new node."""
+        settings = NodeSettings(runs=self._runs, run="nodes", mdns=False, name=name, **flags)
+        self.tasks[name] = asyncio.create_task(
+            run_role(role, self._job, settings, self._report, context=self._context), name=name
+        )
+        return (await self.ready.get()).address
+
+    def _report(self, report: AnyReport) -> None:
+        match report:
+            case Ready():
+                self.ready.put_nowait(report)
+            case Note():
+                self.notes.append(report.message)
+            case zsfl.RoundReport():
+                self.rounds.append(report)
+                if report.round == self.lost_after_round:
+                    self.tasks[report.node].cancel()
+            case _:
+                pass
+
+    async def close(self) -> None:
+        for task in self.tasks.values():
+            task.cancel()
+        await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+        self._context.destroy(linger=0)

@@ -1,0 +1,212 @@
+"""Versions are tested one after another by whoever is there, and the best one is known."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from helpers.waiting import eventually, until
+
+from zsfl import reports
+from zsfl.aggregator.held_out import MAX_WAITING, Best, HeldOut, Order
+from zsfl.aggregator.roster import Roster
+from zsfl.aggregator.stage import Stage
+from zsfl.errors import StaleWeights
+from zsfl.ids import BODY, NodeId, Version
+from zsfl.latest import Latest
+from zsfl.weights.shelf import KEPT_VERSIONS, Shelf
+from zsfl.wire.messages import Announcement, Evaluated, FetchWeights, ShardInfo
+
+A, B = NodeId("a"), NodeId("b")
+
+
+class Hall:
+    """Three shards with held-out samples at two clients, one shard without any, and who tests them."""
+
+    def __init__(self, patience_s: float = 60.0) -> None:
+        self.said: list[Announcement] = []
+        self.notes: list[str] = []
+        self.results: list[reports.Tested] = []
+        node = SimpleNamespace(
+            name="agg",
+            card=SimpleNamespace(id=NodeId("agg")),
+            settings=SimpleNamespace(patience_s=patience_s),
+            publish=self.said.append,
+            note=lambda message, level: self.notes.append(f"{level}: {message}"),
+        )
+        self.stage = Stage(cast(Any, node))
+        self.shelf = Shelf({BODY: ()})
+        self.roster = Latest(Roster(5))
+        infos = [ShardInfo(shard=n, train_samples=9, test_samples=4 * (n < 3)) for n in range(4)]
+        self.roster.value.join(A, "client-0", infos[:2])
+        self.roster.value.join(B, "client-2", infos[2:])
+        self.tests = HeldOut(cast(Any, node), self.stage, self.shelf, self.roster)
+
+    async def order(self, version: int) -> None:
+        self.shelf.put(Version(version), {})
+
+        async def then(tested: reports.Tested, order: Order) -> None:
+            assert order.version == tested.version == version
+            self.shelf.answer(FetchWeights(portion=BODY, version=order.version))  # it is kept so long
+            self.results.append(tested)
+
+        await self.tests.order(Order(version=Version(version), state={}, round=3, seconds=1.5, then=then))
+
+    def answers(self, shard: int, correct: float | None = 2.0, version: int | None = None) -> None:
+        at = self.stage.state.tested if version is None else Version(version)
+        assert at is not None
+        self.tests.heard(Evaluated(shard=shard, version=at, samples=4, weight=4.0, correct=correct, loss_sum=2.0))
+
+    async def until_tested(self, version: int) -> None:
+        await eventually(lambda: self.stage.state.tested == version)
+
+
+@asynccontextmanager
+async def at_work(hall: Hall) -> AsyncIterator[Hall]:
+    running = asyncio.create_task(hall.tests.run())
+    try:
+        yield hall
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_test_ends_when_all_who_are_there_have_answered() -> None:
+    async with at_work(Hall()) as hall:
+        await hall.order(7)
+        await hall.until_tested(7)
+        hall.answers(0, correct=4.0)
+        hall.answers(1, correct=1.0)
+        hall.answers(1, version=6)  # of a test that is over
+        assert hall.results == []
+        hall.answers(2, correct=1.0)
+        await until(hall.tests.all_done())
+    whole = reports.Tested(
+        node="agg",
+        round=3,
+        version=7,
+        loss=0.5,
+        accuracy=0.5,
+        clients={"client-0": 1.0, "client-0 (shard 1)": 0.25, "client-2": 0.25},
+        seconds=1.5,
+    )
+    assert hall.results == [whole]
+    assert [(one.state.tested, one.state.evaluation) for one in hall.said] == [(7, 1), (None, 1)]
+    assert hall.notes == []
+
+
+async def test_versions_are_tested_one_after_another_and_more_have_to_wait() -> None:
+    async with at_work(Hall()) as hall:
+        for version in range(MAX_WAITING):
+            await hall.order(version)
+        more = asyncio.create_task(hall.order(MAX_WAITING))
+        for version in range(MAX_WAITING + 1):
+            await hall.until_tested(version)
+            assert more.done() == (version > 0)
+            for shard in range(3):
+                hall.answers(shard)
+            await eventually(lambda version=version: len(hall.results) == version + 1)
+        await until(hall.tests.all_done())
+    assert [tested.version for tested in hall.results] == list(range(MAX_WAITING + 1))
+    assert hall.stage.state.evaluation == MAX_WAITING + 1
+
+
+async def test_a_version_is_kept_until_it_is_tested() -> None:
+    async with at_work(Hall()) as hall:
+        await hall.order(0)
+        await hall.until_tested(0)
+        for version in range(1, KEPT_VERSIONS + 3):
+            hall.shelf.put(Version(version), {})
+        for shard in range(3):
+            hall.answers(shard)
+        await until(hall.tests.all_done())
+        assert len(hall.results) == 1
+    hall.shelf.put(Version(99), {})
+    with pytest.raises(StaleWeights):
+        hall.shelf.answer(FetchWeights(portion=BODY, version=Version(0)))
+
+
+async def test_nobody_waits_for_one_who_leaves_in_a_test_and_one_who_joins_is_asked_too() -> None:
+    async with at_work(Hall()) as hall:
+        await hall.order(0)
+        await hall.until_tested(0)
+        hall.roster.value.join(NodeId("c"), "client-4", [ShardInfo(shard=4, train_samples=9, test_samples=4)])
+        hall.roster.touch()
+        hall.answers(0)
+        hall.answers(1)
+        hall.answers(4)
+        hall.roster.value.lost(B, 0.0)
+        hall.roster.touch()
+        await until(hall.tests.all_done())
+    assert list(hall.results[0].clients) == ["client-0", "client-0 (shard 1)", "client-4"]
+
+
+async def test_one_who_does_not_answer_is_waited_for_with_patience_and_then_no_more() -> None:
+    async with at_work(Hall(patience_s=0.05)) as hall:
+        await hall.order(5)
+        await hall.until_tested(5)
+        hall.answers(0)
+        hall.answers(2)
+        await until(hall.tests.all_done())
+    assert hall.results[0].clients.keys() == {"client-0", "client-2"}
+    assert hall.notes == [
+        "warning: client-0 (shard 1) did not test version 5 for 0.05 s; the test goes on without them",
+    ]
+
+
+async def test_without_held_out_samples_there_is_nothing_to_say() -> None:
+    hall = Hall()
+    hall.roster.value.lost(A, 0.0)
+    hall.roster.value.lost(B, 0.0)
+    async with at_work(hall):
+        await hall.order(1)
+        await until(hall.tests.all_done())
+    assert [(tested.loss, tested.accuracy, tested.clients) for tested in hall.results] == [(None, None, {})]
+
+
+async def test_a_shard_without_right_and_wrong_has_no_accuracy() -> None:
+    async with at_work(Hall()) as hall:
+        await hall.order(1)
+        await hall.until_tested(1)
+        for shard in range(3):
+            hall.answers(shard, correct=None)
+        await until(hall.tests.all_done())
+    assert (hall.results[0].loss, hall.results[0].accuracy) == (0.5, None)
+    assert set(hall.results[0].clients.values()) == {None}
+
+
+def result(version: int, loss: float | None, accuracy: float | None = None) -> reports.Tested:
+    return reports.Tested(round=0, version=version, loss=loss, accuracy=accuracy, clients={}, seconds=0.0)
+
+
+def test_the_best_is_the_most_accurate_and_the_first_of_equals() -> None:
+    best = Best()
+    results = [result(1, 0.1, 0.5), result(2, 9.0, 0.6), result(3, 0.1, 0.6), result(4, 0.1, 0.2)]
+    assert [best.take(one) for one in results] == [True, True, False, False]
+    assert (best.tested, best.since) == (results[1], 2)
+    assert best.take(result(5, 1.0, 0.7))
+    assert best.since == 0
+
+
+def test_without_accuracy_the_best_has_the_least_loss() -> None:
+    best = Best()
+    assert [best.take(result(version, loss)) for version, loss in enumerate([2.0, 3.0, -1.0])] == [True, False, True]
+    assert best.tested == result(2, -1.0)
+
+
+def test_a_version_that_is_tested_again_counts_once() -> None:
+    best = Best()
+    best.take(result(1, 1.0, 0.5))
+    best.take(result(2, 1.0, 0.4))
+    assert not best.take(result(2, 1.0, 0.9))
+    assert (best.tested, best.since) == (result(1, 1.0, 0.5), 1)
+
+
+def test_a_test_of_no_samples_is_none() -> None:
+    best = Best()
+    assert not any(best.take(result(version, None)) for version in range(5))
+    assert (best.tested, best.since) == (None, 0)

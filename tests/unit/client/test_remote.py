@@ -1,0 +1,190 @@
+"""A step that one split server has to take, as that one merges the batch: whom a client asks, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, cast
+
+import pytest
+import torch
+from helpers.waiting import eventually, until
+
+from zsfl.client import remote
+from zsfl.client.remote import RemoteBody
+from zsfl.errors import Busy, DeadlineExceeded, InputNeeded, NoPeer, Rejected, SpillFull, Unavailable
+from zsfl.ids import NodeCard, NodeId, Role, RunId, Version, step_cid
+from zsfl.metrics import Counters
+from zsfl.node import Node
+from zsfl.settings import NodeSettings
+from zsfl.tensors.codec import Codec
+from zsfl.wire.connection import Answer
+from zsfl.wire.framing import Buffer
+from zsfl.wire.messages import Backward, Forward, Infer, Load, Output, Request, Spilled
+
+CID = step_cid(RunId("abcdef"), 0, Version(0))
+X = torch.arange(6.0).reshape(2, 3)
+MERGER, OTHER = NodeId("merger"), NodeId("other")
+Reaction = Exception | Callable[[Request], Answer] | None
+"""What comes of a request: an error, an answer, or nothing until the server is gone."""
+
+
+def output(_request: Request) -> Answer:
+    spec, data = Codec.parse("raw").pack("output", X + 1)
+    return Answer(Output(output=spec, load=Load(slots=1, busy=0, service_s=0.1)), [data])
+
+
+def spilled(_request: Request) -> Answer:
+    return Answer(Spilled(grad=None, loss_sum=None, load=Load(slots=1, busy=0, service_s=0.1)), [])
+
+
+class Line:
+    """A connection to a server that reacts as it was told; to what it was not told of, with an output."""
+
+    def __init__(self, reactions: list[Reaction]) -> None:
+        self.asked: list[Request] = []
+        self._reactions = reactions
+        self._closed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+    async def request(self, body: Request, parts: Sequence[Buffer], *, deadline_s: float) -> Answer:
+        self.asked.append(body)
+        match self._reactions.pop(0) if self._reactions else output:
+            case Exception() as error:
+                raise error
+            case None:
+                await asyncio.wait([self._closed])
+                raise NoPeer("it is gone")
+            case answer:
+                return answer(body)
+
+    def close(self, reason: str) -> None:
+        self._closed.set_result(output(Infer(shard=0, version=Version(0), input=cast("Any", None))))
+
+
+class Net:
+    """A client's body and the servers that it can reach."""
+
+    def __init__(self, patience_s: float = 20.0) -> None:
+        self.lines: dict[NodeId, Line] = {}
+        self.settings = NodeSettings(patience_s=patience_s)
+        self.peer_codecs: dict[NodeId, tuple[str, ...]] = {MERGER: ("raw",), OTHER: ("raw",)}
+        self.counters = Counters()
+        self.body = RemoteBody(cast("Node", self), "raw", random.Random(0))
+
+    def connect(self, card: NodeCard, port: int) -> Line:
+        return self.lines[card.id]
+
+    def waiting(self, what: str) -> nullcontext[None]:
+        return nullcontext()
+
+    def joins(self, server: NodeId, *reactions: Reaction) -> Line:
+        self.lines[server] = Line(list(reactions))
+        self.body.joined(card(server))
+        return self.lines[server]
+
+    def forward(self) -> asyncio.Task[tuple[NodeId, torch.Tensor]]:
+        work = self.body.forward(cid=CID, version=Version(0), seed=1, x=X, at=MERGER, merged=2)
+        return asyncio.create_task(work)
+
+    async def backward(self) -> tuple[NodeId, torch.Tensor | None]:
+        request = partial(
+            Backward, cid=CID, version=Version(0), seed=1, n=2.0, samples=2, want_grad=False, provenance="c", merged=2
+        )
+        return await until(self.body.backward(OTHER, request, X, X + 1, at=MERGER))
+
+
+def card(server: NodeId) -> NodeCard:
+    return NodeCard(id=server, name=server, role=Role.SPLIT_SERVER, host="127.0.0.1", control_port=1, data_port=2)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "AGAIN_S", 1e-3)
+    monkeypatch.setattr(remote, "MAX_AGAIN_S", 1e-3)
+
+
+async def test_it_is_waited_for_until_it_is_known_and_nobody_else_is_asked() -> None:
+    net = Net()
+    other = net.joins(OTHER)
+    forward = net.forward()
+    await asyncio.sleep(0)
+    merger = net.joins(MERGER)
+    server, x = await until(forward)
+    assert server == MERGER
+    assert torch.equal(x, X + 1)
+    assert [type(request) for request in merger.asked] == [Forward]
+    assert [request.merged for request in merger.asked if isinstance(request, Forward)] == [2]
+    assert other.asked == []
+
+
+async def test_it_is_asked_again_whatever_keeps_it_for_now() -> None:
+    net = Net()
+    other = net.joins(OTHER)
+    troubles = [Busy("leaving", 1e-3), DeadlineExceeded("others are late"), Unavailable("no memory"), SpillFull("disk")]
+    merger = net.joins(MERGER, *troubles)
+    assert (await until(net.forward()))[0] == MERGER
+    assert len(merger.asked) == 5
+    assert net.counters.snapshot() == {"busy": 1, "retries": 3}
+    assert other.asked == []
+
+
+async def test_when_it_is_gone_the_step_is_given_up_at_once() -> None:
+    net = Net()
+    other = net.joins(OTHER)
+    merger = net.joins(MERGER, None)
+    forward = net.forward()
+    await eventually(lambda: merger.asked)
+    net.body.lost(card(MERGER), "silence")
+    with pytest.raises(Unavailable, match="the server that merges is gone"):
+        await until(forward)
+    assert other.asked == []
+
+
+async def test_it_is_not_asked_to_be_left_alone_for_longer_than_it_is_there() -> None:
+    net = Net()
+    merger = net.joins(MERGER, Busy("leaving", 3600.0))
+    forward = net.forward()
+    await eventually(lambda: merger.asked)
+    net.body.lost(card(MERGER), "it said goodbye")
+    with pytest.raises(Unavailable, match="gone"):
+        await until(forward, 1.0)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_patience_ends(is_there: bool) -> None:
+    net = Net(patience_s=0.05)
+    if is_there:
+        net.joins(MERGER, *[Unavailable("no memory")] * 1000)
+    with pytest.raises(NoPeer, match="no memory" if is_there else "not known yet"):
+        await until(net.forward())
+
+
+async def test_what_is_refused_for_good_is_raised() -> None:
+    net = Net()
+    net.joins(MERGER, Rejected("193 steps are to be merged"))
+    with pytest.raises(Rejected, match="193"):
+        await until(net.forward())
+
+
+async def test_the_input_of_a_backward_is_sent_once_it_is_needed() -> None:
+    net = Net()
+    other = net.joins(OTHER)
+    merger = net.joins(MERGER, InputNeeded("forgotten"), InputNeeded("others sent none"), spilled)
+    assert await net.backward() == (MERGER, None)
+    with_input = [request.input is not None for request in merger.asked if isinstance(request, Backward)]
+    assert with_input == [False, True, True]
+    assert other.asked == []
+
+
+async def test_steps_that_wait_to_be_merged_leave_room_for_others() -> None:
+    net = Net()
+    merger = net.joins(MERGER, None, None)
+    net.body.heard(MERGER, Load(slots=1, busy=0, service_s=0.1))
+    waiting = [net.forward(), net.forward()]
+    await eventually(lambda: len(merger.asked) == 2)
+    assert torch.equal(await until(net.body.infer(0, Version(0), X), 1.0), X + 1)
+    for task in waiting:
+        task.cancel()
