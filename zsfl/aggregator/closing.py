@@ -11,12 +11,15 @@ from zsfl.ids import StepId, Version
 from zsfl.learning.modes import Async, Elastic, Exact, Mode, max_staleness
 from zsfl.learning.plan import Sizes
 
-SHARE_OF_CLIENTS = 0.75
-"""Async: a version needs steps of so many of the clients, unless the job says how many samples it needs.
+SHARE_OF_CLIENTS = 0.9
+"""Async: a version needs a step of so many of the clients, unless the job says how many samples it needs.
 
-Not of all: one that is slow would make the others begin another step at the same version, which would then be late. And
-steps that are late do not help: they would end the version before those who make theirs at it, until all were late.
+Not of all: one that hesitates would make the others begin another step at the same version, which would then be late.
+And steps that are late do not help: they would end the version before those who make theirs at it, until all were late.
 """
+HESITANT = 1
+"""Async: who delivered nothing during the version before, or only steps that were later than this, is slow: it is not
+waited for."""
 
 
 class Closing(Protocol):
@@ -147,18 +150,28 @@ class ElasticClosing:
 
 
 class AsyncClosing:
-    """So many samples; or so many seconds; or as many steps as the clients may make at one version."""
+    """So many samples; or so many seconds; or as many steps as those clients that are not slow may make.
+
+    Where the job does not say how many samples: a step of most of those that are not slow, or as many steps as there
+    are clients, where fast ones make several.
+    """
 
     def __init__(self, mode: Async, quota: int) -> None:
         self._mode = mode
         self._quota = quota
         self._version = Version(0)
+        self._sizes: Sizes = {}
         self._here: Counter[int] = Counter()
+        """Steps made at the version itself."""
+        self._heard: set[int] = set()
+        """Shards with a step that came since the version began, and was late by no more than `HESITANT`."""
+        self._slow: set[int] = set()
         self._samples = 0
         self._began_s = math.inf
 
     def began(self, version: Version, sizes: Sizes, now_s: float) -> None:
-        self._version, self._here = version, Counter()
+        self._slow = self._sizes.keys() - self._heard
+        self._version, self._sizes, self._here, self._heard = version, dict(sizes), Counter(), set()
         self._samples, self._began_s = 0, now_s
 
     def expect(self, sizes: Sizes) -> None:
@@ -166,17 +179,23 @@ class AsyncClosing:
 
     def arrived(self, step: StepId, samples: int, now_s: float) -> None:
         self._samples += samples
+        if step.version >= self._version - HESITANT:
+            self._heard.add(step.shard)
         if step.version == self._version:
             self._here[step.shard] += 1
 
     def closes(self, there: Collection[int], now_s: float) -> bool:
         if not self._samples:
             return False
-        if self._mode.samples is None:
-            enough = self._here.total() >= SHARE_OF_CLIENTS * len(there)
-        else:
+        # Where those who were quick are gone, whoever is heard is quick enough.
+        quick = [shard for shard in there if shard not in self._slow] or [s for s in there if s in self._heard]
+        if self._mode.samples is not None:
             enough = self._samples >= self._mode.samples
-        return enough or now_s >= self.next_deadline_s() or all(self._here[shard] >= self._quota for shard in there)
+        else:
+            most = bool(quick) and sum(self._here[shard] > 0 for shard in quick) >= SHARE_OF_CLIENTS * len(quick)
+            enough = most or self._here.total() >= len(there)
+        done = bool(quick) and all(self._here[shard] >= self._quota for shard in quick)
+        return enough or done or now_s >= self.next_deadline_s()
 
     def next_deadline_s(self) -> float:
         return self._began_s + (self._mode.seconds or math.inf)

@@ -32,6 +32,12 @@ from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import MAX_JOINED, Beat, Broadcast, Evaluated, Join, Joined, Reply, Request, RunState
 
 DRY_RUN_SAMPLES = 2
+PAUSE = 2.0
+"""Async: before another step at the same version, how long the next version is waited for, in times of the step before.
+
+Measured with 20 equal clients on two cores: 72 of 2,836 steps were a client's second at a version, and 8 % of all were
+late. With 1.0 it was 787 of 2,869 and 30 %, and it took a fifth longer to the same accuracy.
+"""
 
 Asked = tuple[int, RunId, Version, NodeId | None, tuple[int, ...]]
 """Of which aggregator, run, version, merger and merged steps."""
@@ -209,7 +215,7 @@ class ClientRole:
             if await self._attempt(self._make_step(data, state, steps, k), state):
                 made, steps = (asked, k + 1), steps + 1
                 with suppress(TimeoutError):  # a step at the next version, if that is near, is worth more
-                    async with asyncio.timeout(time.monotonic() - begun_s):
+                    async with asyncio.timeout(PAUSE * (time.monotonic() - begun_s)):
                         await self._member.state.wait_for(lambda now, asked=asked: self._asked(now) != asked)
 
     async def _make_step(self, data: ShardData, state: RunState, steps: int, k: int) -> None:

@@ -57,12 +57,13 @@ class Async:
     """No windows: every client steps at its own pace, and a version is made whenever enough has come."""
 
     samples: int | None = None
-    """Samples that make a version, late ones included; None: as many steps, made at the version itself, as three
-    quarters of the clients that are there make in one go."""
+    """Samples that make a version, late ones included; None: a step, made at the version itself, of nine in ten of the
+    clients that are there and not slow, or as many steps as there are clients."""
     seconds: float | None = None
     """After so long a version is made of whatever has come, if anything has; None: only by the samples."""
     quota: int = 2
-    """Steps that one client may make at one version. Before each but the first it gives the next version a moment."""
+    """Steps that one client may make at one version. Before each but the first it gives the next version a moment,
+    twice as long as its last step took."""
     max_staleness: int = 16
     """A step that is more versions late than this is dropped."""
     max_correction: float = 4.0

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zsfl.aggregator.closing import AsyncClosing, Closing, ElasticClosing, ExactClosing, closing_for
+from zsfl.client.role import PAUSE
 from zsfl.ids import RunId, StepId, Version
 from zsfl.learning.modes import Async, Elastic, Exact, Mode
 
@@ -156,14 +157,63 @@ def test_async_closes_by_the_clock_or_when_all_have_used_their_quota() -> None:
     assert closing.missing(range(4)) == [1, 2, 3]
 
 
-def test_async_needs_steps_of_three_quarters_of_the_clients_and_late_ones_do_not_help() -> None:
+def test_async_needs_a_step_of_nine_in_ten_clients_and_late_ones_do_not_help() -> None:
+    closing = begun(AsyncClosing(Async(), 2), version=1, sizes={shard: [10] for shard in range(10)})
+    for shard in range(2):
+        closing.arrived(step(shard, version=0), 10, 1.0)
+    for shard in range(8):
+        closing.arrived(step(shard, version=1), 10, 1.0)
+        assert not closing.closes(range(10), 1.0)
+    assert closing.closes(range(8), 1.0)
+    closing.arrived(step(8, version=1), 10, 1.0)
+    assert closing.closes(range(10), 1.0)
+
+
+def test_async_is_content_with_second_steps_of_others() -> None:
     closing = begun(AsyncClosing(Async(), 2), version=1)
-    closing.arrived(step(0, version=0), 10, 1.0)
-    closing.arrived(step(1, version=1), 10, 1.0)
-    closing.arrived(step(2, version=1), 10, 1.0)
-    assert not closing.closes(range(4), 1.0)
-    closing.arrived(step(2, version=1, k=1), 10, 1.0)
-    assert closing.closes(range(4), 1.0)
+    for k in range(2):
+        closing.arrived(step(0, version=1, k=k), 10, 1.0)
+        closing.arrived(step(1, version=1, k=k), 10, 1.0)
+        assert closing.closes(range(4), 1.0) == (k == 1)
+
+
+@pytest.mark.parametrize("mode", [Async(), Async(samples=1000, quota=1)])
+def test_async_waits_for_nobody_who_was_silent_for_a_version_until_it_is_heard(mode: Async) -> None:
+    closing = begun(AsyncClosing(mode, mode.quota), version=1)
+    for k in range(mode.quota):
+        for shard in range(3):
+            closing.arrived(step(shard, version=1, k=k), 10, 1.0)
+    begun(closing, version=2)
+    for shard in range(3):
+        assert not closing.closes(range(4), 2.0)
+        closing.arrived(step(shard, version=2), 10, 2.0)
+    assert closing.closes(range(4), 2.0)
+    closing.arrived(step(3, version=1), 10, 2.0)  # too late for being one of those who are waited for
+    assert closing.closes(range(4), 2.0)
+    begun(closing, version=3)
+    for shard in range(3):
+        closing.arrived(step(shard, version=3), 10, 3.0)
+    assert not closing.closes(range(4), 3.0)
+    closing.arrived(step(3, version=3), 10, 3.0)
+    begun(closing, version=4)
+    for shard in range(3):
+        closing.arrived(step(shard, version=4), 10, 4.0)
+    begun(closing, version=5)
+    closing.arrived(step(3, version=3), 10, 5.0)  # two versions late: it is slow
+    begun(closing, version=6)
+    for shard in range(3):
+        closing.arrived(step(shard, version=6), 10, 6.0)
+    assert closing.closes(range(4), 6.0)
+
+
+def test_async_is_content_with_anybody_when_those_who_were_quick_are_gone() -> None:
+    closing = begun(AsyncClosing(Async(), 1), version=1)
+    closing.arrived(step(0, version=1), 10, 1.0)
+    begun(closing, version=2)
+    closing.arrived(step(1, version=0), 10, 2.0)
+    assert not closing.closes([1, 2, 3], 2.0)
+    closing.arrived(step(2, version=2), 10, 2.0)
+    assert closing.closes([1, 2, 3], 2.0)
 
 
 modes = st.one_of(
@@ -224,11 +274,12 @@ def test_exact_closes_when_all_steps_of_those_who_are_there_have_come(
 def versions_made(mode: Mode, seconds: float, clients: int = 20, slow_s: float = 5.0) -> int:
     """Versions in so many seconds where a step takes everybody 1 s, give or take a little, and client 0 slow_s.
 
-    As real clients do, each gives the next version a moment, of the length of its step, before it steps again at one.
+    As real clients do, each gives the next version a moment, `PAUSE` steps long, before it steps again at one.
     """
     quota = mode.quota if isinstance(mode, Async) else 1
     closing, everybody = closing_for(mode, quota), range(clients)
     sizes = {shard: [10] for shard in everybody}
+    took = {shard: 1.0 + shard / 1000 for shard in everybody} | {0: slow_s}
     version, now_s = 0, 0.0
     events: list[tuple[float, int, str, int, int]] = []
     made: dict[int, tuple[int, int]] = dict.fromkeys(everybody, (-1, 0))
@@ -239,8 +290,7 @@ def versions_made(mode: Mode, seconds: float, clients: int = 20, slow_s: float =
         if k < quota:
             made[shard] = version, k + 1
             free.discard(shard)
-            took_s = slow_s if shard == 0 else 1.0 + shard / 1000
-            heapq.heappush(events, (now_s + took_s, shard, "done", version, k))
+            heapq.heappush(events, (now_s + took[shard], shard, "done", version, k))
 
     closing.began(Version(0), sizes, 0.0)
     for shard in everybody:
@@ -252,7 +302,7 @@ def versions_made(mode: Mode, seconds: float, clients: int = 20, slow_s: float =
             if kind == "done":
                 closing.arrived(step(shard, at, k), 10, now_s)
                 free.add(shard)
-                heapq.heappush(events, (now_s + 1.0, shard, "go on", version, k))
+                heapq.heappush(events, (now_s + PAUSE * took[shard], shard, "go on", version, k))
                 if at != version:
                     set_to_work(shard)
             elif shard in free and at == version:
