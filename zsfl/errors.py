@@ -8,6 +8,7 @@ ZsflError
 ├── Unavailable            another server, or a later try, may help
 │   ├── NoPeer                 nobody there to do it
 │   ├── Busy                   the peer refuses surplus work
+│   ├── Held                   somebody else holds it, who may be gone soon
 │   └── DeadlineExceeded       no answer in time
 ├── Rejected               trying the same again will not help
 │   ├── StaleWeights           the version is no longer held
@@ -63,6 +64,10 @@ class Busy(Unavailable):
     def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class Held(Unavailable):
+    """Somebody else holds what was asked for; it may come free."""
 
 
 class DeadlineExceeded(Unavailable):

@@ -70,6 +70,8 @@ class RoundReport(Report, frozen=True, kw_only=True, tag="round"):
     """Steps that counted although they were made at an earlier version."""
     dropped: int = 0
     """Steps that came too late to count; the ledger has each one's reason."""
+    without: tuple[str, ...] = ()
+    """Clients that were not there when it ended: held-out figures are without their samples, too."""
     serving: dict[str, dict[str, int]]
     """Client name to split-server name to steps served in this round."""
     peers: dict[str, dict[str, float]]
@@ -104,8 +106,8 @@ class Finished(Report, frozen=True, kw_only=True, tag="finished"):
     seconds: float
     folder: str
     best_accuracy: float | None = None
-    best_round: int | None = None
-    """The best held-out test so far, whose weights are in best.safetensors."""
+    best_version: int | None = None
+    """Of the best held-out test so far, whose weights are in best.safetensors."""
     early: bool = False
     """Training ended before its last round, as held-out tests no longer got better (`Job.stop_after`)."""
 

@@ -135,7 +135,9 @@ def default_name(role: Role, settings: NodeSettings) -> str:
 def describe(job: Job, settings: NodeSettings, facts: Mapping[str, str]) -> dict[str, object]:
     """What a run was started with, for its folder."""
     shown_job: dict[str, object] = dict(facts)
-    shown_job |= {name: getattr(job, name) for name in ("batch_size", "rounds", "shards", "seed", "shuffle")}
+    plain = ("batch_size", "rounds", "shards", "seed", "shuffle", "steps", "local_lr", "evaluate_every", "stop_after")
+    shown_job |= {name: getattr(job, name) for name in plain}
+    shown_job |= {"optimizer": repr(job.optimizer), "batches": repr(job.batches).strip("'")}
     shown = {
         name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(settings).items()
     }

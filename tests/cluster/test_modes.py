@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from helpers.gated import VERSIONS, gated_job
 from helpers.ledger import Record, counted, ledger, shards, versions
 from helpers.nodes import Nodes
 from helpers.rounds import Rounds
-from helpers.waiting import eventually
+from helpers.waiting import eventually, until
 
 import zsfl
 from zsfl.ids import Role, parse_cid
@@ -38,13 +39,32 @@ async def test_elastic_is_exact_where_nobody_is_late(steps: int, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("optimizer", "tail"), [("momentum", True), ("adam", False)])
-async def test_async_without_staleness_is_exact(optimizer: str, tail: bool, tmp_path: Path) -> None:
-    case = replace(EVEN, optimizer=optimizer, tail=tail)
+@pytest.mark.parametrize(
+    ("sizes", "batches"),
+    [((15, 15, 15), "equal"), ((14, 15, 16), "proportional"), ((13, 7, 20, 10), "equal"), ((40, 1, 7), "proportional")],
+)
+async def test_async_without_staleness_is_exact(
+    optimizer: str, tail: bool, sizes: tuple[int, ...], batches: str, tmp_path: Path
+) -> None:
+    case = replace(EVEN, optimizer=optimizer, tail=tail, sizes=sizes, batches=batches)
     exact = await in_process(case, tmp_path, run="exact")
-    fresh = replace(case, mode=zsfl.Async(samples=15, quota=1))
-    ran = await in_process(fresh, tmp_path, run="async")
+    patient = replace(case, mode=zsfl.Async(samples=10**6, quota=1))  # a version is over when all have made their step
+    ran = await in_process(patient, tmp_path, run="async")
     assert_close(ran.weights, exact.weights)
-    assert [(report.late, report.samples) for report in ran.reports] == [(0, 45)] * case.rounds
+    assert [(report.late, report.samples) for report in ran.reports] == [(0, sum(sizes))] * case.rounds
+
+
+@pytest.mark.parametrize("mode", [zsfl.Async(), zsfl.Async(quota=1), zsfl.Elastic()])
+@pytest.mark.parametrize(
+    ("sizes", "batches"), [((40, 5, 5, 5, 5), "equal"), ((200, 1, 1), "proportional"), ((9,), "equal")]
+)
+async def test_shards_that_have_nothing_to_do_for_a_while_hold_up_nobody(
+    mode: Mode, sizes: tuple[int, ...], batches: str, tmp_path: Path
+) -> None:
+    case = replace(EVEN, mode=mode, sizes=sizes, batches=batches)
+    ran = await in_process(case, tmp_path, patience_s=10.0)
+    assert len(ran.reports) == case.rounds
+    assert shards(ledger(ran.folder)[0]) <= set(range(len(sizes)))
 
 
 @pytest.mark.parametrize(
@@ -139,6 +159,48 @@ async def test_a_run_begins_with_those_who_are_enough_and_others_join(mode: str,
     assert shards(records[0]) == {0, 1}
     first = next(parse_cid(cid) for record in records for cid in record["counted"] if parse_cid(cid).shard == 2)
     assert first.version >= 6  # of two rounds without it
+
+
+@pytest.mark.parametrize("mode", ["exact", "elastic", "async"])
+async def test_nothing_is_skipped_while_everybody_is_gone(mode: str, tmp_path: Path) -> None:
+    job = replace(EVEN, mode=mode, rounds=10_000, sizes=(60, 60)).job()
+    nodes = Nodes(job, tmp_path)
+    try:
+        address = await nodes.start("aggregator", Role.AGGREGATOR, patience_s=20.0)
+        await nodes.start("server", Role.SPLIT_SERVER, peers=(address,))
+        when_alone = list[int]()
+        for attempt in range(3):
+            names = [f"client-{shard}-{attempt}" for shard in range(2)]
+            for shard, name in enumerate(names):
+                await nodes.start(name, Role.CLIENT, shards=str(shard), peers=(address,))
+            seen = len(nodes.rounds)
+            assert seen <= sum(when_alone[-1:]) + (attempt > 0)  # the round that was under way, at most
+            await eventually(lambda seen=seen: len(nodes.rounds) >= seen + 2)
+            for name in names:
+                nodes.tasks[name].cancel()
+            await asyncio.gather(*(nodes.tasks[name] for name in names), return_exceptions=True)
+            await eventually(lambda names=names: all(any(name in note for note in nodes.notes) for name in names))
+            when_alone.append(len(nodes.rounds))
+        assert not nodes.tasks["aggregator"].done()
+        if mode == "exact":  # who says goodbye is not waited for, so a round in which somebody left has fewer
+            assert sum(report.samples < 120 for report in nodes.rounds) <= len(when_alone)
+    finally:
+        await nodes.close()
+    ledger(tmp_path / "nodes")
+
+
+async def test_a_run_that_everybody_left_fails_when_its_patience_ends(tmp_path: Path) -> None:
+    nodes = Nodes(replace(EVEN, mode="async", rounds=10_000).job(), tmp_path)
+    try:
+        address = await nodes.start("aggregator", Role.AGGREGATOR, patience_s=2.0)
+        await nodes.start("server", Role.SPLIT_SERVER, peers=(address,))
+        await nodes.start("client", Role.CLIENT, shards="0-2", peers=(address,))
+        await eventually(lambda: len(nodes.rounds) >= 1)
+        nodes.tasks["client"].cancel()
+        with pytest.raises(zsfl.RunFailed, match=r"stood still|there was no client"):
+            await until(nodes.tasks["aggregator"], 20.0)
+    finally:
+        await nodes.close()
 
 
 async def test_who_leaves_with_a_goodbye_is_not_waited_for(tmp_path: Path) -> None:

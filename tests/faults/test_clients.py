@@ -20,6 +20,7 @@ import zsfl
 from zsfl.reports import AnyReport, Note
 
 RETURN_S = 2.0
+LONG_S = 20.0
 CASE = Case(sizes=(13, 7, 20, 10), batches="proportional", batch_size=6)
 QUICK: dict[str, Any] = {"mdns": False, "split_servers": 1, "patience_s": 20.0, "lost_after_s": 1.0, "beat_s": 0.2}
 
@@ -57,9 +58,12 @@ async def test_clients_that_are_stopped_or_killed_are_done_without_until_they_ar
         pid = cluster.nodes["client-1"].pid
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
+        stopped_s = time.monotonic()
         try:
             await until_without(rounds, "client-1", watch)
             waited_s = time.monotonic() - watch.gone["client-1"][0]
+            if isinstance(mode, zsfl.Async):  # so long that nobody asks for it any more every other second
+                await rounds.until(lambda _: time.monotonic() > stopped_s + LONG_S)
         finally:
             os.kill(pid, signal.SIGCONT)
         await rounds.until_with("client-1")
@@ -110,3 +114,25 @@ async def test_the_last_client_cannot_be_done_without(tmp_path: Path) -> None:
 
     with pytest.raises(zsfl.RunFailed, match="client-0-3 was killed by signal 9, and there is no other client"):
         await run()
+
+
+@pytest.mark.parametrize("victim", ["split-server", "client"])
+async def test_a_merged_batch_whose_server_or_client_is_killed_is_made_anew_with_the_same_result(
+    victim: str, tmp_path: Path
+) -> None:
+    """Batch norm over the merged batch, dropout and a schedule: what is made anew draws and steps the same."""
+    case = replace(CASE, norm=True, batch_norm="merged", dropout=0.3, rounds=12, mode=zsfl.Exact(return_s=20.0))
+    quiet = await in_process(case, tmp_path, run="quiet")
+    settings = {**QUICK, "split_servers": 2, "lost_after_s": 1.0}
+    cluster = zsfl.LocalCluster(case.job_file(tmp_path), runs=tmp_path, run="struck", **settings)
+    async with cluster:
+        async for report in cluster.train():
+            if report.round in (2, 5) and victim == "client":
+                await cluster.kill("client-1")
+                await cluster.start_client("1")
+            if report.round == 3 and victim == "split-server":
+                await cluster.kill("split-server-0")
+    assert_equal(load_file(tmp_path / "struck" / "model.safetensors"), quiet.weights)
+    records = ledger(tmp_path / "struck")
+    assert [shards(record) for record in records] == len(records) * [{0, 1, 2, 3}]
+    assert len(records) == len(ledger(tmp_path / "quiet"))

@@ -22,6 +22,11 @@ HESITANT = 1
 waited for."""
 
 
+SILENCE, LEAST_SILENCE_S = 5.0, 1.0
+"""Elastic and async: a version that waits for somebody stuck is over when nothing has come for so many times as long as
+all that came took, and for so many seconds."""
+
+
 class Closing(Protocol):
     """Told of everything that happens at a version, says whether that makes the next one."""
 
@@ -88,10 +93,10 @@ class ExactClosing:
 
 
 class ElasticClosing:
-    """All steps of all that are not known to be late; or the quorum and some grace; or the deadline.
+    """All steps of all that are not known to be late; or the quorum and some grace; or the deadline; or silence.
 
-    Who still owes a step of an earlier version is known to be late: it is not waited for, since it cannot begin. One
-    that is too late to count is given up, and owed no more.
+    Who still owes a step of an earlier version is known to be late: it is neither waited for, since it cannot begin,
+    nor part of what there is a quorum of. One that is too late to count is given up, and owed no more.
     """
 
     def __init__(self, mode: Elastic) -> None:
@@ -99,8 +104,10 @@ class ElasticClosing:
         self._version = Version(0)
         self._sizes: Sizes = {}
         self._here: Counter[int] = Counter()
-        self._samples = 0
-        self._began_s = self._quorum_s = math.inf
+        self._samples: Counter[int] = Counter()
+        """By shard, of steps of this version."""
+        self._anything = False
+        self._began_s = self._quorum_s = self._arrived_s = math.inf
         self._owes: dict[int, Version] = {}
         """By shard, the oldest version at which it owes a step."""
 
@@ -108,7 +115,8 @@ class ElasticClosing:
         owes = self._owes | dict.fromkeys(self.missing(self._sizes), self._version)
         self._owes = {shard: owed for shard, owed in owes.items() if version - owed <= max_staleness(self._mode)}
         self._version, self._sizes, self._here = version, dict(sizes), Counter()
-        self._samples, self._began_s, self._quorum_s = 0, now_s, math.inf
+        self._samples, self._anything = Counter(), False
+        self._began_s, self._quorum_s, self._arrived_s = now_s, math.inf, math.inf
 
     def expect(self, sizes: Sizes) -> None:
         self._sizes |= sizes
@@ -116,29 +124,44 @@ class ElasticClosing:
             self._owes.pop(shard, None)
 
     def arrived(self, step: StepId, samples: int, now_s: float) -> None:
-        self._samples += samples
+        self._anything, self._arrived_s = True, now_s
         if step.version == self._version:
             self._here[step.shard] += 1
+            self._samples[step.shard] += samples
         if self._owes.get(step.shard, math.inf) <= step.version:
             del self._owes[step.shard]
 
     def closes(self, there: Collection[int], now_s: float) -> bool:
-        if not self._samples:
+        if not self._anything:
             return False
-        if now_s >= self._began_s + (self._mode.deadline_s or math.inf):
+        if now_s >= self._by_clock_s():
             return True
-        expected = sum(sum(batches) for shard, batches in self._sizes.items() if shard in there)
-        if self._samples < self._mode.quorum * expected:
+        if not self._is_quorum(there):
             return not any(shard in there for shard in self._unfinished())
         self._quorum_s = min(self._quorum_s, now_s)
-        return now_s >= self._closes_s() or not self.missing(there)
+        return now_s >= self._by_grace_s() or not self.missing(there)
 
-    def _closes_s(self) -> float:
+    def _is_quorum(self, there: Collection[int]) -> bool:
+        sizes = {shard: sum(batches) for shard, batches in self._sizes.items() if shard in there and any(batches)}
+        punctual = {shard: size for shard, size in sizes.items() if shard not in self._owes} or sizes
+        if self._mode.quorum == 1:
+            punctual = sizes
+        expected, here = sum(punctual.values()), sum(self._samples[shard] for shard in punctual)
+        if here >= self._mode.quorum * expected:
+            return True
+        is_late = sum(self._samples[shard] < size for shard, size in punctual.items())
+        return self._mode.quorum < 1 and is_late <= 1 and 2 * here >= expected
+
+    def _by_grace_s(self) -> float:
         return self._quorum_s + self._mode.grace * (self._quorum_s - self._began_s)
 
+    def _by_clock_s(self) -> float:
+        deadline_s = self._began_s + (self._mode.deadline_s or math.inf)
+        return min(deadline_s, _silent_s(self._began_s, self._arrived_s)) if self._mode.quorum < 1 else deadline_s
+
     def next_deadline_s(self) -> float:
-        by_clock = self._began_s + (self._mode.deadline_s or math.inf)
-        return by_clock if self._quorum_s == math.inf else min(by_clock, self._closes_s())
+        by_clock = self._by_clock_s() if self._anything else self._began_s + (self._mode.deadline_s or math.inf)
+        return by_clock if self._quorum_s == math.inf else min(by_clock, self._by_grace_s())
 
     def _unfinished(self) -> list[int]:
         return [
@@ -167,18 +190,18 @@ class AsyncClosing:
         """Shards with a step that came since the version began, and was late by no more than `HESITANT`."""
         self._slow: set[int] = set()
         self._samples = 0
-        self._began_s = math.inf
+        self._began_s = self._arrived_s = math.inf
 
     def began(self, version: Version, sizes: Sizes, now_s: float) -> None:
-        self._slow = self._sizes.keys() - self._heard
+        self._slow = _steps(self._sizes).keys() - self._heard
         self._version, self._sizes, self._here, self._heard = version, dict(sizes), Counter(), set()
-        self._samples, self._began_s = 0, now_s
+        self._samples, self._began_s, self._arrived_s = 0, now_s, math.inf
 
     def expect(self, sizes: Sizes) -> None:
-        pass
+        self._sizes |= sizes
 
     def arrived(self, step: StepId, samples: int, now_s: float) -> None:
-        self._samples += samples
+        self._samples, self._arrived_s = self._samples + samples, now_s
         if step.version >= self._version - HESITANT:
             self._heard.add(step.shard)
         if step.version == self._version:
@@ -187,21 +210,33 @@ class AsyncClosing:
     def closes(self, there: Collection[int], now_s: float) -> bool:
         if not self._samples:
             return False
+        due = self._due(there)
         # Where those who were quick are gone, whoever is heard is quick enough.
-        quick = [shard for shard in there if shard not in self._slow] or [s for s in there if s in self._heard]
+        quick = [shard for shard in due if shard not in self._slow] or [s for s in due if s in self._heard]
         if self._mode.samples is not None:
             enough = self._samples >= self._mode.samples
         else:
             most = bool(quick) and sum(self._here[shard] > 0 for shard in quick) >= SHARE_OF_CLIENTS * len(quick)
-            enough = most or self._here.total() >= len(there)
+            enough = most or self._here.total() >= len(due)
         done = bool(quick) and all(self._here[shard] >= self._quota for shard in quick)
         return enough or done or now_s >= self.next_deadline_s()
 
     def next_deadline_s(self) -> float:
-        return self._began_s + (self._mode.seconds or math.inf)
+        by_clock = self._began_s + (self._mode.seconds or math.inf)
+        return min(by_clock, _silent_s(self._began_s, self._arrived_s)) if self._samples else by_clock
 
     def missing(self, there: Collection[int]) -> list[int]:
-        return [shard for shard in there if self._here[shard] < self._quota]
+        return [shard for shard in self._due(there) if self._here[shard] < self._quota]
+
+    def _due(self, there: Collection[int]) -> list[int]:
+        """Those who are there and do not sit this version out."""
+        steps = _steps(self._sizes)
+        return [shard for shard in there if shard in steps]
+
+
+def _silent_s(began_s: float, arrived_s: float) -> float:
+    """When a version has been silent for too long; infinity where nothing has come."""
+    return arrived_s + max(LEAST_SILENCE_S, SILENCE * (arrived_s - began_s)) if arrived_s < math.inf else math.inf
 
 
 def _steps(sizes: Mapping[int, list[int]]) -> dict[int, int]:

@@ -25,7 +25,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     dropped: dict[Cid, str]
     """Reason by cid: came too late, or never came whole."""
     weighed: dict[Cid, tuple[float, float]]
-    """What a counted step's (S, n) and its S alone were multiplied by, where that is not 1 and 1."""
+    """What a counted step's gradient was multiplied by, for its client's share and for being late, where not by 1."""
     samples: int
     n: float
     weights: str

@@ -29,8 +29,9 @@ class Gathering:
     comes when it is too late for it is dropped; spills of other runs, and of steps that nobody asked for, are let be.
     """
 
-    def __init__(self, run: RunId, *, max_staleness: int, steps_per_version: int) -> None:
+    def __init__(self, run: RunId, *, max_staleness: int, steps_per_version: int, shards: int) -> None:
         self._run = run
+        self._shards = shards
         self._bound = max_staleness
         self._width = steps_per_version
         self._version = Version(0)
@@ -69,7 +70,7 @@ class Gathering:
         for offer in offers:
             key: Key = offer.cid, offer.part
             step = parse_cid(offer.cid)
-            if step.run != self._run or step.k >= self._width or step.version > self._version:
+            if not self._is_known(step):
                 continue
             if step in self._settled:
                 verdict.release.append(offer.cid)
@@ -84,13 +85,20 @@ class Gathering:
         """Whether this step may still count."""
         step = parse_cid(cid)
         return (
-            step.run == self._run
-            and step.k < self._width
-            and step.version <= self._version
+            self._is_known(step)
             and not self._is_too_late(step)
             and step not in self._settled
             and cid not in self._dropped
             and (step.version < self._version or self._expected is None or cid in self._expected)
+        )
+
+    def _is_known(self, step: StepId) -> bool:
+        """Whether it is a step that this run may ever have asked for."""
+        return (
+            step.run == self._run
+            and step.k < self._width
+            and step.shard < self._shards
+            and step.version <= self._version
         )
 
     def _behind(self, step: StepId) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from zsfl.weights.shelf import Shelf
 from zsfl.wire.messages import Evaluated
 
 MAX_WAITING = 4
-"""Tests ordered and not begun: each holds a version of the weights, so training waits for room for more."""
+"""Tests ordered and not over: each holds a version of the weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,8 @@ class Order:
     """When it was made, since training began."""
     then: Callable[[Tested, Order], Awaitable[None]]
     """What to do with the result."""
+    left_out: bool = False
+    """There is no time to test it."""
 
 
 @dataclass(slots=True)
@@ -63,28 +65,47 @@ class Best:
 class HeldOut:
     """Orders tests of the clients that are there, and pools what they answer."""
 
-    def __init__(self, node: Node, stage: Stage, shelf: Shelf, roster: Latest[Roster]) -> None:
+    def __init__(self, node: Node, stage: Stage, shelf: Shelf, roster: Latest[Roster], *, waits: bool) -> None:
+        """With `waits`, training waits for room for more tests; without, the oldest that is not begun is left out."""
         self._node = node
+        self._waits = waits
         self._stage = stage
         self._shelf = shelf
         self._roster = roster
         self._orders: Latest[list[Order]] = Latest([])
         self._answers: dict[int, Evaluated] = {}
+        self._silent: frozenset[int] = frozenset()
+        """Shards that did not answer the test before: nobody waits for them until they are heard again."""
 
     async def order(self, order: Order) -> None:
-        """Have a version tested, as soon as those ordered before are; waits while too many are."""
-        await self._orders.wait_for(lambda orders: len(orders) < MAX_WAITING)
+        """Have a version tested, as soon as those ordered before are."""
+        if self._waits:
+            await self._orders.wait_for(lambda orders: len(orders) < MAX_WAITING)
+        else:
+            self._make_room()
         self._shelf.pin(order.version)
         self._orders.value.append(order)
         self._orders.touch()
+
+    def _make_room(self) -> None:
+        """Leave out the oldest test that is not begun, if there are too many. Results still come in order."""
+        orders = self._orders.value
+        waiting = [place for place, order in enumerate(orders) if place and not order.left_out]
+        if len(waiting) + 1 < MAX_WAITING:
+            return
+        order = orders[waiting[0]]
+        self._node.note(f"tests take longer than training: version {order.version} is not tested", "warning")
+        self._shelf.unpin(order.version)
+        orders[waiting[0]] = replace(order, state={}, left_out=True)
 
     async def all_done(self) -> None:
         """Returns when everything that was ordered is tested."""
         await self._orders.wait_for(lambda orders: not orders)
 
     def heard(self, evaluated: Evaluated) -> None:
-        """A client tested a version; what nobody asked for any more is ignored."""
-        if evaluated.version == self._stage.state.tested:
+        """A client tested a version; what nobody asked for, or any more, is ignored."""
+        self._silent -= {evaluated.shard}
+        if evaluated.version == self._stage.state.tested and evaluated.shard in self._roster.value.tested():
             self._answers[evaluated.shard] = evaluated
             self._roster.touch()
 
@@ -92,9 +113,11 @@ class HeldOut:
         """Carry out orders."""
         while True:
             order = (await self._orders.wait_for(bool))[0]
-            tested = await self._test(order)
-            await order.then(tested, order)
-            self._shelf.unpin(order.version)
+            if order.left_out:
+                await order.then(self._tested(order, {}), order)
+            else:
+                await order.then(await self._test(order), order)
+                self._shelf.unpin(order.version)
             self._orders.value.pop(0)
             self._orders.touch()
 
@@ -103,7 +126,10 @@ class HeldOut:
         self._stage.enter(tested=order.version, evaluation=self._stage.state.evaluation + 1)
         await self._until_answered()
         self._stage.enter(tested=None)
-        loss, accuracy = pooled(self._answers)
+        return self._tested(order, self._answers)
+
+    def _tested(self, order: Order, answers: Mapping[int, Evaluated]) -> Tested:
+        loss, accuracy = pooled(answers)
         return Tested(
             node=self._node.name,
             round=order.round,
@@ -111,26 +137,29 @@ class HeldOut:
             seconds=order.seconds,
             loss=loss,
             accuracy=accuracy,
-            clients={self._roster.value.label(shard): _accuracy(one) for shard, one in sorted(self._answers.items())},
+            clients={self._roster.value.label(shard): _accuracy(one) for shard, one in sorted(answers.items())},
         )
 
     async def _until_answered(self) -> None:
         """Wait for everybody who is there, as long as there is always one more answer in time."""
         patience_s = self._node.settings.patience_s
-        while late := self._roster.value.tested() - self._answers.keys():
+        while late := self._late():
             before = len(self._answers)
             try:
                 async with asyncio.timeout(patience_s):
                     await self._roster.wait_for(
-                        lambda roster, before=before: (
-                            len(self._answers) > before or not roster.tested() - self._answers.keys()
-                        )
+                        lambda _, before=before: len(self._answers) > before or not self._late()
                     )
             except TimeoutError:
                 names = ", ".join(self._roster.value.label(shard) for shard in sorted(late)[:8])
                 what = f"{names} did not test version {self._stage.state.tested} for {patience_s:g} s"
-                self._node.note(f"{what}; the test goes on without them", "warning")
+                self._node.note(f"{what}; tests go on without them", "warning")
+                self._silent |= late
                 return
+
+    def _late(self) -> frozenset[int]:
+        """Who is there and waited for."""
+        return self._roster.value.tested() - self._answers.keys() - self._silent
 
 
 def _accuracy(one: Evaluated) -> float | None:

@@ -31,8 +31,6 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     """Of the job, without what may change: with other ones, the same versions would be other steps."""
     samples: dict[int, int]
     """Training samples by shard: another division of the data would make other steps."""
-    steps: dict[int, int]
-    """By shard, its steps that versions have counted."""
     memory: dict[str, Any]
     """What the mode's rules remember: shares of the clients, their speeds."""
     untested: RoundReport | None

@@ -37,7 +37,6 @@ from zsfl.wire.messages import (
     Evaluated,
     FetchWeights,
     Join,
-    Joined,
     Offers,
     Ok,
     Phase,
@@ -46,6 +45,8 @@ from zsfl.wire.messages import (
     Train,
 )
 
+MOST_NAMED = 64
+"""Clients named in one report."""
 FAREWELL_S = 2.0
 """How long the aggregator of a finished run stays for peers that have not heard of the end."""
 
@@ -68,7 +69,7 @@ class AggregatorRole:
         self._stage = Stage(node)
         self._publisher = node.publisher()
         self._training = Training(node, job, folder, self._stage, master, self._roster, self._shelf, self._publisher)
-        self._held_out = HeldOut(node, self._stage, self._shelf, self._roster)
+        self._held_out = HeldOut(node, self._stage, self._shelf, self._roster, waits=isinstance(mode, Exact))
         self._best = Best()
         self._begun_s = 0.0
         self._last: RoundReport | None = None
@@ -89,9 +90,13 @@ class AggregatorRole:
             await compute(self._training.ledger.resume, place.commit)
             self._training.remember(place)
             for tested in await compute(self._folder.tests):
-                self._best.take(tested)
-            done = [report.round for report in await compute(self._folder.rounds)]
-            self._untested = None if round_ in done else place.untested
+                if tested.version <= version:  # what was tested of later ones is lost with them
+                    self._best.take(tested)
+            done = [report for report in await compute(self._folder.rounds) if report.round <= round_]
+            self._last = done[-1] if done else None
+            self._untested = None if self._last and self._last.round == round_ else place.untested
+        for warning in self._job.warnings():
+            self._node.note(warning, "warning")
         self._training.begin_at(version, round_)
         self._stage.place(version=version, round=round_)
 
@@ -104,7 +109,7 @@ class AggregatorRole:
         """Answer a client or an observer."""
         match request:
             case Join():
-                return self._join(request)
+                self._join(request)
             case Evaluated():
                 self._held_out.heard(request)
             case Train():
@@ -115,13 +120,12 @@ class AggregatorRole:
                 raise RemoteProtocolError(f"an aggregator does not answer {type(request).__name__} here")
         return Ok()
 
-    def _join(self, request: Join) -> Joined:
+    def _join(self, request: Join) -> None:
         card = self._node.peer(request.node)
         if card is None:
             raise NoPeer("say HELLO before joining")
         self._roster.value.join(card.id, card.name, request.shards)
         self._roster.touch()
-        return Joined(steps=tuple(self._training.steps.get(info.shard, 0) for info in request.shards))
 
     def joined(self, card: NodeCard) -> None:
         """A peer is there."""
@@ -241,6 +245,8 @@ class AggregatorRole:
     async def _train(self, rounds: int) -> None:
         begun_s = time.monotonic()
         total = self._training.round + rounds
+        if not rounds:
+            self._node.note(f"the run has its {total} rounds already; ask for more with --rounds", "warning")
         while self._training.round < total and not self._is_early:
             await self._train_round(total)
         self._stage.enter(phase="idle", version=self._training.version)
@@ -256,7 +262,7 @@ class AggregatorRole:
             seconds=time.monotonic() - begun_s,
             folder=str(self._folder.path),
             best_accuracy=best.accuracy if best else None,
-            best_round=best.round if best else None,
+            best_version=best.version if best else None,
             early=self._training.round < total,
         )
         self._node.report(finished)
@@ -272,13 +278,16 @@ class AggregatorRole:
         tally = await self._training.train_round(total, self._made)
         self._count_own()
         report = tally.round_report(self._training.version, self._counters.added(), time.monotonic())
+        absent = [self._roster.value.label(shard) for shard in self._roster.value.missing()]
+        report = msgspec.structs.replace(report, without=tuple(absent[:MOST_NAMED]))
         await compute(self._keep, report)
         await self._order_test(report)
 
-    async def _made(self, version: Version) -> None:
-        """A version inside a round is there: have it tested, if the job wants that."""
+    async def _made(self, version: Version) -> bool:
+        """A version inside a round is there: have it tested, if the job wants that. Whether training ends here."""
         if self._job.evaluate_every and version % self._job.evaluate_every == 0:
             await self._order_test(None)
+        return self._is_early
 
     async def _order_test(self, report: RoundReport | None) -> None:
         """Have the newest version tested; with it, `report` of the round that it ends is whole."""
@@ -290,6 +299,8 @@ class AggregatorRole:
         seconds = time.monotonic() - self._begun_s
         order = Order(version=version, state=state, round=self._training.round, seconds=seconds, then=keep)
         await self._held_out.order(order)
+        if self._job.stop_after is not None and isinstance(self._job.how, Exact):
+            await self._held_out.all_done()  # where training ends must not depend on who was quicker
 
     async def _tested(self, tested: Tested, order: Order, report: RoundReport | None) -> None:
         if tested.loss is not None and not math.isfinite(tested.loss):
@@ -306,7 +317,8 @@ class AggregatorRole:
             self._folder.append_metrics(tested)
             if whole is not None:
                 self._folder.append_metrics(whole)
-                self._progress.keep_from(whole.round)
+                if not order.left_out:
+                    self._progress.keep_from(whole.round)
 
         tested = msgspec.structs.replace(tested, ends_round=report is not None)
         whole = None if report is None else msgspec.structs.replace(report, loss=tested.loss, accuracy=tested.accuracy)
@@ -329,7 +341,6 @@ class AggregatorRole:
                 facts=self._progress.facts,
                 samples=dict(self._roster.value.samples()),
                 commit=training.ledger.last,
-                steps=training.steps,
                 memory=training.memory(),
                 untested=report,
             )

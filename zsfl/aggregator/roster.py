@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from zsfl.errors import ConfigError
+from zsfl.errors import ConfigError, Held
 from zsfl.ids import NodeId
 from zsfl.wire.messages import ShardInfo
 
@@ -37,7 +37,10 @@ class Roster:
         self._seats: dict[int, _Seat] = {}
 
     def join(self, node: NodeId, name: str, infos: Sequence[ShardInfo]) -> None:
-        """Seat a client, or refuse it with ConfigError. Joining again changes nothing."""
+        """Seat a client; Held while another one that is there has its seat, ConfigError when it cannot have any.
+
+        Joining again changes nothing.
+        """
         for info in infos:
             if info.shard >= self._shards:
                 raise ConfigError(f"shard {info.shard} is out of range: this job has shards 0 to {self._shards - 1}")
@@ -45,9 +48,7 @@ class Roster:
                 raise ConfigError(f"shard {info.shard} holds no samples; use fewer shards or give it some data")
             seat = self._seats.get(info.shard)
             if seat is not None and seat.present and seat.node != node:
-                raise ConfigError(
-                    f"shard {info.shard} is already held by {seat.name}; give this client another with --shard"
-                )
+                raise Held(f"shard {info.shard} is already held by {seat.name}; give this client another with --shard")
             if seat is not None and seat.info.train_samples != info.train_samples:
                 raise ConfigError(
                     f"shard {info.shard} has {info.train_samples} samples at {name} and had "

@@ -37,8 +37,10 @@ from zsfl.spill.layout import SpillMeta
 from zsfl.weights.shelf import Packed, Shelf
 from zsfl.wire.pubsub import Publisher
 
-Outcome = Literal["enough", "nobody", "broken"]
-"""How the gathering of a window ended."""
+MERGE_ATTEMPTS = 100
+"""How often a merged batch may be asked for: it has to be anew when its server or one of its clients is gone."""
+Outcome = Literal["enough", "idle", "alone", "broken"]
+"""How the gathering of a window ended: idle when those who are there have no steps in it, alone when nobody is."""
 
 
 class Training:
@@ -68,7 +70,13 @@ class Training:
         self._is_async = isinstance(mode, Async)
         self._merges = job.batch_norm == "merged"
         steps = mode.quota if isinstance(mode, Async) else job.steps
-        self._gathering = Gathering(stage.run, max_staleness=max_staleness(mode), steps_per_version=steps)
+        self._attempts = MERGE_ATTEMPTS if self._merges else 1
+        self._gathering = Gathering(
+            stage.run,
+            max_staleness=max_staleness(mode),
+            steps_per_version=steps * self._attempts,
+            shards=job.shards,
+        )
         self._closing = closing_for(mode, steps)
         self._shares = Shares(mode.max_correction) if isinstance(mode, Async) else None
         by_speed = job.batches if isinstance(job.batches, BySpeed) else None
@@ -78,14 +86,18 @@ class Training:
         """Of the master; peers hear of it only together with what is asked of them at it."""
         self.round = 0
         """Rounds that are done."""
-        self.steps: dict[int, int] = {}
-        """By shard, its steps that versions have counted."""
+        self._skipped = 0
+        """Async: places in the data at which nobody who was there had anything to do."""
         self.newest: tuple[Version, dict[str, Tensor]]
         self.proven: tuple[Version, dict[str, Tensor]]
         """The newest version that gave finite losses and gradients (the first one is taken on trust)."""
         self._packed: dict[Portion, Packed] = {}
         self._tally: Tally
         self._sizes: Sizes = {}
+        self._attempt = self._place = 0
+        self._there: frozenset[int] = frozenset()
+        self._without: frozenset[int] = frozenset()
+        """Who took part before and is not there now."""
         self._progress_s = 0.0
 
     def begin_at(self, version: Version, round_: int) -> None:
@@ -96,7 +108,6 @@ class Training:
 
     def remember(self, place: Place) -> None:
         """Go on with what the mode's rules knew at a checkpoint."""
-        self.steps = dict(place.steps)
         if self._shares is not None and "shares" in place.memory:
             self._shares.restore(place.memory["shares"])
         if self._pacer is not None and "pace" in place.memory:
@@ -114,8 +125,11 @@ class Training:
 
     # --- rounds and windows -----------------------------------------------------------------------------
 
-    async def train_round(self, rounds: int, made: Callable[[Version], Awaitable[None]]) -> Tally:
-        """One round, of so many in all; what it adds up to. `made` is told of every version but the last."""
+    async def train_round(self, rounds: int, made: Callable[[Version], Awaitable[bool]]) -> Tally:
+        """One round, of so many in all; what it adds up to.
+
+        `made` is told of every version but the last; the round ends there when it says so.
+        """
         there = await self._until_somebody_is_there()
         samples = self._roster.value.samples(there)
         plan = Plan.of(self._job, samples)
@@ -129,12 +143,16 @@ class Training:
         self._stage.place(round=self.round, rounds=rounds, windows=plan.windows)
         window = 0
         while self._goes_on(window, plan, samples):
-            is_made = await self._make_version(plan, window)
-            window += 1
-            if is_made:
-                await self._report(window)
-            if is_made and self._goes_on(window, plan, samples):
-                await made(self.version)
+            match await self._make_version(plan, window):
+                case "alone":
+                    await self._until_somebody_is_there()
+                case "idle":
+                    window, self._skipped = window + 1, self._skipped + 1
+                case "enough":
+                    window += 1
+                    await self._report(window)
+                    if self._goes_on(window, plan, samples) and await made(self.version):
+                        break
         self.round += 1
         return self._tally
 
@@ -153,33 +171,39 @@ class Training:
             raise RunFailed(f"for {patience_s:g} s there was no client; start some, then go on with --resume") from None
         return self._roster.value.taking_part(time.monotonic())
 
-    async def _make_version(self, plan: Plan, window: int) -> bool:
-        """Gather one window and commit it; False when nobody is there (any more) who has steps in it."""
-        while True:
-            match await self._gather(plan, window):
+    async def _make_version(self, plan: Plan, window: int) -> Literal["enough", "idle", "alone"]:
+        """Gather one window and commit it, if there is anybody who has steps in it."""
+        for attempt in range(self._attempts):
+            match await self._gather(plan, window, attempt):
                 case "enough":
                     await self._commit()
-                    return True
-                case "nobody":
-                    return False
+                    return "enough"
                 case "broken":
                     self._gathering.void("the merged batch that it was part of fell apart")
-                    await self._commit()
+                case outcome:
+                    return outcome
+        raise RunFailed(
+            f"the merged batch of version {self.version} fell apart {self._attempts} times, as clients and split "
+            "servers came and went; go on with --resume when they are there to stay"
+        )
 
-    async def _gather(self, plan: Plan, window: int) -> Outcome:
+    async def _gather(self, plan: Plan, window: int, attempt: int) -> Outcome:
         """Ask for the steps of one window, and wait until there are enough."""
         if self._merges:
             await self._until_server()
         there = self._roster.value.taking_part(time.monotonic())
+        if not there:
+            return "alone"
+        self._tell_who_is_there(there)
+        self._attempt, self._place = attempt, self.version + self._skipped if self._is_async else window
         slices = self._pace(there)
         self._sizes = {shard: [size] * self._job.steps for shard, (_, size) in slices.items()} or plan.sizes(
-            self._roster.value.samples(there), min(window, plan.windows - 1)
+            self._roster.value.samples(there), self._place % plan.windows
         )
         if not self._participants(there):
-            return "nobody"
+            return "idle"
         if self._shares is not None:
-            samples = self._roster.value.samples(there)
-            self._shares.there(samples, sum(samples.values()) // plan.windows)
+            self._shares.there(self._roster.value.samples(there))
         late = self._gathering.begin(self.version, None if self._is_async else self._cids(self._sizes))
         now_s = self._progress_s = time.monotonic()
         self._closing.began(self.version, self._sizes, now_s)
@@ -187,16 +211,33 @@ class Training:
             self._closing.arrived(step, self._gathering.samples(step), now_s)
         wire_slices = tuple((shard, start, size) for shard, (start, size) in slices.items())
         self._stage.enter(
-            phase="training", version=self.version, window=window, slices=wire_slices, **self._asked(there)
+            phase="training",
+            version=self.version,
+            window=self._place,
+            attempt=attempt,
+            slices=wire_slices,
+            **self._asked(there),
         )
         with self._node.waiting(lambda: f"the steps of {self._missing()}"):
-            return await self._until_closed(plan, window)
+            return await self._until_closed(plan)
+
+    def _tell_who_is_there(self, there: Sequence[int]) -> None:
+        """Say it when the run goes on without somebody, or with somebody again."""
+        gone, back = self._there - set(there), set(there) & self._without
+        self._without = (self._without | gone) - back
+        self._there = frozenset(there)
+        for shards, what in ((gone, "goes on without {}, until they are back"), (back, "goes on with {} again")):
+            if shards:
+                names = ", ".join(self._roster.value.label(shard) for shard in sorted(shards)[:8])
+                more = f" and {len(shards) - 8} others" * (len(shards) > 8)
+                self._node.note(f"the run {what.format(names + more)}", "warning" if shards is gone else "info")
 
     def _pace(self, there: Sequence[int]) -> Slices:
         """What the clients' speeds make of this version; nothing where sizes do not follow speed."""
         if self._pacer is None:
             return {}
-        classes = {shard: self._roster.value.classes([shard]) for shard in there}
+        roster = self._roster.value
+        classes = {shard: roster.classes([shard]) for shard in roster.samples()}
         return self._pacer.began(self.version, there, classes, time.monotonic())
 
     def _asked(self, there: Sequence[int]) -> dict[str, object]:
@@ -232,7 +273,7 @@ class Training:
 
     def _cids(self, sizes: Sizes) -> list[Cid]:
         return [
-            step_cid(self._stage.run, shard, self.version, k)
+            step_cid(self._stage.run, shard, self.version, self._attempt * self._job.steps + k)
             for shard, batches in sizes.items()
             for k, size in enumerate(batches)
             if size
@@ -242,7 +283,7 @@ class Training:
         """Those who are there and have steps in the window."""
         return [shard for shard in there if any(self._sizes.get(shard, ()))]
 
-    async def _until_closed(self, plan: Plan, window: int) -> Outcome:
+    async def _until_closed(self, plan: Plan) -> Outcome:
         """Wait until there is enough for a version, or it is clear that there never will be."""
         patience_s = self._node.settings.patience_s
         while True:
@@ -250,11 +291,11 @@ class Training:
             there = roster.taking_part(now_s)
             if self._is_broken(there):
                 return "broken"
-            self._admit(there, plan, window)
+            self._admit(there, plan)
             if self._closing.closes(there, now_s):
                 return "enough"
             if there and not self._participants(there):
-                return "nobody"
+                return "idle"
             if now_s >= self._progress_s + patience_s:
                 raise RunFailed(
                     f"round {self.round + 1} stood still for {patience_s:g} s without the steps of {self._missing()}. "
@@ -264,12 +305,12 @@ class Training:
             alarms = (self._closing.next_deadline_s(), roster.next_leave_s(now_s), ends_s)
             await self._roster.changed_within(min(alarm for alarm in alarms if alarm > now_s) - now_s)
 
-    def _admit(self, there: Sequence[int], plan: Plan, window: int) -> None:
+    def _admit(self, there: Sequence[int], plan: Plan) -> None:
         """Let those who joined since the window began take part in it, unless it was cut to those who were there."""
         if self._pacer is not None:
             return
         if new := [shard for shard in there if shard not in self._sizes]:
-            sizes = plan.sizes(self._roster.value.samples(new), min(window, plan.windows - 1))
+            sizes = plan.sizes(self._roster.value.samples(new), self._place % plan.windows)
             self._sizes |= sizes
             self._gathering.expect(self._cids(sizes))
             self._closing.expect(sizes)
@@ -300,7 +341,8 @@ class Training:
         self._gathering.end()
         window = self._weigh(gathered)
         state = self._stage.state
-        place = f"round {self.round + 1}, window {state.window + 1} of {state.windows} (version {self.version})"
+        window_of = "" if self._is_async else f", window {state.window + 1} of {state.windows}"
+        place = f"round {self.round + 1}{window_of} (version {self.version})"
 
         def step() -> None:
             check_losses(window, place)
@@ -315,7 +357,6 @@ class Training:
         except RunFailed:
             self.newest = self.proven
             raise
-        self._account(window)
         self._tally.counted(window, self.version, dropped)
         self.version = Version(self.version + 1)
         self.publish_weights()
@@ -323,6 +364,12 @@ class Training:
 
     def _weigh(self, window: Sequence[Contribution]) -> Sequence[Contribution]:
         """What is late moves the weights less; in async mode, who contributes beyond its share counts less."""
+        if self._shares is not None:
+            samples: Counter[int] = Counter()
+            for one in window:
+                if one.part == "client":
+                    samples[parse_cid(one.cid).shard] += one.samples
+            self._shares.counted(samples, {shard: sum(sizes) for shard, sizes in self._sizes.items()})
         weighed = []
         for one in window:
             step = parse_cid(one.cid)
@@ -330,16 +377,6 @@ class Training:
             damping = staleness_weight(self.version - step.version)
             weighed.append(one if (scale, damping) == (1, 1) else replace(one, scale=scale, damping=damping))
         return weighed
-
-    def _account(self, window: Sequence[Contribution]) -> None:
-        samples: Counter[int] = Counter()
-        for one in window:
-            if one.part == "client":
-                shard = parse_cid(one.cid).shard
-                self.steps[shard] = self.steps.get(shard, 0) + 1
-                samples[shard] += one.samples
-        if self._shares is not None:
-            self._shares.counted(samples)
 
     def _take_state(self, version: Version) -> None:
         """The master is at this version now; blocking."""

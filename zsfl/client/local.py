@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
+from zsfl.errors import ConfigError
 from zsfl.ids import Cid, Version, parse_cid
 from zsfl.learning.job import Job
 from zsfl.learning.model import SplitModel
@@ -46,10 +48,14 @@ class StepInHand:
     """Gradient of the loss sum by the body's output (U-shape only)."""
 
 
-def step_seed(seed: int, cid: Cid) -> int:
-    """Seed of everything random in one step, the same on whichever server runs it and in every run; below 2**52."""
+def step_seed(job: Job, cid: Cid) -> int:
+    """Seed of everything random in one step, the same on whichever server runs it and in every run; below 2**52.
+
+    So it is when a merged batch is asked for anew, and its steps have other names.
+    """
     step = parse_cid(cid)
-    text = f"{seed}/{step.version}/{step.shard}/{step.k}"
+    k = step.k % job.steps if job.batch_norm == "merged" else step.k
+    text = f"{job.seed}/{step.version}/{step.shard}/{k}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "little")
 
 
@@ -89,20 +95,26 @@ class LocalParts:
         shift: torch.Tensor | None = None,
     ) -> StepInHand:
         """Head forward."""
-        seed = step_seed(self._job.seed, cid)
+        seed = step_seed(self._job, cid)
         head = self._head.forward(weights.head, x, seed=seed, train=True, need_input_grad=False)
-        weigh = self._job.loss_weight
         return StepInHand(
             cid=cid,
             version=version,
             seed=seed,
-            n=float(len(y)) if weigh is None else float(weigh(y)),
+            n=self._weight(y),
             samples=len(y),
             target=y,
             head=head,
             activations=head.output.detach(),
             shift=shift,
         )
+
+    def _weight(self, y: torch.Tensor) -> float:
+        """What a batch weighs; ConfigError when the job's function gives what is no weight."""
+        n = float(len(y)) if self._job.loss_weight is None else float(self._job.loss_weight(y))
+        if not 0 <= n < math.inf:
+            raise ConfigError(f"loss_weight gives {n} for a batch: it must be a number of 0 or more")
+        return n
 
     def turn(self, weights: ClientWeights, step: StepInHand, output: torch.Tensor) -> None:
         """U-shape: tail forward, loss, and backward to the cut."""
@@ -141,7 +153,7 @@ class LocalParts:
         if self._tail is not None and weights.tail is not None:
             output = self._tail.infer(weights.tail, output)
         y = y.to(output.device)
-        n = float(len(y)) if self._job.loss_weight is None else float(self._job.loss_weight(y))
+        n = self._weight(y)
         with torch.no_grad():
             loss = float(loss_sum(self._job.loss, output, y, n))
             correct = None if self._job.metric is None else float(self._job.metric(output, y))

@@ -11,6 +11,8 @@ from zsfl.learning.job import Job
 from zsfl.learning.skew import class_counts
 from zsfl.wire.messages import ShardInfo
 
+OTHER_ORDERS = 1 << 32
+"""Farther than any round: orders of samples from there on are those of further steps at one version."""
 EVALUATION_BATCH = 512
 """Held-out samples in one request."""
 
@@ -36,14 +38,22 @@ class ShardData:
 
     def batch(self, round_: int, number: int, windows: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """One of the batches into which a round of so many windows divides this shard; None when that one is empty."""
-        sizes = self._job.batch_sizes(len(self.train), windows)
-        if number >= len(sizes) or not sizes[number]:
+        start, size = self._job.batch_place(len(self.train), windows, number)
+        if not size:
             return None
         if self._order[0] != round_:
             job = self._job
             self._order = round_, round_order(job.seed, self.shard, round_, len(self.train), job.shuffle)
-        first = sum(sizes[:number])
-        return self.train[self._order[1][first : first + sizes[number]]]
+        return self.train[self._order[1][start : start + size]]
+
+    def free_batch(self, place: int, k: int, windows: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Async: the batch of the k-th step at a place that counts on over all rounds; None when it is empty.
+
+        Rounds of so many windows follow one another; so at any moment the batch is known by its step's name alone,
+        whoever made what before. A second step at the same place is of another order.
+        """
+        round_, number = divmod(place, windows)
+        return self.batch(round_ + k * OTHER_ORDERS, (number + k) % windows, windows)
 
     def stream(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """So many samples of the endless stream of this shard; None for no samples."""

@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
@@ -199,6 +199,7 @@ def plain_line(report: AnyReport) -> str | None:
                 f"test loss {_number(report.loss)}, test accuracy {_percent(report.accuracy)}, "
                 f"{report.steps_per_s:,.0f} steps/s, {report.bytes_sent / 1e6:,.1f} MB sent, served by "
                 + ", ".join(f"{server} {share:.0%}" for server, share, _ in server_shares(report.serving))
+                + (f"; without {short_names(report.without)}" if report.without else "")
             )
         case Tested() if not report.ends_round:
             return (
@@ -213,7 +214,7 @@ def plain_line(report: AnyReport) -> str | None:
         case Finished():
             early = ", ended early since its tests got no better" if report.early else ""
             best = (
-                f" (best {_percent(report.best_accuracy)} after round {report.best_round})"
+                f" (best {_percent(report.best_accuracy)} at version {report.best_version})"
                 if _was_better(report)
                 else ""
             )
@@ -259,8 +260,9 @@ def render(view: RunView) -> RenderableType:
     return Group(*parts)
 
 
-def _rounds_table(rounds: Iterable[RoundReport]) -> Table:
-    table = _table("round", "train loss", "test loss", "test accuracy", "steps/s", "MB sent")
+def _rounds_table(rounds: Collection[RoundReport]) -> Table:
+    absent = ["without"] if any(report.without for report in rounds) else []
+    table = _table("round", "train loss", "test loss", "test accuracy", "steps/s", "MB sent", *absent)
     for column in table.columns:
         column.justify = "right"
     for report in rounds:
@@ -271,6 +273,7 @@ def _rounds_table(rounds: Iterable[RoundReport]) -> Table:
             _percent(report.accuracy),
             f"{report.steps_per_s:,.0f}",
             f"{report.bytes_sent / 1e6:,.1f}",
+            *([short_names(report.without)] if absent else []),
         )
     return table
 
@@ -292,7 +295,9 @@ def _result_table(finished: Finished) -> Table:
     table.add_row("rounds", f"{finished.rounds} in {finished.seconds:.1f} s (version {finished.version}){early}")
     table.add_row("test accuracy", Text(_percent(finished.accuracy), style="bold green"))
     if _was_better(finished):
-        table.add_row("best", f"{_percent(finished.best_accuracy)} after round {finished.best_round}: best.safetensors")
+        table.add_row(
+            "best", f"{_percent(finished.best_accuracy)} at version {finished.best_version}: best.safetensors"
+        )
     table.add_row("test loss", _number(finished.loss))
     table.add_row("left in", Text(f"{finished.folder}/", style="bold", overflow="fold"))
     for name, what in LEFT:

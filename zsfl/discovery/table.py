@@ -30,11 +30,14 @@ from zsfl.ids import Address, NodeCard, NodeId, Role
 MAX_PEERS = 1024
 """Peers at once; a further one is refused for the time being."""
 MAX_CANDIDATES = 1024
-"""Addresses on trial at once; a further one pushes out the oldest that was neither a seed nor ever a peer."""
+"""Addresses on trial at once; a further one pushes out the oldest that is no seed, former peers last."""
 MAX_DIALS = 64
 """HELLOs under way at once, so that a flood of hints does not become a flood of connections."""
 DIAL_TRIES = 6
-"""Failures after which an address that is not a seed is forgotten until somebody hints at it again."""
+"""Failures after which an address that is neither a seed nor a former peer's is forgotten until somebody hints at it
+again."""
+RETURN_TRIES = 240
+"""The same for a former peer's, which may have been asleep or cut off: about an hour."""
 
 _WANTED: dict[Role, frozenset[Role]] = {
     Role.CLIENT: frozenset({Role.SPLIT_SERVER, Role.AGGREGATOR}),
@@ -61,6 +64,8 @@ class PresenceTiming:
     redial_s: float = 0.25
     """Before the second try; doubles with every failure."""
     redial_max_s: float = 2.0
+    return_max_s: float = 15.0
+    """The longest pause before the address of a former peer, which failed `DIAL_TRIES` times, is tried again."""
 
     def __post_init__(self) -> None:
         if not 0 < self.beat_s < self.lag_s < self.lost_after_s:
@@ -68,10 +73,10 @@ class PresenceTiming:
                 f"presence needs 0 < beat_s < lag_s < lost_after_s, not {self.beat_s}, {self.lag_s}, "
                 f"{self.lost_after_s}: correct the settings"
             )
-        if not 0 < self.redial_s <= self.redial_max_s:
+        if not 0 < self.redial_s <= self.redial_max_s <= self.return_max_s:
             raise ConfigError(
-                f"presence needs 0 < redial_s <= redial_max_s, not {self.redial_s}, {self.redial_max_s}: "
-                "correct the settings"
+                f"presence needs 0 < redial_s <= redial_max_s <= return_max_s, not {self.redial_s}, "
+                f"{self.redial_max_s}, {self.return_max_s}: correct the settings"
             )
 
 
@@ -106,6 +111,8 @@ class PeerTable:
         self._seeds: set[Address] = set()
         self._dialling: set[Address] = set()
         self._last_s: float | None = None
+        self._was_absent = False
+        """Whether this node was stuck for so long that its peers have given it up, while it still has them."""
 
     def on(self, event: Event, now_s: float) -> list[Action]:
         """Take in one event; what to do now, in order. Heard costs O(1) and never asks for anything."""
@@ -133,7 +140,7 @@ class PeerTable:
                 pass
             case _:
                 assert_never(event)
-        return [*actions, *self._lose_silent(now_s), *self._dial_due(now_s)]
+        return [*actions, *self._lose_silent(now_s), *self._greet_again(), *self._dial_due(now_s)]
 
     def next_deadline(self) -> float | None:
         """When `on` must be called at the latest; None when nothing is pending.
@@ -177,6 +184,7 @@ class PeerTable:
         if self._last_s is not None and now_s - self._last_s > self._timing.lag_s:
             for peer in self._peers.values():
                 peer.heard_s = now_s
+            self._was_absent |= now_s - self._last_s > self._timing.lost_after_s
         self._last_s = now_s
 
     def _hint(self, hint: Candidate, now_s: float) -> None:
@@ -268,9 +276,12 @@ class PeerTable:
         if candidate is None or candidate.final:
             return
         candidate.failures += 1
-        if candidate.failures < DIAL_TRIES or address in self._seeds:
+        tries = RETURN_TRIES if candidate.verified else DIAL_TRIES
+        if candidate.failures < tries or address in self._seeds:
+            is_patient = candidate.failures >= DIAL_TRIES and address not in self._seeds
+            longest_s = self._timing.return_max_s if is_patient else self._timing.redial_max_s
             doublings = min(candidate.failures - 1, DIAL_TRIES)
-            candidate.due_s = now_s + min(self._timing.redial_s * 2**doublings, self._timing.redial_max_s)
+            candidate.due_s = now_s + min(self._timing.redial_s * 2**doublings, longest_s)
         elif candidate.refusal is not None:
             candidate.due_s = None
         else:
@@ -278,10 +289,10 @@ class PeerTable:
 
     def _add(self, address: Address, node_id: NodeId | None, due_s: float, *, verified: bool = False) -> None:
         if len(self._candidates) >= MAX_CANDIDATES:
-            oldest = (a for a, c in self._candidates.items() if not c.verified and a not in self._seeds)
-            if (evicted := next(oldest, None)) is None:
+            others = [address for address in self._candidates if address not in self._seeds]
+            if not others:
                 return
-            del self._candidates[evicted]
+            del self._candidates[min(others, key=lambda address: self._candidates[address].verified)]
         self._candidates[address] = _Candidate(node_id, due_s, verified)
 
     def _lose(self, node_id: NodeId, reason: str, now_s: float, *, redial: bool) -> Lost:
@@ -296,6 +307,16 @@ class PeerTable:
         limit_s = self._timing.lost_after_s
         silent = [node_id for node_id, peer in self._peers.items() if peer.heard_s + limit_s <= now_s]
         return [self._lose(node_id, f"silent for {limit_s:g} s", now_s, redial=True) for node_id in silent]
+
+    def _greet_again(self) -> list[Action]:
+        """HELLO to everybody after an absence: those who gave this node up do not listen to it any more."""
+        if not self._was_absent:
+            return []
+        self._was_absent = False
+        addresses = [peer.card.address for peer in self._peers.values() if peer.card.address not in self._dialling]
+        greeted = addresses[: MAX_DIALS - len(self._dialling)]
+        self._dialling.update(greeted)
+        return [Dial(address) for address in greeted]
 
     def _dial_due(self, now_s: float) -> list[Action]:
         room = MAX_DIALS - len(self._dialling)

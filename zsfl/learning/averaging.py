@@ -38,34 +38,37 @@ class Contribution:
     node: str
     """Name of the node that computed it, for messages."""
     scale: float = 1.0
-    """How much of the contribution counts, gradient and n alike: corrects for a client's share."""
+    """By what its gradient is multiplied, n being left as it is: who contributes beyond its share moves less."""
     damping: float = 1.0
-    """How much of its gradient counts, n being left as it is: what is late moves the weights less."""
+    """The same for being late."""
 
 
 def average(contributions: Sequence[Contribution]) -> dict[str, Tensor]:
     """Gradient by full name: sum of S over sum of n of the contributions with the same part, divided once.
 
-    A contribution of scale c and damping w counts as (c w S, c n). `RunFailed` when a part's n sum to nothing.
+    A contribution of scale c and damping w counts as (c w S, n). Where the sum of c w n is more than that of n, it is
+    what is divided by: no version moves further than a mean gradient does. `RunFailed` when a part's n sum to nothing.
     """
     totals: dict[str, Tensor] = {}
     weights: dict[str, float] = {}
+    scaled: dict[str, float] = {}
     part_of: dict[str, str] = {}
     for contribution in ordered(contributions):
-        weights[contribution.part] = weights.get(contribution.part, 0.0) + contribution.scale * contribution.n
-        factor = contribution.scale * contribution.damping
+        part, factor = contribution.part, contribution.scale * contribution.damping
+        weights[part] = weights.get(part, 0.0) + contribution.n
+        scaled[part] = scaled.get(part, 0.0) + factor * contribution.n
         for name, grad in contribution.grads.items():
             if name in totals:
                 totals[name].add_(grad, alpha=factor)
             else:
                 totals[name] = grad.to(_wide(grad.dtype), copy=True)
-                part_of[name] = contribution.part
+                part_of[name] = part
                 if factor != 1:
                     totals[name] *= factor
     if not all(weight > 0 for weight in weights.values()):
         raise RunFailed(f"the weights n of a window sum to {weights}: check the job's loss_weight")
     for name, total in totals.items():
-        total /= weights[part_of[name]]
+        total /= max(weights[part_of[name]], scaled[part_of[name]])
     return totals
 
 

@@ -13,6 +13,15 @@ from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from zsfl.errors import ConfigError
 
+MOST_SAMPLES = 1 << 20
+"""Of one batch of one client."""
+MOST_MIX = 1e6
+
+
+def is_number(value: object) -> bool:
+    """Whether this is an int or a float, other than NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BySpeed:
@@ -29,21 +38,31 @@ def by_speed(least: int = 8, most: int = 512, mix: float = 1.0) -> BySpeed:
     `mix` says how much more it counts that the merged batch keeps the label mix of all data (0: not at all). With it
     above 0 the clients tell the aggregator how many samples of each class they have.
     """
-    if not 1 <= least <= most:
-        raise ConfigError(f"by_speed: least is {least} and most is {most}: use 1 <= least <= most")
-    if not 0 <= mix < math.inf:
-        raise ConfigError(f"by_speed: mix is {mix}: use 0 or more")
+    if not (type(least) is type(most) is int and 1 <= least <= most <= MOST_SAMPLES):
+        raise ConfigError(
+            f"by_speed: least is {least!r} and most is {most!r}: "
+            f"use whole numbers, 1 <= least <= most <= {MOST_SAMPLES}"
+        )
+    if not (is_number(mix) and 0 <= mix <= MOST_MIX):
+        raise ConfigError(f"by_speed: mix is {mix!r}: use a number from 0 to {MOST_MIX:g}")
     return BySpeed(least=least, most=most, mix=mix)
 
 
-def batch_sizes(samples: int, batches: int, batch_size: int | None) -> list[int]:
-    """Sizes of the batches of one shard in a round of so many `batches`; 0 where it sits out.
+def batch_place(samples: int, batches: int, batch_size: int | None, number: int) -> tuple[int, int]:
+    """Where in a round's order of one shard batch `number` of so many begins, and its size; 0 where it sits out.
 
     `batch_size` until there is nothing left, or with None as even as they can be.
     """
-    if batch_size is None:
-        return [(i + 1) * samples // batches - i * samples // batches for i in range(batches)]
-    return [max(0, min(batch_size, samples - i * batch_size)) for i in range(batches)]
+    start, end = (
+        min(place * samples // batches if batch_size is None else place * batch_size, samples)
+        for place in (min(number, batches), min(number + 1, batches))
+    )
+    return start, end - start
+
+
+def batch_sizes(samples: int, batches: int, batch_size: int | None) -> list[int]:
+    """Sizes of all these batches, in order."""
+    return [batch_place(samples, batches, batch_size, number)[1] for number in range(batches)]
 
 
 def round_order(seed: int, shard: int, round: int, samples: int, shuffle: bool) -> Tensor:

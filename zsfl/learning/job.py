@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from zsfl.errors import ConfigError
-from zsfl.learning.batches import BySpeed, batch_sizes
+from zsfl.learning.batches import BySpeed, batch_place, is_number
 from zsfl.learning.model import JOB_MODULE_PREFIX
 from zsfl.learning.modes import Async, Elastic, Exact, Mode, ModeName, mode_named
 from zsfl.learning.optim import OptimizerSpec
+from zsfl.tensors.codec import Codec
 
 if TYPE_CHECKING:
     from zsfl.learning.cuts import Cuts
@@ -33,6 +34,8 @@ _Made = TypeVar("_Made")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 """A DNS label short enough to leave room for a node's part in an mDNS label (63 bytes)."""
 
+MOST_STEPS = 1000
+"""Of one client at one version."""
 LONGEST_FACT = 120
 KEPT_OF_FACT = 80
 
@@ -77,7 +80,8 @@ class Job:
     """Steps of each client that make one version (exact and elastic): merged batches so many times as large."""
     local_lr: float | None = None
     """With `steps` above 1, a client moves its own head and tail by plain gradient descent at this rate between the
-    steps of one version, and the aggregator makes one optimizer step for each: FedAvg of the clients' deltas."""
+    steps of one version, and the aggregator makes one optimizer step for each. Where the optimizer is plain SGD of the
+    same rate, that is FedAvg of the clients' deltas, and O(local_lr^2) away from exact steps."""
     rounds: int = 10
     """How long to train; in a round the clients go once over their data."""
     shards: int = 5
@@ -110,8 +114,8 @@ class Job:
 
     def __post_init__(self) -> None:
         """Check what can be checked without building anything."""
-        if not _NAME.fullmatch(self.name):
-            better = re.sub(r"[^a-z0-9]+", "-", self.name.lower())[:40].strip("-") or "my-job"
+        if not isinstance(cast(object, self.name), str) or not _NAME.fullmatch(self.name):
+            better = re.sub(r"[^a-z0-9]+", "-", str(self.name).lower())[:40].strip("-") or "my-job"
             raise ConfigError(
                 f"job name {self.name!r} will not do: use at most 40 lower-case letters, digits and inner "
                 f"hyphens, such as {better!r}"
@@ -131,8 +135,10 @@ class Job:
             value = getattr(self, field)
             if value is None and field in ("evaluate_every", "stop_after"):
                 continue
-            if type(value) is not int or not least <= value < 2**63:
-                raise self._wrong(f"{field} is {value!r}: use a whole number from {least} up")
+            most = MOST_STEPS if field == "steps" else 2**63 - 1
+            if type(value) is not int or not least <= value <= most:
+                to = f"from {least} {f'to {most}' if field == 'steps' else 'up'}"
+                raise self._wrong(f"{field} is {value!r}: use a whole number {to}")
         self._check_choices()
 
     def _check_choices(self) -> None:
@@ -153,7 +159,12 @@ class Job:
             raise self._wrong("steps are the steps of a window, and mode='async' has none: state its samples instead")
         if isinstance(how, Async) and isinstance(self.batches, BySpeed):
             raise self._wrong("in mode='async' fast clients step more often already: use batches='proportional'")
-        if self.local_lr is not None and not (self.steps > 1 and 0 < self.local_lr < math.inf):
+        if not isinstance(cast(object, self.shuffle), bool):
+            raise self._wrong(f"shuffle is {self.shuffle!r}: use True or False")
+        Codec.parse(self.codec)
+        if self.local_lr is not None and not (
+            self.steps > 1 and is_number(self.local_lr) and 0 < self.local_lr < math.inf
+        ):
             raise self._wrong(f"local_lr is {self.local_lr!r}: use a rate above 0, together with steps above 1")
 
     @property
@@ -181,9 +192,14 @@ class Job:
     def _wrong(self, what: str) -> ConfigError:
         return ConfigError(f"job {self.name!r}: {what}")
 
+    def batch_place(self, samples: int, windows: int, number: int) -> tuple[int, int]:
+        """Start and size of a shard's batch `number` in a round of so many windows, see `batches.batch_place`."""
+        equal = self.batch_size if self.batches == "equal" else None
+        return batch_place(samples, windows * self.steps, equal, number)
+
     def batch_sizes(self, samples: int, windows: int) -> list[int]:
-        """Sizes of the batches, in order, of a shard with so many samples in a round of so many windows."""
-        return batch_sizes(samples, windows * self.steps, self.batch_size if self.batches == "equal" else None)
+        """Sizes of all batches of a shard in a round of so many windows, in order."""
+        return [self.batch_place(samples, windows, number)[1] for number in range(windows * self.steps)]
 
     def build(self) -> SplitModel:
         """The model with its initial weights, equal on every node (of several cuts the first); see `build_cuts`."""
@@ -220,6 +236,23 @@ class Job:
         except Exception as error:
             where = f"{_said(error)}{_line(error, None)}"
             raise self._wrong(f"{call} failed: {where}; correct the {call.partition('(')[0]}'s function") from error
+
+    def warnings(self) -> list[str]:
+        """What in these settings makes a run other than people may expect."""
+        found: list[str] = []
+        if isinstance(self.batches, BySpeed) and isinstance(self.how, Exact):
+            found.append(
+                "batch sizes follow measured speeds, so no two runs are equal; batches='proportional' would do"
+            )
+        if self.local_lr is not None:
+            options = {name: value for name, value in self.optimizer.options.items() if value and name != "lr"}
+            is_plain = self.optimizer.factory is torch.optim.SGD and not options and self.optimizer.schedule is None
+            if not (is_plain and self.optimizer.options["lr"] == self.local_lr):
+                found.append(
+                    f"local_lr={self.local_lr:g} beside {self.optimizer!r} is not FedAvg of deltas: "
+                    "that takes plain SGD of the same rate"
+                )
+        return found
 
     def facts(self, cuts: Cuts) -> dict[str, str]:
         """What all nodes of a run must agree on, as short strings; `rounds` may differ."""

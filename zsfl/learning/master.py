@@ -69,9 +69,9 @@ class Master:
 
         `sequential` is for local steps: one optimizer step for the first steps of all clients, one for their second
         ones, and so on, in order of k. Each client moved its own parts by local_lr * S/n in between and took its next
-        gradient there, so with plain gradient descent the sum of these steps is the mean of the clients' moves (FedAvg
-        of deltas), weighted at each step by samples. The body's gradients of all k are taken at the body of `version`;
-        buffers are pooled once.
+        gradient there, so where the optimizer is plain gradient descent at that rate the sum of these steps is the mean
+        of the clients' moves (FedAvg of deltas), weighted at each step by samples. The body's gradients of all k are
+        taken at the body of `version`; buffers are pooled once.
 
         `RunFailed` names the cid, node and tensor that cannot be used, or the tensor that the step itself made
         overflow, and leaves everything as it was.
@@ -80,8 +80,8 @@ class Master:
         buffers = {name: state[name] for name, _ in self._model.named_buffers() if name in state}
         self._check(contributions, buffers)
         gradients = [average(group) for group in (_by_k(contributions) if sequential else [contributions])]
-        newest = max(c.version for c in contributions)  # the statistics of late ones began elsewhere
-        pooled = pool_buffers(buffers, [c for c in contributions if c.version == newest], self._norms)
+        # The statistics of late ones began elsewhere.
+        pooled = pool_buffers(buffers, [c for c in contributions if c.version == version], self._norms)
         for tensors in (*gradients, pooled):
             for name, tensor in tensors.items():
                 if not _finite(tensor):

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from zsfl.errors import ConfigError
+from zsfl.learning.batches import is_number
 
+MOST_QUOTA = 1000
 ModeName = Literal["exact", "elastic", "async"]
 
 
@@ -30,7 +32,10 @@ class Elastic:
     """Windows as in exact mode, closed without those who are late: a version is made of what came in time."""
 
     quorum: float = 0.8
-    """Share, in samples, of what the window expects that must be there before it may close without the rest."""
+    """Share, in samples, of what the window expects of those who are not known to be late that must be there before it
+    may close without the rest. All but one client are enough where they have half of the samples. Where that never
+    comes, nothing new for five times as long as all that is there took, and for a second, is enough too. 1: everything.
+    """
     grace: float = 0.5
     """How much longer the rest may take, as a share of the time that the quorum took."""
     deadline_s: float | None = None
@@ -41,9 +46,9 @@ class Elastic:
     """A step that is more versions late than this is dropped whatever `late` says."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.quorum <= 1:
+        if not (is_number(self.quorum) and 0 < self.quorum <= 1):
             raise ConfigError(f"quorum is {self.quorum!r}: use a share above 0, up to 1")
-        if not 0 <= self.grace < math.inf:
+        if not (is_number(self.grace) and 0 <= self.grace < math.inf):
             raise ConfigError(f"grace is {self.grace!r}: use 0 or more, such as 0.5 for half as long again")
         if self.deadline_s is not None:
             _seconds("deadline_s", self.deadline_s)
@@ -75,9 +80,9 @@ class Async:
             _whole("samples", self.samples, 1)
         if self.seconds is not None:
             _seconds("seconds", self.seconds)
-        _whole("quota", self.quota, 1)
+        _whole("quota", self.quota, 1, MOST_QUOTA)
         _whole("max_staleness", self.max_staleness, 0)
-        if not 1 <= self.max_correction < math.inf:
+        if not (is_number(self.max_correction) and 1 <= self.max_correction < math.inf):
             raise ConfigError(f"max_correction is {self.max_correction!r}: use 1 for none, or more")
 
 
@@ -120,10 +125,10 @@ def max_staleness(mode: Mode) -> int:
 
 
 def _seconds(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
+    if not (is_number(value) and 0 < value < math.inf):
         raise ConfigError(f"{name} is {value!r}: use a number of seconds above 0")
 
 
-def _whole(name: str, value: int, least: int) -> None:
-    if type(value) is not int or not least <= value < 2**31:
-        raise ConfigError(f"{name} is {value!r}: use a whole number from {least} up")
+def _whole(name: str, value: int, least: int, most: int = 2**31 - 1) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise ConfigError(f"{name} is {value!r}: use a whole number from {least} to {most}")

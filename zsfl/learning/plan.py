@@ -30,8 +30,8 @@ class Plan:
 
     def sizes(self, samples: Mapping[int, int], window: int) -> Sizes:
         """What this window expects of these shards."""
-        first = window * self.job.steps
+        numbers = range(window * self.job.steps, (window + 1) * self.job.steps)
         return {
-            shard: self.job.batch_sizes(count, self.windows)[first : first + self.job.steps]
+            shard: [self.job.batch_place(count, self.windows, number)[1] for number in numbers]
             for shard, count in sorted(samples.items())
         }

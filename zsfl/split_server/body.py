@@ -163,7 +163,11 @@ class BodyWorker:
         }
 
     def _loss(self, request: messages.Step, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        loss = shifted_loss(self._job.loss, torch.tensor(request.shift)) if request.shift else self._job.loss
+        loss = (
+            shifted_loss(self._job.loss, torch.tensor(request.shift, dtype=torch.float64))
+            if request.shift
+            else self._job.loss
+        )
         return loss_sum(loss, output, target.to(self._part.device), request.n)
 
     def step(self, weights: PartWeights, request: messages.Step, x: torch.Tensor, target: torch.Tensor) -> Done:

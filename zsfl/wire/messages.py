@@ -38,6 +38,8 @@ LongText = Annotated[str, Meta(max_length=4000)]
 CidText = Annotated[Cid, Meta(max_length=64, pattern=CID_PATTERN)]
 VersionNumber = Annotated[Version, Meta(ge=0, le=1 << 53)]
 PortionName = Annotated[Portion, Meta(pattern=r"^(body|client(/[a-z0-9][a-z0-9-]{0,39})?)\Z")]
+Samples = Annotated[int, Meta(ge=0, le=1 << 40)]
+"""Of one shard; sums over all shards are a `Count`."""
 ClassCounts = Annotated[tuple[Count, ...], Meta(max_length=MAX_CLASSES)]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 """A bound also keeps NaN out, which would compare as neither early nor late."""
@@ -80,24 +82,17 @@ class ShardInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """How many samples a shard has; the samples themselves never leave the client."""
 
     shard: Count
-    train_samples: Count
-    test_samples: Count
-    classes: ClassCounts = ()
+    train_samples: Samples
+    test_samples: Samples
+    classes: Annotated[tuple[Samples, ...], Meta(max_length=MAX_CLASSES)] = ()
     """Training samples of each class, where the job's settings need them."""
 
 
 class Join(Message, frozen=True, kw_only=True, tag="join"):
-    """A client tells the aggregator which shards it holds; answered by Joined."""
+    """A client tells the aggregator which shards it holds; answered by Ok."""
 
     node: NodeId
     shards: Annotated[tuple[ShardInfo, ...], Meta(max_length=MAX_JOINED)]
-
-
-class Joined(Message, frozen=True, kw_only=True, tag="joined"):
-    """The aggregator counts on the client."""
-
-    steps: Annotated[tuple[Count, ...], Meta(max_length=MAX_JOINED)]
-    """For each shard, in that order, its steps that versions have counted: where an async client goes on."""
 
 
 class Evaluated(Message, frozen=True, kw_only=True, tag="evaluated"):
@@ -106,9 +101,9 @@ class Evaluated(Message, frozen=True, kw_only=True, tag="evaluated"):
     shard: Count
     version: VersionNumber
     samples: Count
-    weight: float
+    weight: Annotated[float, Meta(ge=0, le=1e300)]
     """What `loss_sum` is divided by: the samples, unless the loss weighs them."""
-    correct: float | None
+    correct: Annotated[float, Meta(ge=0, le=1 << 53)] | None
     loss_sum: float
 
 
@@ -282,7 +277,10 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     rounds: Count
     window: Count
     windows: Count
-    """Windows in this round; in async mode, into how many batches a shard's round is divided."""
+    """Windows in this round; in async mode, where `window` counts on for ever, those in which all data is gone through
+    once."""
+    attempt: Count = 0
+    """Counts how often the merged batch of this window was asked for before."""
     slices: Annotated[tuple[tuple[Count, Count, Count], ...], Meta(max_length=MAX_SHARDS)] = ()
     """Where the aggregator decides on batch sizes: shard, where in its endless stream of samples its batches of this
     version begin, and the size of each."""
@@ -343,6 +341,6 @@ Request = (
     Hello | Join | Evaluated | Train | Forward | Infer | Backward | Step
     | FetchSpills | ReleaseSpills | FetchWeights
 )  # fmt: skip
-Reply = Welcome | Joined | Ok | Refusal | Output | Spilled | Spills | Weights
+Reply = Welcome | Ok | Refusal | Output | Spilled | Spills | Weights
 Broadcast = Beat | Offers | Announcement | Goodbye | Weights
 AnyMessage = Request | Reply | Broadcast

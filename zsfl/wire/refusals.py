@@ -15,6 +15,7 @@ _TRAVELS: tuple[type[ZsflError], ...] = (
     errors.Unavailable,
     errors.NoPeer,
     errors.Busy,
+    errors.Held,
     errors.DeadlineExceeded,
     errors.Rejected,
     errors.StaleWeights,

@@ -75,10 +75,12 @@ def test_elastic_does_not_wait_for_those_who_still_owe_an_earlier_step() -> None
     closing.arrived(step(2, version=0), 10, 1.5)  # late, and free again
     assert closing.missing(range(4)) == [0, 1, 2]
     closing.arrived(step(0, version=1), 10, 2.0)
-    assert closing.closes(range(4), 2.0)  # the late one counts towards the quorum too
+    assert not closing.closes(range(4), 2.0)  # the late one is no part of a quorum of this version
+    closing.arrived(step(1, version=1), 10, 2.0)
+    assert closing.closes(range(4), 2.0)
     begun(closing, version=2, now_s=2.0)
     closing.expect({3: [10]})  # 3 was replaced: it owes nothing
-    assert closing.missing(range(4)) == [0, 3]
+    assert closing.missing(range(4)) == [0, 1, 3]
 
 
 @pytest.mark.parametrize(("mode", "bound"), [(Elastic(late="drop"), 0), (Elastic(max_staleness=2), 2)])
@@ -104,15 +106,66 @@ def test_elastic_makes_no_version_of_nothing_when_everybody_is_late() -> None:
 
 
 def test_elastic_looks_for_its_quorum_again_when_somebody_joins() -> None:
-    closing = begun(ElasticClosing(Elastic(quorum=0.6, grace=10.0)))
+    closing = begun(ElasticClosing(Elastic(quorum=0.6, grace=3.0)))
     for shard in range(3):
         closing.arrived(step(shard), 10, 1.0)
     assert not closing.closes(range(4), 1.0)
     closing.expect({4: [10], 5: [10]})
-    assert not closing.closes(range(6), 50.0)
+    assert not closing.closes(range(6), 5.0)
     assert closing.missing(range(6)) == [3, 4, 5]
-    closing.arrived(step(4), 10, 51.0)
-    assert closing.closes(range(6), 51.0)
+    closing.arrived(step(4), 10, 5.5)
+    assert closing.closes(range(6), 5.5)
+
+
+@pytest.mark.parametrize("clients", [2, 3, 4])
+def test_elastic_with_few_clients_needs_all_but_one_and_then_no_more_of_the_one_that_owes(clients: int) -> None:
+    closing, everybody = ElasticClosing(Elastic()), range(clients)
+    sizes = {shard: [10] for shard in everybody}
+    begun(closing, version=0, now_s=0.0, sizes=sizes)
+    for shard in everybody[1:]:
+        closing.arrived(step(shard), 10, 1.0)
+        assert not closing.closes(everybody, 1.0)
+    assert not closing.closes(everybody, 1.4)
+    assert closing.closes(everybody, 1.5)
+    begun(closing, version=1, now_s=1.5, sizes=sizes)
+    for shard in everybody[1:]:
+        closing.arrived(step(shard, version=1), 10, 2.5)
+    assert closing.closes(everybody, 2.5)
+
+
+@pytest.mark.parametrize("mode", [Elastic(), Async(quota=1), Async(samples=1000)])
+def test_who_is_stuck_with_most_of_the_data_holds_up_a_version_only_while_something_comes(mode: Mode) -> None:
+    closing = closing_for(mode, 1)
+    begun(closing, version=0, now_s=100.0, sizes={0: [90], 1: [5], 2: [5]})
+    assert closing.next_deadline_s() == math.inf
+    closing.arrived(step(1), 5, 100.5)
+    assert (closing.closes(range(3), 100.5), closing.next_deadline_s()) == (False, 103.0)
+    closing.arrived(step(2), 5, 101.0)
+    assert (closing.closes(range(3), 105.9), closing.next_deadline_s()) == (False, 106.0)
+    assert closing.closes(range(3), 106.0)
+
+
+def test_elastic_waits_for_everybody_where_the_quorum_is_everything() -> None:
+    closing = begun(ElasticClosing(Elastic(quorum=1.0)))
+    for shard in range(3):
+        closing.arrived(step(shard), 10, 1.0)
+    assert (closing.closes(range(4), 1000.0), closing.next_deadline_s()) == (False, math.inf)
+
+
+def test_async_does_not_wait_for_those_who_sit_a_version_out() -> None:
+    closing = begun(AsyncClosing(Async(samples=1000), 2), sizes={0: [0], 1: [10], 2: [0]})
+    assert closing.missing(range(3)) == [1]
+    for k in range(2):
+        assert not closing.closes(range(3), 1.0)
+        closing.arrived(step(1, k=k), 10, 1.0)
+    assert closing.closes(range(3), 1.0)
+    begun(closing, version=1, sizes={0: [10], 1: [10], 2: [0]})
+    assert closing.missing(range(3)) == [0, 1]  # who sat out is not slow
+    for shard in range(2):
+        for k in range(2):
+            assert not closing.closes(range(3), 2.0)
+            closing.arrived(step(shard, version=1, k=k), 10, 2.0)
+    assert closing.closes(range(3), 2.0)
 
 
 def test_elastic_closes_by_the_clock_if_anything_has_come() -> None:

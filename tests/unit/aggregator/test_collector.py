@@ -54,7 +54,7 @@ class Refusing:
 async def said_of(error: ZsflError) -> list[str]:
     """What is noted when two spills are offered three times each, and then one of the next version."""
     node = Refusing(error)
-    gathering = Gathering(RunId("3fa9c1"), max_staleness=0, steps_per_version=1)
+    gathering = Gathering(RunId("3fa9c1"), max_staleness=0, steps_per_version=1, shards=2)
     collector = Collector(cast(Any, node), gathering, lambda _: None)
     collector.joined(CARD)
     for version, shard in [(4, 0), (4, 1), (4, 0), (4, 1), (4, 0), (4, 1), (5, 0)]:

@@ -51,7 +51,7 @@ def keys(cids: Iterable[Cid]) -> list[Key]:
 
 
 def begun(version: int, bound: int = 0) -> Gathering:
-    gathering = Gathering(RUN, max_staleness=bound, steps_per_version=2)
+    gathering = Gathering(RUN, max_staleness=bound, steps_per_version=2, shards=20)
     gathering.begin(Version(version), expected(version))
     return gathering
 
@@ -110,7 +110,7 @@ def test_whoever_joins_is_expected_too() -> None:
 
 
 def test_with_nothing_expected_in_particular_any_step_counts() -> None:
-    gathering = Gathering(RUN, max_staleness=1, steps_per_version=2)
+    gathering = Gathering(RUN, max_staleness=1, steps_per_version=2, shards=20)
     gathering.begin(Version(4), None)
     steps = [cid(4, 8), cid(4, 8, k=1), cid(3, 5)]
     fill(gathering, steps)
@@ -192,7 +192,7 @@ class Collecting(RuleBasedStateMachine):
     @initialize(bound=st.integers(0, 3), is_free=st.booleans())
     def starts(self, bound: int, is_free: bool) -> None:
         self.bound, self.is_free = bound, is_free
-        self.gathering = Gathering(RUN, max_staleness=bound, steps_per_version=2)
+        self.gathering = Gathering(RUN, max_staleness=bound, steps_per_version=2, shards=20)
         self.version, self.is_open = -1, False
         self.asked: dict[Key, NodeId] = {}
         self.held: dict[Cid, set[PartName]] = {}

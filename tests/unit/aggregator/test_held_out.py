@@ -27,7 +27,7 @@ A, B = NodeId("a"), NodeId("b")
 class Hall:
     """Three shards with held-out samples at two clients, one shard without any, and who tests them."""
 
-    def __init__(self, patience_s: float = 60.0) -> None:
+    def __init__(self, patience_s: float = 60.0, waits: bool = True) -> None:
         self.said: list[Announcement] = []
         self.notes: list[str] = []
         self.results: list[reports.Tested] = []
@@ -44,14 +44,15 @@ class Hall:
         infos = [ShardInfo(shard=n, train_samples=9, test_samples=4 * (n < 3)) for n in range(4)]
         self.roster.value.join(A, "client-0", infos[:2])
         self.roster.value.join(B, "client-2", infos[2:])
-        self.tests = HeldOut(cast(Any, node), self.stage, self.shelf, self.roster)
+        self.tests = HeldOut(cast(Any, node), self.stage, self.shelf, self.roster, waits=waits)
 
     async def order(self, version: int) -> None:
         self.shelf.put(Version(version), {})
 
         async def then(tested: reports.Tested, order: Order) -> None:
             assert order.version == tested.version == version
-            self.shelf.answer(FetchWeights(portion=BODY, version=order.version))  # it is kept so long
+            if not order.left_out:
+                self.shelf.answer(FetchWeights(portion=BODY, version=order.version))  # it is kept so long
             self.results.append(tested)
 
         await self.tests.order(Order(version=Version(version), state={}, round=3, seconds=1.5, then=then))
@@ -115,6 +116,37 @@ async def test_versions_are_tested_one_after_another_and_more_have_to_wait() -> 
     assert hall.stage.state.evaluation == MAX_WAITING + 1
 
 
+async def test_where_training_does_not_wait_the_oldest_that_is_not_begun_is_left_out() -> None:
+    async with at_work(Hall(waits=False)) as hall:
+        await hall.order(0)
+        await hall.until_tested(0)
+        for version in range(1, MAX_WAITING + 2):
+            await until(hall.order(version))
+        assert [note.split("version ")[1] for note in hall.notes] == ["1 is not tested", "2 is not tested"]
+        for version in (0, *range(3, MAX_WAITING + 2)):
+            await hall.until_tested(version)
+            for shard in range(3):
+                hall.answers(shard)
+        await until(hall.tests.all_done())
+    assert [tested.version for tested in hall.results] == list(range(MAX_WAITING + 2))
+    assert [tested.version for tested in hall.results if tested.loss is None] == [1, 2]
+
+
+async def test_one_that_did_not_answer_is_not_waited_for_until_it_is_heard_again() -> None:
+    async with at_work(Hall(patience_s=0.2)) as hall:
+        for version in range(3):
+            await hall.order(version)
+            await hall.until_tested(version)
+            for shard in range(2):
+                hall.answers(shard)
+            if version == 1:
+                await eventually(lambda: len(hall.results) == 2)
+                assert len([note for note in hall.notes if "did not test" in note]) == 1
+                hall.answers(2, version=0)  # too late for it, but it is there
+            await eventually(lambda version=version: len(hall.results) == version + 1)
+    assert len([note for note in hall.notes if "did not test" in note]) == 2
+
+
 async def test_a_version_is_kept_until_it_is_tested() -> None:
     async with at_work(Hall()) as hall:
         await hall.order(0)
@@ -154,7 +186,7 @@ async def test_one_who_does_not_answer_is_waited_for_with_patience_and_then_no_m
         await until(hall.tests.all_done())
     assert hall.results[0].clients.keys() == {"client-0", "client-2"}
     assert hall.notes == [
-        "warning: client-0 (shard 1) did not test version 5 for 0.05 s; the test goes on without them",
+        "warning: client-0 (shard 1) did not test version 5 for 0.05 s; tests go on without them",
     ]
 
 

@@ -41,7 +41,6 @@ def place(kept: Progress, round_: int) -> Place:
         round=round_,
         facts=kept.facts,
         samples={0: 13, 3: 4},
-        steps={0: 3},
         memory={"pace": {"speeds": {"0": 1.5}}},
         untested=None,
         commit=f"digest-{round_}",

@@ -170,16 +170,16 @@ def test_a_round_whose_test_took_long_does_not_hide_the_next_one() -> None:
     ("best", "early", "said"),
     [
         (0.9625, False, "finished: 4 rounds in 6.2 s, test accuracy 96.25%, test loss"),
-        (0.97, False, "in 6.2 s, test accuracy 96.25% (best 97.00% after round 2), test loss"),
+        (0.97, False, "in 6.2 s, test accuracy 96.25% (best 97.00% at version 20), test loss"),
         (0.97, True, "in 6.2 s, ended early since its tests got no better, test accuracy 96.25% (best"),
         (None, False, "in 6.2 s, test accuracy 96.25%, test loss"),
     ],
 )
 def test_the_end_says_which_version_was_best_and_why_it_came_early(best: float, early: bool, said: str) -> None:
-    finished = msgspec.structs.replace(FINISHED, best_accuracy=best, best_round=2, early=early)
+    finished = msgspec.structs.replace(FINISHED, best_accuracy=best, best_version=20, early=early)
     assert said in (plain_line(finished) or "")
     text = drawn(folded(whole_round(4), finished))
-    assert ("97.00% after round 2: best.safetensors" in text) == (best == 0.97)
+    assert ("97.00% at version 20: best.safetensors" in text) == (best == 0.97)
     assert ("ended early" in text) == early
     assert max(map(len, text.splitlines())) <= 80
 

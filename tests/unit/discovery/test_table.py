@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from zsfl.discovery import table as limits
@@ -17,7 +19,7 @@ from zsfl.discovery.events import (
     Tick,
     Welcomed,
 )
-from zsfl.discovery.table import DIAL_TRIES, PeerTable, PresenceTiming, wants_of
+from zsfl.discovery.table import DIAL_TRIES, RETURN_TRIES, PeerTable, PresenceTiming, wants_of
 from zsfl.errors import ConfigError
 from zsfl.ids import Address, NodeCard, NodeId, Role
 
@@ -189,10 +191,39 @@ def test_a_silent_peer_is_lost_and_its_address_tried_again() -> None:
 def test_a_node_that_lagged_itself_accuses_nobody() -> None:
     for wake in (Tick(), Heard(S1.id)):
         table = joined(S1, S2)
-        assert table.on(wake, 30.0) == []
+        assert not [action for action in table.on(wake, 30.0) if isinstance(action, Lost)]
         for tick in range(1, 4):
-            assert table.on(Tick(), 30.0 + tick * 0.5) == []
+            assert not [action for action in table.on(Tick(), 30.0 + tick * 0.5) if isinstance(action, Lost)]
         assert [type(action) for action in table.on(Tick(), 32.0)] == [Lost, Lost]
+
+
+def test_a_node_that_was_absent_for_so_long_that_others_gave_it_up_greets_them_all_once() -> None:
+    table = joined(S1, S2)
+    assert table.on(Tick(), 1.5) == []  # it lagged, but nobody can have given it up
+    assert table.on(Heard(S1.id), 20.0) == []
+    deadline_s = table.next_deadline()
+    assert deadline_s is not None
+    assert deadline_s <= 20.0 + TIMING.beat_s
+    assert table.on(Tick(), 20.5) == [Dial(S1.address), Dial(S2.address)]
+    assert table.on(Welcomed(S1, S1.address, "me"), 20.6) == []
+    assert table.on(DialFailed(S2.address), 20.7) == []
+    assert table.on(Tick(), 21.0) == []
+    assert table.peers() == (S1, S2)
+
+
+def test_a_former_peer_is_tried_for_an_hour_with_pauses_that_stay_short() -> None:
+    table = joined(S1)
+    for tick in range(1, 5):
+        table.on(Tick(), tick * 0.5)
+    now_s, dials = 2.0, list[float]()
+    while (deadline_s := table.next_deadline()) is not None:
+        now_s = deadline_s
+        if table.on(Tick(), now_s) == [Dial(S1.address)]:
+            dials.append(now_s)
+            table.on(DialFailed(S1.address), now_s)
+    assert len(dials) == RETURN_TRIES
+    assert max(later - sooner for sooner, later in pairwise(dials)) == TIMING.return_max_s
+    assert 1800 < dials[-1] < 7200
 
 
 def test_a_quiet_node_is_woken_often_enough_to_tell_quiet_from_lag() -> None:

@@ -83,10 +83,10 @@ def test_weights_that_sum_to_nothing_fail() -> None:
         average([contribution(0, {"w": torch.ones(1)}, n=0.0)])
 
 
-def test_scale_counts_for_gradient_and_weight_and_damping_for_the_gradient_alone() -> None:
+def test_scale_and_damping_count_for_the_gradient_alone() -> None:
     plain = contribution(0, {"w": torch.tensor([6.0])}, n=2)
     late = replace(contribution(1, {"w": torch.tensor([8.0])}, n=4), scale=0.5, damping=0.25)
-    assert average([plain, late])["w"].item() == pytest.approx((6 + 0.5 * 0.25 * 8) / (2 + 0.5 * 4))
+    assert average([plain, late])["w"].item() == pytest.approx((6 + 0.5 * 0.25 * 8) / (2 + 4))
     assert average([late, plain])["w"].item() == average([plain, late])["w"].item()
 
 
@@ -96,9 +96,16 @@ def test_weighed_contributions_equal_the_formula_in_any_order() -> None:
         replace(contribution(s, {"w": torch.randn(9).double()}, n=s + 1), scale=0.3 + s, damping=1 / (1 + s))
         for s in range(5)
     ]
-    wanted = sum(p.scale * p.damping * p.grads["w"] for p in parts) / sum(p.scale * p.n for p in parts)
+    wanted = sum(p.scale * p.damping * p.grads["w"] for p in parts) / sum(p.n for p in parts)
     torch.testing.assert_close(average(parts)["w"], wanted, rtol=0, atol=1e-14)
     assert torch.equal(average(parts)["w"], average(parts[::-1])["w"])
+
+
+def test_no_version_moves_further_than_a_mean_gradient_does() -> None:
+    parts = [replace(contribution(s, {"w": torch.tensor([3.0 * (s + 1)])}, n=s + 1), scale=2.0 + s) for s in range(3)]
+    # Every mean gradient is 3, and so is what comes of them however they are weighed.
+    assert average(parts)["w"].item() == pytest.approx(3.0)
+    assert average(parts[:1])["w"].item() == pytest.approx(3.0)
 
 
 def test_a_contribution_that_is_not_weighed_counts_as_before_to_the_last_bit() -> None:

@@ -18,6 +18,7 @@ from zsfl.learning.job import Job, accuracy, load_job
 from zsfl.learning.model import SplitModel
 from zsfl.learning.modes import Async, Elastic, Exact
 from zsfl.learning.optim import adam, sgd
+from zsfl.learning.schedules import cosine
 
 
 def model() -> SplitModel:
@@ -65,7 +66,12 @@ def test_good_names(name: str) -> None:
         ({"seed": -1}, "seed is -1: use a whole number from 0 up"),
         ({"mode": "fast"}, "mode is 'fast': use 'exact'"),
         ({"mode": None}, "mode is 'None': use 'exact'"),
-        ({"steps": 0}, "steps is 0: use a whole number from 1 up"),
+        ({"steps": 0}, "steps is 0: use a whole number from 1 to 1000"),
+        ({"steps": 10**6}, "steps is 1000000"),
+        ({"name": 5}, "job name 5 will not do"),
+        ({"shuffle": "no"}, "shuffle is 'no': use True or False"),
+        ({"codec": "zip"}, "zip"),
+        ({"local_lr": "x", "steps": 2}, "local_lr is 'x'"),
         ({"evaluate_every": 0}, "evaluate_every is 0"),
         ({"stop_after": 1.5}, "stop_after is 1.5"),
         ({"batches": "even"}, r"batches is 'even': use 'proportional', 'equal' or zsfl.by_speed\(\)"),
@@ -115,6 +121,15 @@ def test_build_wraps_what_the_factory_does_wrong() -> None:
         job(model=failing).build()
     with pytest.raises(ConfigError, match=r"returned a Linear: return a zsfl.SplitModel"):
         job(model=lambda: nn.Linear(1, 1)).build()
+
+
+def test_what_makes_a_run_other_than_expected_is_said() -> None:
+    assert job(steps=2, local_lr=0.1, optimizer=sgd(lr=0.1)).warnings() == []
+    assert job(mode="elastic", batches=by_speed()).warnings() == []
+    assert "no two runs are equal" in job(batches=by_speed()).warnings()[0]
+    for optimizer in (sgd(lr=0.2), sgd(lr=0.1, momentum=0.9), adam(lr=0.1), sgd(lr=0.1, schedule=cosine(5))):
+        (said,) = job(steps=2, local_lr=0.1, optimizer=optimizer).warnings()
+        assert "is not FedAvg of deltas" in said
 
 
 def test_facts_are_short_words_that_differ_where_the_jobs_do() -> None:

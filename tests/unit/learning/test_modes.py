@@ -46,17 +46,17 @@ def test_how_late_a_step_may_be(mode: Mode, bound: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "field", "values"),
     [
-        (Exact, "return_s", [0, -1.0, math.inf, math.nan]),
-        (Elastic, "quorum", [0, -0.5, 1.01, math.nan]),
-        (Elastic, "grace", [-0.1, math.inf, math.nan]),
-        (Elastic, "deadline_s", [0, -1.0, math.inf, math.nan]),
+        (Exact, "return_s", [0, -1.0, math.inf, math.nan, None, "30"]),
+        (Elastic, "quorum", [0, -0.5, 1.01, math.nan, "0.8", True]),
+        (Elastic, "grace", [-0.1, math.inf, math.nan, None]),
+        (Elastic, "deadline_s", [0, -1.0, math.inf, math.nan, "1"]),
         (Elastic, "late", ["", "keep"]),
         (Elastic, "max_staleness", [-1, 1.5, True, 2**31]),
         (Async, "samples", [0, 1.0]),
         (Async, "seconds", [0, math.inf, math.nan]),
-        (Async, "quota", [0, 2.5]),
+        (Async, "quota", [0, 2.5, 10**6]),
         (Async, "max_staleness", [-1]),
-        (Async, "max_correction", [0.5, math.inf, math.nan]),
+        (Async, "max_correction", [0.5, math.inf, math.nan, None]),
     ],
 )
 def test_values_that_make_no_sense_are_refused_by_name(kind: Any, field: str, values: list[Any]) -> None:

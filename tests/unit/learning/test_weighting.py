@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from zsfl.ids import RunId, Version, step_cid
-from zsfl.learning.averaging import Contribution
+from zsfl.learning.averaging import Contribution, average
 from zsfl.learning.master import Master
 from zsfl.learning.model import SplitModel
 from zsfl.learning.optim import sgd
-from zsfl.learning.weighting import Shares, staleness_weight
+from zsfl.learning.weighting import HORIZON, Shares, staleness_weight
 
 CURVATURES = (0.2, 0.5, 1.0)
 
@@ -49,16 +49,18 @@ def delayed(draw: st.DrawFn) -> tuple[int, float, list[list[tuple[int, float]]]]
 def test_delayed_descent_on_a_quadratic_converges_within_the_bound(
     case: tuple[int, float, list[list[tuple[int, float]]]],
 ) -> None:
-    """In each coordinate, with a = lr * curvature, p_i the share of contribution i in the sum of c n, w_i its damping
-    and W = sum p_i w_i: x' = x - a sum p_i w_i x_i, so |x'| <= (1 - a W)|x| + a sum p_i w_i |x - x_i|, as a W <= 1.
-    x and x_i are at most tau moves apart. Each of these is at most a M, M the largest |x| of the last 2 tau + 1
-    versions, so |x'| <= (1 - a W (1 - a tau)) M <= rho M, as W >= (1 + tau)^-1/2. After 2 tau + 1 versions M itself
-    has shrunk by rho.
+    """In each coordinate, with a = lr * curvature, D what is divided by, p_i = c_i n_i / D, w_i the damping of
+    contribution i and W = sum p_i w_i <= 1: x' = x - a sum p_i w_i x_i, so that
+    |x'| <= (1 - a W)|x| + a sum p_i w_i |x - x_i|. x and x_i are at most tau moves apart. Each of these is at most a M,
+    M the largest |x| of the last 2 tau + 1 versions, so |x'| <= (1 - a W (1 - a tau)) M <= rho M, as
+    W >= (1 + tau)^-1/2 / C: where D is the sum of n since every c is at least 1/C, and elsewhere W is 1. After
+    2 tau + 1 versions M itself has shrunk by rho.
     """
     tau, step, versions = case
     lr = step / max(1, tau) / max(CURVATURES)
     curvature = torch.tensor(CURVATURES, dtype=torch.float64)
-    rho = 1 - lr * min(CURVATURES) * (1 + tau) ** -0.5 * (1 - lr * max(CURVATURES) * tau)
+    most = max(1 / scale for arrived in versions for _, scale in arrived)
+    rho = 1 - lr * min(CURVATURES) * (1 + tau) ** -0.5 * (1 - lr * max(CURVATURES) * tau) / max(1, most)
     master = Master(SplitModel(nn.Identity(), Quadratic()), sgd(lr))
     path = [master.state()["body.x"]]
     for version, arrived in enumerate(versions):
@@ -84,59 +86,91 @@ def test_delayed_descent_on_a_quadratic_converges_within_the_bound(
         assert path[-1].abs().max().item() <= bound * (1 + 1e-12)
 
 
-def counted(shares: Shares, times: int, steps: dict[int, int]) -> None:
+def counted(shares: Shares, times: int, steps: dict[int, int], expected: dict[int, int]) -> None:
     for _ in range(times):
-        shares.counted(steps)
+        shares.counted(steps, expected)
 
 
-def test_everybody_who_contributes_its_share_counts_whole() -> None:
+@pytest.mark.parametrize("sizes", [(60, 20), (14, 15, 16), (13, 7, 20, 10), (1, 0, 3)])
+def test_whoever_comes_as_planned_counts_whole_to_the_last_bit(sizes: tuple[int, ...]) -> None:
     shares = Shares(4.0)
-    shares.there({0: 600, 1: 200}, batch=80)
-    for _ in range(50):
-        shares.counted({0: 60, 1: 20})
-        assert [shares.correction(0), shares.correction(1)] == pytest.approx([1.0, 1.0], abs=1e-12)
+    for version in range(50):
+        planned = {shard: size + (version + shard) % 2 for shard, size in enumerate(sizes)}
+        shares.there({shard: 10 * size + 1 for shard, size in enumerate(sizes)})
+        shares.counted(planned, planned)
+        assert {shares.correction(shard) for shard in planned} == {1.0}
 
 
-def test_a_fast_client_is_weighed_down_to_its_share_and_a_slow_one_up() -> None:
-    shares = Shares(4.0)
-    shares.there({0: 100, 1: 100, 2: 100}, batch=30)
-    counted(shares, 60, {0: 20, 1: 10, 2: 5})
-    weighed = [count * shares.correction(shard) for shard, count in enumerate((20, 10, 5))]
+def moved(fast: int, most: float, every: int = 5) -> list[float]:
+    """By how much of the way each client's gradients move the weights in the long run; the last one is slow."""
+    shares, everybody, total = Shares(most), dict.fromkeys(range(fast + 1), 10), [0.0] * (fast + 1)
+    shares.there(everybody)
+    for version in range(40 * every):
+        came = [shard for shard in everybody if shard < fast or version % every == 0]
+        shares.counted(dict.fromkeys(came, 10), everybody)
+        window = [
+            Contribution(
+                cid=step_cid(RunId("abcdef"), shard, Version(version)), part="body", version=Version(version), n=10.0,
+                loss_sum=None, samples=10, grads={str(shard): torch.tensor(10.0, dtype=torch.float64)}, buffers={},
+                node="", scale=shares.correction(shard),
+            )
+            for shard in came
+        ]  # fmt: skip
+        for shard, gradient in average(window).items():
+            total[int(shard)] += gradient.item() * (version >= 20 * every)
+    return [one / sum(total) for one in total]
+
+
+@pytest.mark.parametrize("fast", [1, 3, 19])
+def test_a_slow_client_moves_the_weights_more_nearly_by_its_share(fast: int) -> None:
+    share = 1 / (fast + 1)
+    assert moved(fast, 1.0)[-1] == pytest.approx(share / 5)
+    corrected = moved(fast, 10.0)
+    assert 0.45 * share < corrected[-1] <= 1.05 * share
+    assert corrected[:-1] == pytest.approx([corrected[0]] * fast)
+
+
+def test_a_fast_client_is_weighed_down_to_its_share() -> None:
+    shares, everybody = Shares(4.0), {0: 10, 1: 10, 2: 10}
+    shares.there({0: 100, 1: 100, 2: 100})
+    counted(shares, 400, {0: 20, 1: 10, 2: 10}, everybody)
+    weighed = [count * shares.correction(shard) for shard, count in enumerate((20, 10, 10))]
     assert weighed == pytest.approx([weighed[0]] * 3, rel=0.01)
 
 
 def test_no_correction_is_beyond_the_bound() -> None:
-    shares = Shares(2.0)
-    shares.there({0: 100, 1: 100}, batch=20)
-    counted(shares, 100, {0: 20})
-    assert (shares.correction(0), shares.correction(1)) == (pytest.approx(0.5, abs=0.01), 2.0)
+    shares = Shares(1.5)
+    shares.there({0: 100, 1: 100})
+    counted(shares, 400, {0: 20}, {0: 10, 1: 10})
+    assert (shares.correction(0), shares.correction(1)) == (1 / 1.5, 1.5)
     assert shares.correction(7) == 1.0
     none = Shares(1.0)
-    none.there({0: 100, 1: 100}, batch=20)
-    counted(none, 100, {0: 20})
+    none.there({0: 100, 1: 100})
+    counted(none, 100, {0: 20}, {0: 10, 1: 10})
     assert none.correction(0) == none.correction(1) == 1.0
 
 
 def test_one_that_joins_begins_with_its_share_and_what_is_remembered_survives_a_checkpoint() -> None:
     shares = Shares(4.0)
-    shares.there({0: 100, 1: 100}, batch=20)
-    counted(shares, 30, {0: 30, 1: 10})
-    shares.there({0: 100, 1: 100, 2: 50}, batch=25)
-    assert shares.correction(2) == pytest.approx(1.0)
+    shares.there({0: 100, 1: 100})
+    counted(shares, 30, {0: 30, 1: 10}, {0: 20, 1: 20})
+    shares.there({0: 100, 1: 100, 2: 50})
+    assert shares.correction(2) == 1.0
     again = Shares(4.0)
     again.restore(json.loads(json.dumps(shares.state())))
-    again.there({0: 100, 1: 100, 2: 50}, batch=25)
+    again.there({0: 100, 1: 100, 2: 50})
     assert [again.correction(shard) for shard in range(3)] == [shares.correction(shard) for shard in range(3)]
-    shares.there({1: 100, 2: 50}, batch=15)
+    shares.there({1: 100, 2: 50})
     assert shares.correction(0) == 1.0
-    shares.there({}, batch=0)
-    shares.there({0: 100, 1: 100}, batch=20)
+    shares.there({})
+    shares.there({0: 100, 1: 100})
     assert shares.correction(0) == shares.correction(1) == 1.0
 
 
-def test_half_of_what_was_counted_is_forgotten_after_four_merged_batches() -> None:
-    shares = Shares(100.0)
-    shares.there({0: 100, 1: 100}, batch=20)
-    counted(shares, 4, {0: 20})  # of the 40 + 40 at the start a half is left, and the new ones fade as they age
-    new = 20 * sum(0.5 ** (age / 4) for age in range(4))
-    assert shares.correction(1) == pytest.approx(0.5 * (20 + 20 + new) / 20, rel=1e-12)
+def test_half_of_what_was_counted_is_forgotten_after_so_many_versions() -> None:
+    shares, times = Shares(1e9), int(HORIZON)
+    shares.there({0: 100, 1: 100})
+    counted(shares, times, {0: 20}, {0: 10, 1: 10})
+    level = 0.5 / (1 - 0.5 ** (1 / HORIZON))  # the sum of a half a version for ever
+    assert shares.correction(1) == pytest.approx(level / (0.5 * level), rel=1e-12)
+    assert shares.correction(0) == pytest.approx(level / (0.5 * level + 0.5 * 2 * level), rel=1e-12)

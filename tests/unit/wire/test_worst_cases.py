@@ -27,7 +27,6 @@ from zsfl.wire.messages import (
     Goodbye,
     Hello,
     Join,
-    Joined,
     Load,
     Offers,
     PeerHint,
@@ -81,12 +80,12 @@ STATE = RunState(
     evaluation=MOST,
     reason=WIDE * 4000,
 )
-SHARD = ShardInfo(shard=MOST, train_samples=MOST, test_samples=MOST, classes=(MOST,) * MAX_CLASSES)
+MOST_OF_ONE = 1 << 40
+SHARD = ShardInfo(shard=MOST, train_samples=MOST_OF_ONE, test_samples=MOST_OF_ONE, classes=(MOST_OF_ONE,) * MAX_CLASSES)
 WORST: Sequence[AnyMessage] = [
     Hello(protocol=MOST, facts=TEXTS, card=CARD, codecs=CODECS),
     Welcome(card=CARD, codecs=CODECS, peers=HINTS),
     Join(node=CARD.id, shards=(SHARD,) * MAX_JOINED),
-    Joined(steps=(MOST,) * MAX_JOINED),
     Refusal(kind=WIDE * 200, message=WIDE * 4000, retry_after_s=86_400.0),
     FetchSpills(wanted=KEYS),
     Spills(found=KEYS),
