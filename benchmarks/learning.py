@@ -315,6 +315,8 @@ def _comparison(args: argparse.Namespace) -> Comparison:
     if unknown := [name for name in (*args.compare, *args.tune) if name not in known]:
         raise zsfl.ConfigError(f"cannot compare {', '.join(unknown)}: use some of {', '.join(known)}")
     job = zsfl.load_job(args.job)
+    if job.metric is None:
+        raise zsfl.ConfigError(f"job {job.name!r} has no metric: there is no accuracy to compare")
     if args.tune and "lr" not in job.optimizer.options:
         raise zsfl.ConfigError(f"--tune tries learning rates, and the optimizer of job {job.name!r} states no lr")
     return Comparison(

@@ -189,6 +189,25 @@ async def test_nothing_is_skipped_while_everybody_is_gone(mode: str, tmp_path: P
     ledger(tmp_path / "nodes")
 
 
+@pytest.mark.parametrize("mode", ["exact", "elastic", "async"])
+async def test_the_one_with_most_of_the_data_may_leave_and_come_back(mode: str, tmp_path: Path) -> None:
+    """Of a round's six windows only it has steps in five."""
+    nodes = Nodes(replace(EVEN, mode=mode, rounds=10_000, sizes=(30, 5), batches="equal").job(), tmp_path)
+    try:
+        address = await nodes.start("aggregator", Role.AGGREGATOR, patience_s=20.0)
+        await nodes.start("server", Role.SPLIT_SERVER, peers=(address,))
+        await nodes.start("small", Role.CLIENT, shards="1", peers=(address,))
+        for name in ("large", "large-again"):
+            await nodes.start(name, Role.CLIENT, shards="0", peers=(address,))
+            await eventually(lambda name=name: name in nodes.rounds[-1].serving if nodes.rounds else False)
+            nodes.tasks[name].cancel()
+            await eventually(lambda: set(nodes.rounds[-1].serving) == {"small"})
+        assert not nodes.tasks["aggregator"].done()
+    finally:
+        await nodes.close()
+    ledger(tmp_path / "nodes")
+
+
 async def test_a_run_that_everybody_left_fails_when_its_patience_ends(tmp_path: Path) -> None:
     nodes = Nodes(replace(EVEN, mode="async", rounds=10_000).job(), tmp_path)
     try:

@@ -45,11 +45,14 @@ class Pacer:
     def began(
         self, version: Version, shards: Sequence[int], classes: Mapping[int, Sequence[int]], now_s: float
     ) -> Slices:
-        """The slices of all `shards` at a version that begins now; their streams go on behind them.
+        """The slices of all `shards` at a version that begins now, or anew; their streams go on behind them.
 
         `classes` are those of everybody whose label mix the merged batch is to keep, others than `shards` too.
         """
-        self._note_late(shards, now_s)
+        if version in self._began:  # it is asked for anew, from where it began
+            self._positions |= {shard: start for shard, (start, _) in self._began[version][1].items()}
+        else:
+            self._note_late(shards, now_s)
         slices = dict(zip(shards, self._places(shards, classes), strict=True)) if shards else {}
         for shard, (start, size) in slices.items():
             self._positions[shard] = start + size * self._steps

@@ -37,10 +37,11 @@ from zsfl.spill.layout import SpillMeta
 from zsfl.weights.shelf import Packed, Shelf
 from zsfl.wire.pubsub import Publisher
 
-MERGE_ATTEMPTS = 100
+MERGE_ATTEMPTS = 32
 """How often a merged batch may be asked for: it has to be anew when its server or one of its clients is gone."""
-Outcome = Literal["enough", "idle", "alone", "broken"]
-"""How the gathering of a window ended: idle when those who are there have no steps in it, alone when nobody is."""
+Outcome = Literal["enough", "idle", "deserted", "alone", "broken"]
+"""How the gathering of a window ended: idle when those who are there have no steps in it (deserted where others, who
+left, had been asked for some), alone when nobody is there."""
 
 
 class Training:
@@ -180,6 +181,10 @@ class Training:
                     return "enough"
                 case "broken":
                     self._gathering.void("the merged batch that it was part of fell apart")
+                case "deserted":  # a version of nothing, so that the next window's steps have names of their own
+                    self._gathering.void("its client left in the middle of it")
+                    await self._commit()
+                    return "idle"
                 case outcome:
                     return outcome
         raise RunFailed(
@@ -295,7 +300,7 @@ class Training:
             if self._closing.closes(there, now_s):
                 return "enough"
             if there and not self._participants(there):
-                return "idle"
+                return "deserted"
             if now_s >= self._progress_s + patience_s:
                 raise RunFailed(
                     f"round {self.round + 1} stood still for {patience_s:g} s without the steps of {self._missing()}. "
@@ -364,7 +369,7 @@ class Training:
 
     def _weigh(self, window: Sequence[Contribution]) -> Sequence[Contribution]:
         """What is late moves the weights less; in async mode, who contributes beyond its share counts less."""
-        if self._shares is not None:
+        if self._shares is not None and window:
             samples: Counter[int] = Counter()
             for one in window:
                 if one.part == "client":

@@ -85,6 +85,20 @@ def test_streams_have_no_gap_and_no_overlap(rates: list[float], steps: int) -> N
             following[shard] = start + size * steps
 
 
+def test_a_version_that_is_asked_for_anew_begins_at_the_same_samples() -> None:
+    simulation = Simulation({0: 50.0, 1: 150.0})
+    simulation.sizes(3)
+    began = {
+        attempt: simulation.pacer.began(Version(3), shards, {}, simulation.now_s)
+        for attempt, shards in enumerate(([0, 1], [0], [0, 1]))
+    }
+    assert began[0] == began[2]
+    assert {shard: start for shard, (start, _) in began[1].items()} == {0: began[0][0][0]}
+    simulation.version = 4
+    after = simulation.window()[0]
+    assert all(after[shard][0] == start + size for shard, (start, size) in began[2].items())
+
+
 def test_who_joins_counts_as_the_mean_and_who_returns_goes_on_where_it_was() -> None:
     simulation = Simulation({0: 50.0, 1: 150.0})
     simulation.sizes(3)
