@@ -7,7 +7,7 @@ Any job will do:
 Modes run as a cluster of real processes on this machine, baselines in this process, see zsfl.baselines. Seconds are
 those of training, without the held-out tests as far as these do not slow training down.
 
-Without a job it runs what benchmarks/METHODOLOGY.md describes, in about a quarter of an hour: MNIST over uneven
+Without a job it runs what benchmarks/METHODOLOGY.md describes, in about 25 minutes: MNIST over uneven
 clients, clients with few labels, and one slow client. It is looked for as in benchmarks/mnist.py.
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -65,17 +66,7 @@ class StepDriver:
     async def _backward(
         self, step: StepInHand, holder: NodeId | None, at: NodeId | None, merged: int
     ) -> tuple[NodeId, torch.Tensor | None]:
-        request = partial(
-            Backward,
-            cid=step.cid,
-            version=step.version,
-            seed=step.seed + 1,
-            n=step.n,
-            samples=step.samples,
-            want_grad=self.local.want_grad,
-            provenance=self._node.name,
-            merged=merged,
-        )
+        request = partial(Backward, **self._said_of(step, merged))
         if step.grad is None:
             raise TypeError("a backward needs the gradient at the cut")
         return await self._remote.backward(holder, request, step.activations, step.grad, at=at)
@@ -83,20 +74,23 @@ class StepDriver:
     async def _drive_label_sharing(
         self, _weights: ClientWeights | None, step: StepInHand, at: NodeId | None, merged: int
     ) -> tuple[NodeId, torch.Tensor | None]:
-        request = partial(
-            Step,
-            cid=step.cid,
-            version=step.version,
-            seed=step.seed + 1,
-            n=step.n,
-            samples=step.samples,
-            want_grad=self.local.want_grad,
-            provenance=self._node.name,
-            merged=merged,
-            shift=() if step.shift is None else tuple(step.shift.tolist()),
-        )
+        shift = () if step.shift is None else tuple(step.shift.tolist())
+        request = partial(Step, **self._said_of(step, merged), shift=shift)
         server, grad, step.loss_sum = await self._remote.step(request, step.activations, step.target, at=at)
         return server, grad
+
+    def _said_of(self, step: StepInHand, merged: int) -> dict[str, Any]:
+        """What Backward and Step say alike."""
+        return {
+            "cid": step.cid,
+            "version": step.version,
+            "seed": step.seed + 1,
+            "n": step.n,
+            "samples": step.samples,
+            "want_grad": self.local.want_grad,
+            "provenance": self._node.name,
+            "merged": merged,
+        }
 
     async def _spill(self, weights: ClientWeights, step: StepInHand, grad: torch.Tensor | None) -> None:
         meta = SpillMeta(
