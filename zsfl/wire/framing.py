@@ -30,8 +30,8 @@ MessageId = Annotated[int, Meta(ge=0, le=1 << 62)]
 
 STALLED_S = 2.0
 """A message that nothing more came of for so long is not counted on."""
-KEPT_ALONE_BYTES = 1 << 16
-"""From this size on, a frame of a message in chunks is not copied until all of them are there."""
+AHEAD = 16
+"""Memory for a message in chunks is taken for so many times what has arrived of it, as far as it goes."""
 RETRY_AFTER_S = 0.1
 """When to come back with a message that found no room."""
 
@@ -140,10 +140,7 @@ class NoRoom(Busy):
 
 
 class Room:
-    """Memory for the half-finished messages of one socket, whoever sends them.
-
-    While one is put together it takes its bytes once more.
-    """
+    """Memory for the half-finished messages of one socket, whoever sends them."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
@@ -153,38 +150,47 @@ class Room:
 class _Half:
     """A message whose chunks are still arriving.
 
-    They are kept as they came and copied once, into memory of the right size, when all are there: a buffer that grows
-    is moved again and again where several messages arrive in turn, and one made beforehand would cost whatever the
-    header declares.
+    Each is copied once, as it comes, into memory that is taken ahead of it, but never for more than `AHEAD` times what
+    has arrived: so what a header declares costs nothing, and what has arrived is rarely moved. Taken memory that
+    nothing was written to yet is an address range to the operating system, and no more.
     """
 
     def __init__(self, header: Header, now_s: float, due_s: float) -> None:
         self.header = header
         self.total = sum(header.sizes)
         self.arrived_bytes = 0
-        self.pieces: list[Buffer] = []
+        self.buffer = memoryview(b"")
         self.heard_s = now_s
         self.due_s = due_s
 
-    def add(self, frame: Buffer) -> None:
-        """Keep a frame; small ones together, as each kept alone takes more than its bytes."""
-        size = nbytes(frame)
-        self.arrived_bytes += size
-        if size >= KEPT_ALONE_BYTES:
-            self.pieces.append(frame)
-        elif self.pieces and isinstance(last := self.pieces[-1], bytearray) and len(last) < KEPT_ALONE_BYTES:
-            last += frame
-        else:
-            self.pieces.append(bytearray(frame))
+    def add(self, frames: Sequence[Buffer], more: int) -> None:
+        """Take in frames, `more` bytes together; MemoryError when there is no memory for them."""
+        start = self.arrived_bytes
+        self.arrived_bytes += more
+        if self.arrived_bytes > len(self.buffer):
+            taken = _memory(min(self.total, AHEAD * self.arrived_bytes))
+            taken[:start] = self.buffer[:start]
+            self.buffer = taken
+        for frame in frames:
+            end = start + nbytes(frame)
+            self.buffer[start:end] = frame
+            start = end
 
     def parts(self) -> list[Buffer]:
-        """The parts, as slices of one writable buffer."""
-        view, start = memoryview(bytearray().join(self.pieces)), 0
+        """The parts of a whole message, as slices of one writable buffer."""
+        start = 0
         parts: list[Buffer] = []
         for size in self.header.sizes:
-            parts.append(view[start : start + size])
+            parts.append(self.buffer[start : start + size])
             start += size
         return parts
+
+
+def _memory(size: int) -> memoryview:
+    """So many bytes, writable; what they hold is anybody's guess."""
+    import numpy as np  # not at the top: it takes a tenth of a second, and only messages in chunks need it
+
+    return np.empty(size, np.uint8).data  # a bytearray would be filled with zeros first
 
 
 class Assembler:
@@ -293,8 +299,11 @@ class Assembler:
             raise NoRoom(f"{self._room.used_bytes} bytes of messages are arriving, no room for more", header.id)
         self._room.used_bytes += more
         half.heard_s = self._clock()
-        for frame in frames:
-            half.add(frame)
+        try:
+            half.add(frames, more)
+        except MemoryError:
+            self.forget(header.id)
+            raise NoRoom(f"no memory for {half.total} bytes; ask for less at once", header.id) from None
         if half.arrived_bytes < half.total:
             return None
         self.forget(header.id)

@@ -282,6 +282,34 @@ def test_declared_bytes_cost_the_declarer_nothing() -> None:
         tracemalloc.stop()
 
 
+def test_arriving_bytes_take_no_more_than_their_multiple_however_many_are_declared() -> None:
+    limits = WireLimits()
+    assembler = Assembler(limits)
+    assembler.feed(begin(1, limits.max_message_bytes))
+    tracemalloc.start()
+    try:
+        for _ in range(10):
+            assembler.feed([head(kind="chunk", id=1), bytes(1000)])
+        assert tracemalloc.get_traced_memory()[0] < (framing.AHEAD + 1) * 10_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_where_there_is_no_memory_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(_: int) -> memoryview:
+        raise MemoryError
+
+    room = Room(1000)
+    assembler = Assembler(LIMITS, room)
+    assembler.feed(begin(1, 100))
+    monkeypatch.setattr(framing, "_memory", none)
+    with pytest.raises(NoRoom, match="no memory for 100 bytes") as caught:
+        assembler.feed([head(kind="chunk", id=1), bytes(60)])
+    assert caught.value.message_id == 1
+    assert assembler.idle
+    assert room.used_bytes == 0
+
+
 def test_bytes_that_arrive_one_by_one_take_little_more_than_their_number() -> None:
     assembler, size = Assembler(WireLimits(frame_bytes=64)), 100_000
     assembler.feed(begin(1, size))
@@ -298,10 +326,10 @@ def test_bytes_that_arrive_one_by_one_take_little_more_than_their_number() -> No
     assert bytes(arrived.parts[0]) == bytes(number % 256 for number in range(size - 1)) + b"!"
 
 
-@pytest.mark.parametrize("chunk_bytes", [framing.KEPT_ALONE_BYTES - 1, framing.KEPT_ALONE_BYTES, 1 << 17])
+@pytest.mark.parametrize("chunk_bytes", [1, 1000, 1 << 17])
 def test_parts_that_came_in_chunks_are_whole_writable_and_their_own(chunk_bytes: int) -> None:
     limits = WireLimits(frame_bytes=chunk_bytes)
-    parts = [bytearray(Random(number).randbytes(size)) for number, size in enumerate((1 << 18, 3, 1 << 17, 70_000))]
+    parts = [bytearray(Random(number).randbytes(size)) for number, size in enumerate((1 << 14, 3, 1 << 17, 70_000))]
     assembler = Assembler(limits)
     frames = [[bytearray(frame) for frame in multipart] for multipart in frames_of(list(map(bytes, parts)), 1, limits)]
     arrived = [assembler.feed(multipart) for multipart in frames][-1]
