@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import statistics
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 
 from _figures import Figure, add_json_flag, hand_over, shown
 from _record import circumstances, table, write
-from peers.program import Asker, started
+from peers.program import Asker, cpu_s, started
 
 BUDGET_S = 150
 """When `make bench` gives up on it; it takes about 90."""
@@ -56,22 +57,44 @@ class Cell:
         return f"{size}, {self.open} open"
 
 
-@dataclass(slots=True)
-class Rates:
-    """Answers a second, by cell and contestant, one for each repetition."""
+@dataclass(frozen=True, slots=True)
+class Took:
+    """One measurement."""
 
-    found: dict[tuple[Cell, str], list[float]] = field(default_factory=dict[tuple[Cell, str], list[float]])
+    answers_per_s: float
+    cpu_s: float
+    """For an answer, of asker and server together: what other work on the machine disturbs least."""
+
+
+@dataclass(slots=True)
+class Measured:
+    """All measurements, by cell and contestant, one for each repetition."""
+
+    found: dict[tuple[Cell, str], list[Took]] = field(default_factory=dict[tuple[Cell, str], list[Took]])
+
+    def rates(self, cell: Cell, name: str) -> list[float]:
+        """Answers a second."""
+        return [one.answers_per_s for one in self.found[cell, name]]
+
+    def costs(self, cell: Cell, name: str) -> list[float]:
+        """Seconds of a core for an answer."""
+        return [one.cpu_s for one in self.found[cell, name]]
 
     def ratios(self, cell: Cell, name: str) -> list[float]:
-        """Ours over those of `name` in the same repetition."""
-        return [ours / theirs for ours, theirs in zip(self.found[cell, OURS], self.found[cell, name], strict=True)]
+        """Our rates over those of `name` in the same repetition."""
+        return [ours / theirs for ours, theirs in zip(self.rates(cell, OURS), self.rates(cell, name), strict=True)]
+
+    def cost_ratios(self, cell: Cell, name: str) -> list[float]:
+        """Our costs over those of `name` in the same repetition."""
+        return [ours / theirs for ours, theirs in zip(self.costs(cell, OURS), self.costs(cell, name), strict=True)]
 
 
-async def rate(asker: Asker, payload: bytes, questions: int, seconds: float) -> float:
-    """Answers a second while so many questions are open, from the first question to the last answer."""
+async def ask_for(asker: Asker, server: int, payload: bytes, questions: int, seconds: float) -> Took:
+    """Keep so many questions open for a while; from the first question to the last answer. `server` is a process."""
     if await asker.ask(payload) != payload:
         raise RuntimeError("the answer is not what was sent")
     done = 0
+    cpu_before_s = cpu_s(server) + time.process_time()
     begun_s = time.perf_counter()
 
     async def keep_asking() -> None:
@@ -87,12 +110,13 @@ async def rate(asker: Asker, payload: bytes, questions: int, seconds: float) -> 
     async with asyncio.TaskGroup() as tasks:
         for _ in range(questions):
             tasks.create_task(keep_asking())
-    return done / (time.perf_counter() - begun_s)
+    took_s = time.perf_counter() - begun_s
+    return Took(done / took_s, (cpu_s(server) + time.process_time() - cpu_before_s) / done)
 
 
-async def measure(names: Sequence[str], cells: Sequence[Cell], repeat: int, seconds: float) -> Rates:
+async def measure(names: Sequence[str], cells: Sequence[Cell], repeat: int, seconds: float) -> Measured:
     """All contestants in each cell, one after the other; who begins changes from one repetition to the next."""
-    rates = Rates()
+    measured = Measured()
     async with AsyncExitStack() as stack:
         askers = {name: await stack.enter_async_context(started(name)) for name in names}
         for turn in range(-1, repeat):  # the first turn warms up
@@ -101,52 +125,67 @@ async def measure(names: Sequence[str], cells: Sequence[Cell], repeat: int, seco
                 first = turn % len(names)
                 for name in (*names[first:], *names[:first]):
                     if turn < 0:
-                        await rate(askers[name], payload, min(cell.open, 8), 0.0)
+                        await ask_for(*askers[name], payload, min(cell.open, 8), 0.0)
                     else:
-                        found = await rate(askers[name], payload, cell.open, seconds)
-                        rates.found.setdefault((cell, name), []).append(found)
-    return rates
+                        found = await ask_for(*askers[name], payload, cell.open, seconds)
+                        measured.found.setdefault((cell, name), []).append(found)
+    return measured
 
 
-def figures(rates: Rates, names: Sequence[str], cells: Sequence[Cell]) -> Iterator[Figure]:
-    """What is compared and aimed at, and our own rates."""
+def figures(measured: Measured, names: Sequence[str], cells: Sequence[Cell]) -> Iterator[Figure]:
+    """What is compared and aimed at, and our own rates and costs."""
     for cell in cells if FLOOR in names else ():
         yield Figure(
             name=f"zsfl over bare zmq, {cell}",
             unit="ratio",
-            values=tuple(rates.ratios(cell, FLOOR)),
+            values=tuple(measured.ratios(cell, FLOOR)),
             target=TARGETS.get(cell.kib),
             headline=cell.kib in (16, 1024, 16384),
         )
+        cost = tuple(measured.cost_ratios(cell, FLOOR))
+        if not any(map(math.isnan, cost)):
+            yield Figure(name=f"CPU of that, {cell}", unit="ratio", values=cost, better="lower", headline=False)
     for name in ("grpc_aio", "http_bytes"):
         if name in names:
-            least = min((rates.ratios(cell, name) for cell in cells), key=statistics.median)
+            least = min((measured.ratios(cell, name) for cell in cells), key=statistics.median)
             what = f"zsfl over {CONTESTANTS[name]}, where it is least"
             yield Figure(name=what, unit="ratio", values=tuple(least), target=1.0)
     for cell in cells:
-        yield Figure(
-            name=f"zsfl, {cell}", unit="answers/s", values=tuple(rates.found[cell, OURS]), headline=cell == Cell(16, 64)
-        )
+        rates, costs = measured.rates(cell, OURS), [1e6 * cost for cost in measured.costs(cell, OURS)]
+        yield Figure(name=f"zsfl, {cell}", unit="answers/s", values=tuple(rates), headline=cell == Cell(16, 64))
+        if not any(map(math.isnan, costs)):
+            what = f"CPU of zsfl, {cell}"
+            yield Figure(name=what, unit="us/answer", values=tuple(costs), better="lower", headline=False)
 
 
-def page(rates: Rates, names: Sequence[str], cells: Sequence[Cell], repeat: int) -> str:
+def page(measured: Measured, names: Sequence[str], cells: Sequence[Cell], repeat: int) -> str:
     """The tables for people."""
     others = [name for name in names if name != OURS]
-    medians = [
-        [str(cell), *(shown(statistics.median(rates.found[cell, name])) for name in names), _mb_per_s(rates, cell)]
+    rates = [
+        [
+            str(cell),
+            *(shown(statistics.median(measured.rates(cell, name))) for name in names),
+            _mb_per_s(measured, cell),
+        ]
         for cell in cells
     ]
-    compared = [[str(cell), *(_ratio(rates.ratios(cell, name)) for name in others), _aim(cell)] for cell in cells]
+    compared = [[str(cell), *(_ratio(measured.ratios(cell, name)) for name in others), _aim(cell)] for cell in cells]
+    costs = [
+        [str(cell), *(shown(1e6 * statistics.median(measured.costs(cell, name))) for name in names)] for cell in cells
+    ]
+    titles = [CONTESTANTS[name] for name in names]
     return (
         f"Answers a second, the median of {repeat} repetitions; MB/s are zsfl's, each way.\n\n"
-        f"{table(['', *(CONTESTANTS[name] for name in names), 'MB/s'], medians)}\n\n"
+        f"{table(['', *titles, 'MB/s'], rates)}\n\n"
         "zsfl's rate over the others', the median of the repetitions (lowest to highest).\n\n"
-        f"{table(['', *(CONTESTANTS[name] for name in others), 'aim: of bare zmq'], compared)}"
+        f"{table(['', *(CONTESTANTS[name] for name in others), 'aim: of bare zmq'], compared)}\n\n"
+        "Microseconds of a core for an answer, asker and server together, the median.\n\n"
+        f"{table(['', *titles], costs)}"
     )
 
 
-def _mb_per_s(rates: Rates, cell: Cell) -> str:
-    return shown(statistics.median(rates.found[cell, OURS]) * cell.kib * 1024 / 1e6)
+def _mb_per_s(measured: Measured, cell: Cell) -> str:
+    return shown(statistics.median(measured.rates(cell, OURS)) * cell.kib * 1024 / 1e6)
 
 
 def _ratio(values: Sequence[float]) -> str:
@@ -169,14 +208,15 @@ def main() -> int:
     ]
     about = circumstances()
     begun_s = time.perf_counter()
-    rates = asyncio.run(measure(names, cells, args.repeat, args.seconds))
-    shown_page = page(rates, names, cells, args.repeat)
+    measured = asyncio.run(measure(names, cells, args.repeat, args.seconds))
+    shown_page = page(measured, names, cells, args.repeat)
     print(f"{shown_page}\n\n{time.perf_counter() - begun_s:.0f} s in all")
-    kept: dict[str, Any] = {"answers_per_s": {}}
-    for (cell, name), values in rates.found.items():
-        kept["answers_per_s"].setdefault(str(cell), {})[CONTESTANTS[name]] = values
+    kept: dict[str, Any] = {"answers_per_s": {}, "cpu_s_per_answer": {}}
+    for cell, name in measured.found:
+        kept["answers_per_s"].setdefault(str(cell), {})[CONTESTANTS[name]] = measured.rates(cell, name)
+        kept["cpu_s_per_answer"].setdefault(str(cell), {})[CONTESTANTS[name]] = measured.costs(cell, name)
     print(f"kept in {write('transport', about, kept, shown_page)}")
-    hand_over(args.json, "transport", about, list(figures(rates, names, cells)))
+    hand_over(args.json, "transport", about, list(figures(measured, names, cells)))
     return 0
 
 

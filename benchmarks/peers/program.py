@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import math
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -55,9 +56,18 @@ async def _serve_until_eof(serve: Callable[[Listening], Awaitable[None]]) -> Non
     await asyncio.wait([serving], timeout=END_S)
 
 
+def cpu_s(pid: int) -> float:
+    """Seconds of a core that all threads of a process have used so far; NaN where only Linux would tell."""
+    try:
+        threads = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/schedstat")]
+    except OSError:
+        return math.nan
+    return sum(int(text.split()[0]) for text in threads) / 1e9 if threads else math.nan
+
+
 @asynccontextmanager
-async def started(name: str) -> AsyncIterator[Asker]:
-    """An asker joined to a server program of this contestant in a process of its own."""
+async def started(name: str) -> AsyncIterator[tuple[Asker, int]]:
+    """An asker joined to a server program of this contestant in a process of its own, and that process's id."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -76,7 +86,7 @@ async def started(name: str) -> AsyncIterator[Asker]:
         connect = cast("Callable[[int], Awaitable[Asker]]", importlib.import_module(f"peers.{name}").connect)
         asker = await connect(int(line))
         try:
-            yield asker
+            yield asker, process.pid
         finally:
             await asker.close()
     finally:

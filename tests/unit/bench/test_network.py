@@ -64,7 +64,7 @@ async def test_a_node_that_is_no_bench_server_is_told_apart() -> None:
         raise ConfigError("the jobs differ in name")
 
     async with wires() as w:
-        with pytest.raises(NoPeer, match="is no bench server.*the jobs differ in name"):
+        with pytest.raises(NoPeer, match=r"is no bench server.*the jobs differ in name"):
             _ = [one async for one in measure(f"{HOST}:{w.serve(node).port}", seconds=0.01, request_s=1)]
 
 
