@@ -23,7 +23,7 @@ from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
 from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.connection import Connection
-from zsfl.wire.framing import Buffer
+from zsfl.wire.framing import Buffer, nbytes
 from zsfl.wire.messages import Hello, Infer, Load, Output, Reply, Request, Welcome
 from zsfl.wire.server import Handler, Server
 
@@ -137,21 +137,29 @@ async def _measure_size(connection: Connection, size: int, seconds: float, reque
     payload = os.urandom(size)
     request = Infer(shard=0, version=Version(0), input=TensorSpec("bench", "uint8", (size,), "raw", size))
 
+    async def answered() -> Buffer:
+        answer = await connection.request(request, [payload], deadline_s=request_s)
+        answer.expect(Output)
+        if len(answer.parts) != 1 or nbytes(answer.parts[0]) != size:
+            raise RemoteProtocolError(f"the bench server sent back other than the {size} bytes it was sent")
+        return answer.parts[0]
+
     async def ask() -> float:
         begun_s = time.perf_counter()
-        answer = await connection.request(request, [payload], deadline_s=request_s)
-        took_s = time.perf_counter() - begun_s
-        answer.expect(Output)
-        if len(answer.parts) != 1 or answer.parts[0] != payload:
-            raise RemoteProtocolError(f"the bench server sent back other than the {size} bytes it was sent")
-        return took_s
+        await answered()
+        return time.perf_counter() - begun_s
 
-    await ask()  # the first use of memory and of the connection is not what is asked about
+    # The first use of memory and of the connection is not what is asked about.
+    if bytes(await answered()) != payload:
+        raise RemoteProtocolError(f"the bench server sent back other bytes than the {size} it was sent")
     times = await _keep_asking(ask, seconds / 2)
     questions = max(1, min(OPEN, OPEN_BYTES // size))
     begun_s = time.perf_counter()
-    async with asyncio.TaskGroup() as tasks:
-        asking = [tasks.create_task(_keep_asking(ask, seconds / 2)) for _ in range(questions)]
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            asking = [tasks.create_task(_keep_asking(ask, seconds / 2)) for _ in range(questions)]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
     passed_s = time.perf_counter() - begun_s
     return RoundTrips(
         size_bytes=size,

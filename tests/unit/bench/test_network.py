@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import signal
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from helpers.wires import HOST, wires
 from zsfl.bench import network
 from zsfl.bench.network import SIZES, measure
 from zsfl.cli import main
-from zsfl.errors import ConfigError, NoPeer, RemoteProtocolError
+from zsfl.errors import ConfigError, DeadlineExceeded, NoPeer, RemoteProtocolError
 from zsfl.ids import PROTOCOL
 from zsfl.metrics import Counters
 from zsfl.wire.framing import Buffer
@@ -68,16 +69,37 @@ async def test_a_node_that_is_no_bench_server_is_told_apart() -> None:
             _ = [one async for one in measure(f"{HOST}:{w.serve(node).port}", seconds=0.01, request_s=1)]
 
 
-async def test_a_server_that_sends_back_something_else_is_found_out() -> None:
+@pytest.mark.parametrize(("size", "said"), [(1024, "other bytes than the 1024"), (1, "other than the 1024 bytes")])
+async def test_a_server_that_sends_back_something_else_is_found_out(size: int, said: str) -> None:
     answers = network._answers(HOST, Counters())
 
     async def liar(request: Request, parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
         reply, back = await answers(request, parts)
-        return reply, [bytes(len(part)) for part in back]
+        return reply, [bytes(size) for _ in back]
 
     async with wires() as w:
-        with pytest.raises(RemoteProtocolError, match="sent back other than the 1024 bytes"):
+        with pytest.raises(RemoteProtocolError, match=said):
             _ = [one async for one in measure(f"{HOST}:{w.serve(liar).port}", seconds=0.01, request_s=5)]
+
+
+async def test_an_answer_that_does_not_come_ends_the_measurement() -> None:
+    answers, inside = network._answers(HOST, Counters()), 0
+
+    async def stuck_with_two(request: Request, parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
+        nonlocal inside
+        inside += 1
+        try:
+            await asyncio.sleep(0)
+            if inside > 1:
+                await asyncio.Event().wait()
+            return await answers(request, parts)
+        finally:
+            inside -= 1
+
+    async with wires() as w:
+        with pytest.raises(DeadlineExceeded, match="no answer from the bench server"):
+            server = w.serve(stuck_with_two)
+            _ = [one async for one in measure(f"{HOST}:{server.port}", seconds=0.01, request_s=1)]
 
 
 async def test_a_bench_server_joins_no_run_and_answers_nothing_else() -> None:
