@@ -6,6 +6,7 @@ Requests and their replies stand together; what is broadcast stands last.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import msgspec
@@ -324,6 +325,14 @@ class Announcement(Message, frozen=True, kw_only=True, tag="announcement"):
     state: RunState
     counted: Annotated[tuple[CidText, ...], Meta(max_length=MAX_SETTLED)] = ()
     dropped: Annotated[tuple[CidText, ...], Meta(max_length=MAX_SETTLED)] = ()
+
+
+def in_pieces(announcement: Announcement) -> Iterator[Announcement]:
+    """The announcement as it is, or several of the same state where its cids are too many for one."""
+    counted, dropped = announcement.counted, announcement.dropped
+    for first in range(0, max(len(counted), len(dropped), 1), MAX_SETTLED):
+        piece = slice(first, first + MAX_SETTLED)
+        yield msgspec.structs.replace(announcement, counted=counted[piece], dropped=dropped[piece])
 
 
 SAID_GOODBYE = "it said goodbye"
