@@ -104,14 +104,23 @@ class RemoteBody:
         return _unpacked(answer.expect(Output).output, answer)
 
     async def forward(
-        self, *, cid: Cid, version: Version, seed: int, x: torch.Tensor, at: NodeId | None = None, merged: int = 0
+        self,
+        *,
+        cid: Cid,
+        version: Version,
+        seed: int,
+        x: torch.Tensor,
+        want_grad: bool = True,
+        at: NodeId | None = None,
+        merged: int = 0,
     ) -> tuple[NodeId, torch.Tensor]:
         """The body's output in training mode, and who holds its graph; with `at` only that server is asked."""
         sent = _Outgoing("input", x)
 
         def make(codec: Codec) -> Made:
             spec, data = sent.packed(codec)
-            return Forward(cid=cid, version=version, seed=seed, input=spec, merged=merged), [data]
+            request = Forward(cid=cid, version=version, seed=seed, input=spec, want_grad=want_grad, merged=merged)
+            return request, [data]
 
         server, answer = await self._ask(make, at)
         return server, _unpacked(answer.expect(Output).output, answer)
@@ -137,7 +146,7 @@ class RemoteBody:
 
         def make(codec: Codec) -> Made:
             (grad_spec, grad_data), (spec, data) = sent_grad.packed(codec), sent_input.packed(codec)
-            return request(grad=grad_spec, input=spec), [grad_data, data]
+            return request(grad=grad_spec, input=spec, again=True), [grad_data, data]
 
         if at is not None:
             for make_one in (make_short, make, make):  # others of the merged batch may have sent no input
@@ -157,10 +166,13 @@ class RemoteBody:
     ) -> tuple[NodeId, torch.Tensor | None, float]:
         """Label sharing: who spilled the contribution, the gradient of the input if wanted, the loss sum."""
         sent_input, sent_target = _Outgoing("input", x), _Outgoing("target", target)
+        tried: dict[str, bool] = {}
 
         def make(codec: Codec) -> Made:
             (spec, data), (target_spec, target_data) = sent_input.packed(codec), sent_target.packed(codec)
-            return request(input=spec, target=target_spec), [data, target_data]
+            body = request(input=spec, target=target_spec, **tried)
+            tried["again"] = True
+            return body, [data, target_data]
 
         server, answer = await self._ask(make, at)
         return server, _grad_of(answer), answer.expect(Spilled).loss_sum or 0.0

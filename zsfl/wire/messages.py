@@ -147,6 +147,8 @@ class Forward(Message, frozen=True, kw_only=True, tag="forward"):
     version: VersionNumber
     seed: Count
     input: TensorSpec
+    want_grad: bool = True
+    """As in Backward."""
     merged: Count = 0
     """With more than 0, the forward runs on the merged batch of so many steps with this version and k."""
 
@@ -185,6 +187,8 @@ class Backward(Message, frozen=True, kw_only=True, tag="backward"):
     """Whether the client needs the gradient of the input (not when its head is frozen)."""
     provenance: ShortText
     """Name of the client, for the record."""
+    again: bool = False
+    """Whether a contribution of this step may be in place already: then this one stands for itself."""
     merged: Count = 0
     """As in Forward."""
 
@@ -201,6 +205,8 @@ class Step(Message, frozen=True, kw_only=True, tag="step"):
     target: TensorSpec
     want_grad: bool
     provenance: ShortText
+    again: bool = False
+    """As in Backward."""
     merged: Count = 0
     """As in Forward."""
     shift: Annotated[tuple[float, ...], Meta(max_length=MAX_CLASSES)] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import zmq
 
@@ -27,7 +27,7 @@ SWEEP_S = 5.0
 
 Answered = tuple[Reply, Sequence[Buffer]]
 Handler = Callable[[Request, Sequence[Buffer]], Answered | Awaitable[Answered]]
-"""Gives the reply and its parts, or what they can be awaited of: only that is worth a task."""
+"""Gives the reply and its parts, or a future of them, or what has to be awaited and is worth a task."""
 
 
 class _Caller:
@@ -35,7 +35,7 @@ class _Caller:
 
     def __init__(self, limits: WireLimits, room: Room) -> None:
         self.assembler = Assembler(limits, room)
-        self.tasks: dict[int, asyncio.Task[None]] = {}
+        self.tasks: dict[int, asyncio.Future[Any]] = {}
         self.outbox: deque[list[Buffer]] = deque()
 
     @property
@@ -51,7 +51,7 @@ class _Caller:
 
 
 class Server:
-    """Answers requests: at once where the handler can, else in a task within the deadline the asker set.
+    """Answers requests: at once where the handler can, else when it has, within the deadline the asker set.
 
     Surplus requests are refused with Busy. A reply that its asker does not take waits in a queue of that asker
     alone; one that finds no room among all that wait is dropped, and the asker is told to ask again.
@@ -77,6 +77,7 @@ class Server:
         """Of all callers together."""
         self._full: set[bytes] = set()
         self._kick = asyncio.Event()
+        self._closed = False
         self._tasks: asyncio.TaskGroup
         self._pump: Pump
         self._socket = open_socket(context, zmq.ROUTER, limits, DATA_QUEUE)
@@ -85,6 +86,7 @@ class Server:
 
     def close(self) -> None:
         """Close the socket of a server that may never have run."""
+        self._closed = True
         self._socket.close(linger=0)
 
     async def run(self) -> None:
@@ -99,7 +101,7 @@ class Server:
                 finally:
                     self._pump.close()
         finally:
-            self._socket.close(linger=0)
+            self.close()
 
     def _take(self, frames: list[zmq.Frame], _size: int) -> None:
         identity = frames[0].bytes
@@ -153,6 +155,9 @@ class Server:
             raise RemoteProtocolError(f"request {arrived.id} is being served already", arrived.id)
         try:
             answer = self._handler(body, arrived.parts)
+            if isinstance(answer, asyncio.Future):
+                self._await(identity, caller, arrived.id, cast("asyncio.Future[Answered]", answer))
+                return
             if not isinstance(answer, tuple):
                 task = self._tasks.create_task(self._serve(identity, caller, arrived, type(body).__name__, answer))
                 caller.tasks[arrived.id] = task
@@ -164,6 +169,24 @@ class Server:
             self._counters.add("refused")
             frames = self._encoded(arrived.id, refusal(error))
         self._reply(identity, caller, arrived.id, frames)
+
+    def _await(self, identity: bytes, caller: _Caller, request_id: int, answer: asyncio.Future[Answered]) -> None:
+        """Reply when the answer is there: for that alone no task is needed."""
+        caller.tasks[request_id] = answer
+        self._running += 1
+
+        def answered(_: asyncio.Future[Answered]) -> None:
+            self._served(caller, request_id)
+            if answer.cancelled() or self._closed:
+                return
+            try:
+                frames = self._encoded(request_id, *answer.result())
+            except Exception as error:  # whatever goes wrong in a handler is the answer, not the end of the node
+                self._counters.add("refused")
+                frames = self._encoded(request_id, refusal(error))
+            self._reply(identity, caller, request_id, frames)
+
+        answer.add_done_callback(answered)
 
     def _served(self, caller: _Caller, request_id: int) -> None:
         self._running -= 1
