@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from zsfl.aggregator.gathering import Gathering, Key
-from zsfl.compute import compute
 from zsfl.errors import BadShape, NoPeer, RemoteProtocolError, SpillCorrupt, Unavailable, ZsflError
 from zsfl.ids import Cid, NodeCard, NodeId
 from zsfl.learning.averaging import Contribution
@@ -117,7 +116,7 @@ class Collector:
 
     async def _take(self, card: NodeCard, key: Key, data: Buffer) -> None:
         try:
-            meta, tensors = await compute(decode, data)
+            meta, tensors = decode(data)
             if (meta.cid, meta.part) != key:
                 raise SpillCorrupt(f"it is {meta.part} of {meta.cid} where {key[1]} of {key[0]} was asked for")
         except SpillCorrupt as error:

@@ -6,6 +6,7 @@ Requests and their replies stand together; what is broadcast stands last.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import msgspec
@@ -146,6 +147,8 @@ class Forward(Message, frozen=True, kw_only=True, tag="forward"):
     version: VersionNumber
     seed: Count
     input: TensorSpec
+    want_grad: bool = True
+    """As in Backward."""
     merged: Count = 0
     """With more than 0, the forward runs on the merged batch of so many steps with this version and k."""
 
@@ -184,6 +187,8 @@ class Backward(Message, frozen=True, kw_only=True, tag="backward"):
     """Whether the client needs the gradient of the input (not when its head is frozen)."""
     provenance: ShortText
     """Name of the client, for the record."""
+    again: bool = False
+    """Whether a contribution of this step may be in place already: then this one stands for itself."""
     merged: Count = 0
     """As in Forward."""
 
@@ -200,6 +205,8 @@ class Step(Message, frozen=True, kw_only=True, tag="step"):
     target: TensorSpec
     want_grad: bool
     provenance: ShortText
+    again: bool = False
+    """As in Backward."""
     merged: Count = 0
     """As in Forward."""
     shift: Annotated[tuple[float, ...], Meta(max_length=MAX_CLASSES)] = ()
@@ -324,6 +331,14 @@ class Announcement(Message, frozen=True, kw_only=True, tag="announcement"):
     state: RunState
     counted: Annotated[tuple[CidText, ...], Meta(max_length=MAX_SETTLED)] = ()
     dropped: Annotated[tuple[CidText, ...], Meta(max_length=MAX_SETTLED)] = ()
+
+
+def in_pieces(announcement: Announcement) -> Iterator[Announcement]:
+    """The announcement as it is, or several of the same state where its cids are too many for one."""
+    counted, dropped = announcement.counted, announcement.dropped
+    for first in range(0, max(len(counted), len(dropped), 1), MAX_SETTLED):
+        piece = slice(first, first + MAX_SETTLED)
+        yield msgspec.structs.replace(announcement, counted=counted[piece], dropped=dropped[piece])
 
 
 SAID_GOODBYE = "it said goodbye"
