@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import zmq.asyncio
+import zmq
 
 from zsfl.ids import Version
 from zsfl.metrics import Counters
@@ -21,14 +21,14 @@ from .program import ASK_S, HOST, Listening, serve_until_eof
 LOAD = Load(slots=64, busy=1, service_s=0.001)
 
 
-async def _echo(request: Request, parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
+def _echo(request: Request, parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
     assert isinstance(request, Infer)
     return Output(output=request.input, load=LOAD), parts
 
 
 async def serve(listening: Listening) -> None:
     """Answer every request with its part."""
-    server = Server(zmq.asyncio.Context.instance(), HOST, 0, _echo, limits=WireLimits(), counters=Counters())
+    server = Server(zmq.Context.instance(), HOST, 0, _echo, limits=WireLimits(), counters=Counters())
     listening(server.port)
     await server.run()
 
@@ -38,7 +38,7 @@ class ZsflWire:
 
     def __init__(self, port: int) -> None:
         self._connection = Connection(
-            zmq.asyncio.Context.instance(),
+            zmq.Context.instance(),
             f"tcp://{HOST}:{port}",
             peer="server",
             own_id=os.urandom(6).hex(),

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-import zmq.asyncio
+import zmq
 
 from zsfl.errors import ConfigError, DeadlineExceeded, NoPeer, RemoteProtocolError, ZsflError
 from zsfl.ids import PROTOCOL, NodeCard, NodeId, Role, Version
@@ -24,8 +24,8 @@ from zsfl.settings import WireLimits
 from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.connection import Connection
 from zsfl.wire.framing import Buffer, nbytes
-from zsfl.wire.messages import Hello, Infer, Load, Output, Reply, Request, Welcome
-from zsfl.wire.server import Handler, Server
+from zsfl.wire.messages import Hello, Infer, Load, Output, Request, Welcome
+from zsfl.wire.server import Answered, Server
 
 SIZES = (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 24)
 """Bytes of the tensors that go there and back."""
@@ -59,7 +59,7 @@ async def serve(host: str, port: int, ready: Callable[[int], None]) -> int:
     counters = Counters()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    context = zmq.asyncio.Context()
+    context = zmq.Context()
     try:
         server = Server(context, host, port, _answers(host, counters), limits=WireLimits(), counters=counters)
         running = asyncio.create_task(server.run())
@@ -76,8 +76,8 @@ async def serve(host: str, port: int, ready: Callable[[int], None]) -> int:
     return int(counters.snapshot().get("returned", 0))
 
 
-def _answers(host: str, counters: Counters) -> Handler:
-    async def answer(request: Request, parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
+def _answers(host: str, counters: Counters) -> Callable[[Request, Sequence[Buffer]], Answered]:
+    def answer(request: Request, parts: Sequence[Buffer]) -> Answered:
         match request:
             case Hello():
                 if request.protocol != PROTOCOL:
@@ -101,7 +101,7 @@ async def measure(address: str, *, seconds: float, request_s: float) -> AsyncIte
 
     NoPeer when no bench server answers there; DeadlineExceeded when one request takes longer than `request_s`.
     """
-    context = zmq.asyncio.Context()
+    context = zmq.Context()
     connection = Connection(
         context,
         f"tcp://{address}",

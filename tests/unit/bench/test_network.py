@@ -75,7 +75,7 @@ async def test_a_server_that_sends_back_something_else_is_found_out(size: int, s
     answers = network._answers(HOST, Counters())
 
     async def liar(request: Request, parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
-        reply, back = await answers(request, parts)
+        reply, back = answers(request, parts)
         return reply, [bytes(size) for _ in back]
 
     async with wires() as w:
@@ -93,7 +93,7 @@ async def test_an_answer_that_does_not_come_ends_the_measurement() -> None:
             with suppress(TimeoutError):
                 await eventually(lambda: inside > 1, 0.05)
                 await asyncio.Event().wait()
-            return await answers(request, parts)
+            return answers(request, parts)
         finally:
             inside -= 1
 
