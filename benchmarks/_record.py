@@ -23,7 +23,7 @@ def circumstances() -> dict[str, Any]:
     packages = ("zsfl", "torch", "numpy", "pyzmq", "safetensors", "lz4")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *_arguments()]),
         "commit": _commit(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": {
@@ -33,6 +33,15 @@ def circumstances() -> dict[str, Any]:
             "load before": round(os.getloadavg()[0], 2),
         },
     }
+
+
+def _arguments() -> list[str]:
+    """What was asked, as it can be asked again from the root of the tree; --json only says where figures went."""
+    program = Path(sys.argv[0]).absolute()
+    words = [str(program.relative_to(ROOT)) if program.is_relative_to(ROOT) else program.name, *sys.argv[1:]]
+    if "--json" in words:
+        del words[words.index("--json") : words.index("--json") + 2]
+    return words
 
 
 def path_of(name: str, about: Mapping[str, Any], kind: str) -> Path:

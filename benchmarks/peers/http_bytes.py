@@ -12,6 +12,8 @@ from .program import ASK_S, HOST, Buffer, Listening, serve_until_eof
 
 CONNECTIONS = 64
 """HTTP/1.1 has one question open on each; httpx keeps as many alive."""
+IDLE_S = 75
+"""How long the server keeps an idle connection: longer than httpx does, or one would close as the other asks."""
 
 
 async def serve(listening: Listening) -> None:
@@ -29,7 +31,10 @@ async def serve(listening: Listening) -> None:
             await super().startup(sockets)
             listening(self.servers[0].sockets[0].getsockname()[1])
 
-    await Server(uvicorn.Config(app, host=HOST, port=0, log_level="warning", access_log=False, lifespan="off")).serve()
+    config = uvicorn.Config(
+        app, host=HOST, port=0, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=IDLE_S
+    )
+    await Server(config).serve()
 
 
 class HttpBytes:
