@@ -152,8 +152,9 @@ class AggregatorRole:
                 self._mind_rival(broadcast)
             case Offers():
                 if card := self._node.peer(broadcast.node):
-                    self._counters.heard(card.id, card.name, broadcast.counters)
-                    self._training.collector.offered(card.id, broadcast.offers)
+                    if broadcast.counters:
+                        self._counters.heard(card.id, card.name, broadcast.counters)
+                    self._training.collector.offered(card.id, broadcast.offers, broadcast.carried)
             case _:
                 pass
 
