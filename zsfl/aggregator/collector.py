@@ -24,7 +24,8 @@ FETCH_BYTES = 64 << 20
 class _Holder:
     """One peer that holds spills."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, name: str, connection: Connection) -> None:
+        self.name = name
         self.connection = connection
         self.fetch: dict[Key, int] = {}
         self.release: set[Cid] = set()
@@ -48,7 +49,7 @@ class Collector:
         """A peer that may hold spills is there."""
         if not card.data_port:
             return
-        holder = _Holder(self._node.connect(card, card.data_port))
+        holder = _Holder(card.name, self._node.connect(card, card.data_port))
         self._holders[card.id] = holder
         holder.task = self._node.start(self._serve(card, holder), f"collect from {card.name}")
 
@@ -59,17 +60,26 @@ class Collector:
             holder.connection.close("is gone")
         self._gathering.not_delivered(card.id)
 
-    def offered(self, node: NodeId, offers: Sequence[SpillOffer]) -> None:
-        """A holder offers spills."""
+    def offered(self, node: NodeId, offers: Sequence[SpillOffer], carried: Sequence[bytes] = ()) -> None:
+        """A holder offers spills; those in `carried` (in the order of the offers, empty where not) came along."""
         holder = self._holders.get(node)
         if holder is None or not offers:
             return
-        sizes = {(offer.cid, offer.part): offer.size_bytes for offer in offers}
+        if carried and len(carried) != len(offers):
+            raise RemoteProtocolError(f"{node} sends {len(carried)} spills along with {len(offers)} offers")
         try:
             verdict = self._gathering.offered(node, offers)
         except BadShape as error:
             raise RemoteProtocolError(f"{node} offers what is no spill: {error}") from error
-        holder.fetch.update({key: sizes[key] for key in verdict.fetch})
+        if verdict.fetch:
+            wanted = set(verdict.fetch)
+            for offer, data in zip(offers, carried or (b"",) * len(offers), strict=True):
+                key: Key = offer.cid, offer.kind
+                if key not in wanted:
+                    continue
+                wanted.discard(key)
+                if not data or not self._take(holder.name, key, data):
+                    holder.fetch[key] = offer.size_bytes
         holder.release.update(verdict.release)
         if holder.fetch or holder.release:
             holder.todo.set()
@@ -90,7 +100,7 @@ class Collector:
         try:
             answer = await holder.connection.request(request, deadline_s=self._node.settings.request_s)
             for key, data in zip(answer.expect(Spills).found, answer.parts, strict=False):
-                await self._take(card, key, data)
+                self._take(card.name, key, data)
         except NoPeer:
             pass  # presence decides whether it is gone; if not, it will offer again
         except ZsflError as error:
@@ -114,17 +124,19 @@ class Collector:
         except ZsflError as error:
             self._node.note(f"{card.name} does not let go of its spills: {error}", "warning")
 
-    async def _take(self, card: NodeCard, key: Key, data: Buffer) -> None:
+    def _take(self, name: str, key: Key, data: Buffer) -> bool:
+        """Take a spill, unless it is corrupt; whether it is whole."""
         try:
             meta, tensors = decode(data)
-            if (meta.cid, meta.part) != key:
-                raise SpillCorrupt(f"it is {meta.part} of {meta.cid} where {key[1]} of {key[0]} was asked for")
+            if (meta.cid, meta.kind) != key:
+                raise SpillCorrupt(f"it is {meta.kind} of {meta.cid} where {key[1]} of {key[0]} was asked for")
         except SpillCorrupt as error:
             self._node.counters.add("spills_corrupt")
-            self._node.note(f"{card.name} handed over a corrupt spill: {error}", "warning")
-            return
+            self._node.note(f"{name} handed over a corrupt spill: {error}", "warning")
+            return False
         if self._gathering.arrived(contribution(meta, tensors)):
             self._took(meta)
+        return True
 
 
 def _batch(wanted: dict[Key, int]) -> list[Key]:
@@ -141,10 +153,8 @@ def _batch(wanted: dict[Key, int]) -> list[Key]:
 
 def contribution(meta: SpillMeta, tensors: Mapping[str, torch.Tensor]) -> Contribution:
     """A spill as the averaging takes it."""
-    grads, buffers = (
-        {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
-        for kind in ("grad/", "buffer/")
-    )
+    grads = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("grad/")}
+    buffers = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("buffer/")}
     return Contribution(
         cid=meta.cid,
         part=meta.part,
@@ -155,4 +165,5 @@ def contribution(meta: SpillMeta, tensors: Mapping[str, torch.Tensor]) -> Contri
         grads=grads,
         buffers=buffers,
         node=meta.node,
+        members=meta.members,
     )

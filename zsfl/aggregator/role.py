@@ -161,8 +161,9 @@ class AggregatorRole:
 
     def _heard_of(self, card: NodeCard, offers: Broadcast) -> None:
         if isinstance(offers, Offers) and self._node.peer(card.id):
-            self._counters.heard(card.id, card.name, offers.counters)
-            self._training.collector.offered(card.id, offers.offers)
+            if offers.counters:
+                self._counters.heard(card.id, card.name, offers.counters)
+            self._training.collector.offered(card.id, offers.offers, offers.carried)
 
     def beat(self) -> BeatExtras:
         """Heartbeats carry the state of the run, so that a lost announcement is no loss."""

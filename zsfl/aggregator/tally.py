@@ -33,8 +33,9 @@ class Tally:
     def served(self, meta: SpillMeta) -> None:
         """A split server took a step of a client."""
         if meta.part == "body":
-            self._served[meta.client][meta.node] += 1
-            self._last[meta.client] = meta.node
+            for client in [member.client for member in meta.members] or [meta.client]:
+                self._served[client][meta.node] += 1
+                self._last[client] = meta.node
 
     def counted(self, window: Iterable[Contribution], at: Version, dropped: Collection[Cid] = ()) -> None:
         """The version after `at` was made of this window, and these steps were dropped meanwhile."""

@@ -8,13 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+import msgspec
 import torch
 from torch import Tensor
 
 from zsfl.errors import RunFailed
 from zsfl.ids import Cid, Version
+
+
+class StepShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One of the steps whose body gradients a merged contribution sums up."""
+
+    cid: Annotated[Cid, msgspec.Meta(max_length=64)]
+    n: Annotated[float, msgspec.Meta(ge=0)]
+    samples: Annotated[int, msgspec.Meta(ge=0)]
+    client: str
+    """Name of the client that made it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +52,8 @@ class Contribution:
     """By what its gradient is multiplied, n being left as it is: who contributes beyond its share moves less."""
     damping: float = 1.0
     """The same for being late."""
+    members: tuple[StepShare, ...] = ()
+    """Of a merged contribution, the steps that it sums up, its own cid first; n, samples and grads are of all."""
 
 
 def average(contributions: Sequence[Contribution]) -> dict[str, Tensor]:

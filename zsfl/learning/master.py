@@ -134,7 +134,7 @@ class Master:
         if not contributions:
             raise RunFailed("a window without contributions cannot be stepped")
         seen: set[tuple[str, str]] = set()
-        batches: dict[str, Contribution] = {}
+        batches: dict[str, tuple[float, int, Contribution]] = {}
         for c in contributions:
             if (c.cid, c.part) in seen:
                 raise _unusable(c, "is counted twice in one window")
@@ -145,17 +145,25 @@ class Master:
                 raise _unusable(c, f"counts with a scale of {c.scale} and a damping of {c.damping}")
             if c.loss_sum is not None and not math.isfinite(c.loss_sum):
                 raise _unusable(c, f"has a loss of {c.loss_sum}: lower the learning rate, or look for bad samples")
-            other = batches.setdefault(c.cid, c)
-            if (c.n, c.samples) != (other.n, other.samples):
-                raise _unusable(
-                    c,
-                    f"weighs n={c.n} for {c.samples} samples, and the {other.part} part of {other.node} "
-                    f"n={other.n} for {other.samples}: they are not of one batch; do the nodes' jobs differ?",
-                )
+            self._check_batch(c, batches)
             _check_names(c, "gradient", c.grads, self._trained)
             _check_names(c, "buffer", c.buffers, {**buffers, **self._values})
             if norm := uncounted(buffers, c, self._norms):
                 raise _unusable(c, f"does not say how many values {norm} saw: the nodes' versions of zsfl differ")
+
+    def _check_batch(self, c: Contribution, batches: dict[str, tuple[float, int, Contribution]]) -> None:
+        """Whether the parts of each step are of one batch; `batches` are those seen so far, by cid."""
+        steps = [(one.cid, one.n, one.samples) for one in c.members] or [(c.cid, c.n, c.samples)]
+        if c.members and not math.isclose(c.n, sum(n for _, n, _ in steps), rel_tol=1e-9):
+            raise _unusable(c, f"weighs n={c.n}, which is not what its {len(steps)} steps weigh together")
+        for cid, n, samples in steps:
+            other_n, other_samples, other = batches.setdefault(cid, (n, samples, c))
+            if (n, samples) != (other_n, other_samples):
+                raise _unusable(
+                    c,
+                    f"weighs n={n} for {samples} samples of {cid}, and the {other.part} part of {other.node} "
+                    f"n={other_n} for {other_samples}: they are not of one batch; do the nodes' jobs differ?",
+                )
 
     def save(self, folder: Path) -> None:
         """Write what a later `restore` needs into `folder`; a crash leaves the old file or the new one."""
