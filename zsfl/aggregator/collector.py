@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-
-import torch
+from collections.abc import Callable, Sequence
 
 from zsfl.aggregator.gathering import Gathering, Key
 from zsfl.compute import compute
 from zsfl.errors import BadShape, NoPeer, RemoteProtocolError, SpillCorrupt, Unavailable, ZsflError
-from zsfl.ids import Cid, NodeCard, NodeId
+from zsfl.ids import Cid, NodeCard, NodeId, SpillKind
 from zsfl.learning.averaging import Contribution
 from zsfl.node import Node
-from zsfl.spill.layout import SpillMeta, decode
+from zsfl.spill.layout import decode_contribution
 from zsfl.wire.connection import Connection
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import MAX_OFFERS, FetchSpills, ReleaseSpills, SpillOffer, Spills
@@ -39,7 +37,7 @@ class _Holder:
 class Collector:
     """Keeps one fetch under way per holder; whatever is wanted meanwhile travels in the next."""
 
-    def __init__(self, node: Node, gathering: Gathering, took: Callable[[SpillMeta], None]) -> None:
+    def __init__(self, node: Node, gathering: Gathering, took: Callable[[Contribution], None]) -> None:
         """`took` is told of every part that is news."""
         self._node = node
         self._gathering = gathering
@@ -68,19 +66,18 @@ class Collector:
             return
         if carried and len(carried) != len(offers):
             raise RemoteProtocolError(f"{node} sends {len(carried)} spills along with {len(offers)} offers")
+        sizes = {(offer.cid, offer.kind): offer.size_bytes for offer in offers}
         try:
-            verdict = self._gathering.offered(node, offers)
+            for offer, data in zip(offers, carried, strict=False):
+                if data and self._gathering.lacks(offer) and self._take(holder.name, (offer.cid, offer.kind), data):
+                    del sizes[offer.cid, offer.kind]
+            if not sizes:
+                return
+            left = [offer for offer in offers if (offer.cid, offer.kind) in sizes]
+            verdict = self._gathering.offered(node, left)
         except BadShape as error:
             raise RemoteProtocolError(f"{node} offers what is no spill: {error}") from error
-        if verdict.fetch:
-            wanted = set(verdict.fetch)
-            for offer, data in zip(offers, carried or (b"",) * len(offers), strict=True):
-                key: Key = offer.cid, offer.kind
-                if key not in wanted:
-                    continue
-                wanted.discard(key)
-                if not data or not self._take(holder.name, key, data, None):
-                    holder.fetch[key] = offer.size_bytes
+        holder.fetch.update({key: sizes[key] for key in verdict.fetch})
         holder.release.update(verdict.release)
         if holder.fetch or holder.release:
             holder.todo.set()
@@ -102,8 +99,8 @@ class Collector:
             answer = await holder.connection.request(request, deadline_s=self._node.settings.request_s)
             found = list(zip(answer.expect(Spills).found, answer.parts, strict=False))
             decoded = await compute(lambda: [_decoded(data) for _, data in found])
-            for (key, data), whole in zip(found, decoded, strict=True):
-                self._take(card.name, key, data, whole)
+            for (key, _), whole in zip(found, decoded, strict=True):
+                self._took_in(card.name, key, whole)
         except NoPeer:
             pass  # presence decides whether it is gone; if not, it will offer again
         except ZsflError as error:
@@ -127,30 +124,30 @@ class Collector:
         except ZsflError as error:
             self._node.note(f"{card.name} does not let go of its spills: {error}", "warning")
 
-    def _take(self, name: str, key: Key, data: Buffer, decoded: _Decoded | SpillCorrupt | None) -> bool:
-        """Take a spill, unless it is corrupt; whether it is whole. `decoded` None: it is small, and decoded here."""
+    def _take(self, name: str, key: Key, data: Buffer) -> bool:
+        """Take a small spill that came along; whether it is whole."""
+        return self._took_in(name, key, _decoded(data))
+
+    def _took_in(self, name: str, key: Key, found: Contribution | SpillCorrupt) -> bool:
+        """Take a spill, unless it is corrupt; whether it is whole."""
         try:
-            found = _decoded(data) if decoded is None else decoded
             if isinstance(found, SpillCorrupt):
                 raise found
-            meta, tensors = found
-            if (meta.cid, meta.kind) != key:
-                raise SpillCorrupt(f"it is {meta.kind} of {meta.cid} where {key[1]} of {key[0]} was asked for")
+            kind: SpillKind = "merged" if found.members else found.part
+            if (found.cid, kind) != key:
+                raise SpillCorrupt(f"it is {kind} of {found.cid} where {key[1]} of {key[0]} was asked for")
         except SpillCorrupt as error:
             self._node.counters.add("spills_corrupt")
             self._node.note(f"{name} handed over a corrupt spill: {error}", "warning")
             return False
-        if self._gathering.arrived(contribution(meta, tensors)):
-            self._took(meta)
+        if self._gathering.arrived(found):
+            self._took(found)
         return True
 
 
-_Decoded = tuple[SpillMeta, dict[str, torch.Tensor]]
-
-
-def _decoded(data: Buffer) -> _Decoded | SpillCorrupt:
+def _decoded(data: Buffer) -> Contribution | SpillCorrupt:
     try:
-        return decode(data)
+        return decode_contribution(data)
     except SpillCorrupt as error:
         return error
 
@@ -165,21 +162,3 @@ def _batch(wanted: dict[Key, int]) -> list[Key]:
         keys.append(key)
         room -= wanted.pop(key)
     return keys
-
-
-def contribution(meta: SpillMeta, tensors: Mapping[str, torch.Tensor]) -> Contribution:
-    """A spill as the averaging takes it."""
-    grads = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("grad/")}
-    buffers = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("buffer/")}
-    return Contribution(
-        cid=meta.cid,
-        part=meta.part,
-        version=meta.version,
-        n=meta.n,
-        loss_sum=meta.loss_sum,
-        samples=meta.samples,
-        grads=grads,
-        buffers=buffers,
-        node=meta.node,
-        members=meta.members,
-    )

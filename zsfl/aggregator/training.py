@@ -33,7 +33,6 @@ from zsfl.learning.modes import Async, Exact, max_staleness
 from zsfl.learning.plan import Plan, Sizes
 from zsfl.learning.weighting import Shares, staleness_weight
 from zsfl.node import Node
-from zsfl.spill.layout import SpillMeta
 from zsfl.weights.shelf import Packed, Shelf
 from zsfl.wire.pubsub import Publisher
 
@@ -311,11 +310,11 @@ class Training:
             self._gathering.expect(self._cids(sizes))
             self._closing.expect(sizes)
 
-    def _took(self, meta: SpillMeta) -> None:
+    def _took(self, one: Contribution) -> None:
         """A part of a step is here, or of several."""
         now_s = self._progress_s = time.monotonic()
-        self._tally.served(meta)
-        if not (steps := self._gathering.completed(meta.cid)):
+        self._tally.served(one)
+        if not (steps := self._gathering.completed(one.cid)):
             return
         for step in steps:
             self._closing.arrived(step, self._gathering.samples(step), now_s)
