@@ -60,7 +60,7 @@ class NodeCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     control_port: int
     data_port: int = 0
     pub_port: int = 0
-    weights_port: int = 0
+    news_port: int = 0
 
     @property
     def address(self) -> Address:

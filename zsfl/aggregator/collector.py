@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from zsfl.aggregator.gathering import Gathering, Key
-from zsfl.compute import compute
 from zsfl.errors import BadShape, NoPeer, RemoteProtocolError, SpillCorrupt, Unavailable, ZsflError
 from zsfl.ids import Cid, NodeCard, NodeId, SpillKind
 from zsfl.learning.averaging import Contribution
@@ -14,7 +13,7 @@ from zsfl.node import Node
 from zsfl.spill.layout import decode_contribution
 from zsfl.wire.connection import Connection
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import MAX_OFFERS, FetchSpills, ReleaseSpills, SpillOffer, Spills
+from zsfl.wire.messages import MAX_CARRIED_BYTES, MAX_OFFERS, FetchSpills, ReleaseSpills, SpillOffer, Spills
 
 FETCH_BYTES = 64 << 20
 """Asked for in one request, unless a single spill is larger: bounds the memory of a reply."""
@@ -59,12 +58,12 @@ class Collector:
             holder.connection.close("is gone")
         self._gathering.not_delivered(card.id)
 
-    def offered(self, node: NodeId, offers: Sequence[SpillOffer], carried: Sequence[bytes] = ()) -> None:
+    def offered(self, node: NodeId, offers: Sequence[SpillOffer], carried: Sequence[Buffer] = ()) -> None:
         """A holder offers spills; those in `carried` (in the order of the offers, empty where not) came along."""
         holder = self._holders.get(node)
         if holder is None or not offers:
             return
-        if carried and len(carried) != len(offers):
+        if carried and (len(carried) != len(offers) or max(map(len, carried)) > MAX_CARRIED_BYTES):
             raise RemoteProtocolError(f"{node} sends {len(carried)} spills along with {len(offers)} offers")
         sizes = {(offer.cid, offer.kind): offer.size_bytes for offer in offers}
         try:
@@ -97,10 +96,8 @@ class Collector:
         request = FetchSpills(wanted=tuple(keys))
         try:
             answer = await holder.connection.request(request, deadline_s=self._node.settings.request_s)
-            found = list(zip(answer.expect(Spills).found, answer.parts, strict=False))
-            decoded = await compute(lambda: [_decoded(data) for _, data in found])
-            for (key, _), whole in zip(found, decoded, strict=True):
-                self._took_in(card.name, key, whole)
+            for key, data in zip(answer.expect(Spills).found, answer.parts, strict=False):
+                self._take(card.name, key, data)
         except NoPeer:
             pass  # presence decides whether it is gone; if not, it will offer again
         except ZsflError as error:
@@ -125,14 +122,9 @@ class Collector:
             self._node.note(f"{card.name} does not let go of its spills: {error}", "warning")
 
     def _take(self, name: str, key: Key, data: Buffer) -> bool:
-        """Take a small spill that came along; whether it is whole."""
-        return self._took_in(name, key, _decoded(data))
-
-    def _took_in(self, name: str, key: Key, found: Contribution | SpillCorrupt) -> bool:
         """Take a spill, unless it is corrupt; whether it is whole."""
         try:
-            if isinstance(found, SpillCorrupt):
-                raise found
+            found = decode_contribution(data)
             kind: SpillKind = "merged" if found.members else found.part
             if (found.cid, kind) != key:
                 raise SpillCorrupt(f"it is {kind} of {found.cid} where {key[1]} of {key[0]} was asked for")
@@ -143,13 +135,6 @@ class Collector:
         if self._gathering.arrived(found):
             self._took(found)
         return True
-
-
-def _decoded(data: Buffer) -> Contribution | SpillCorrupt:
-    try:
-        return decode_contribution(data)
-    except SpillCorrupt as error:
-        return error
 
 
 def _batch(wanted: dict[Key, int]) -> list[Key]:

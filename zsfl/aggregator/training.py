@@ -21,7 +21,6 @@ from zsfl.aggregator.roster import Attendance, Roster
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.aggregator.stage import Stage
 from zsfl.aggregator.tally import Tally
-from zsfl.compute import compute
 from zsfl.errors import RunFailed
 from zsfl.ids import Cid, Portion, Role, Version, parse_cid, step_cid
 from zsfl.latest import Latest
@@ -34,7 +33,6 @@ from zsfl.learning.plan import Plan, Sizes
 from zsfl.learning.weighting import Shares, staleness_weight
 from zsfl.node import Node
 from zsfl.weights.shelf import Packed, Shelf
-from zsfl.wire.pubsub import Publisher
 
 MERGE_ATTEMPTS = 32
 """How often a merged batch may be asked for: it has to be anew when its server or one of its clients is gone."""
@@ -57,7 +55,6 @@ class Training:
         master: Master,
         roster: Latest[Roster],
         shelf: Shelf,
-        publisher: Publisher,
     ) -> None:
         self._node = node
         self._job = job
@@ -66,7 +63,6 @@ class Training:
         self._master = master
         self._roster = roster
         self._shelf = shelf
-        self._publisher = publisher
         self.ledger = Ledger(folder)
         mode = job.how
         self._is_async, self._is_exact = isinstance(mode, Async), isinstance(mode, Exact)
@@ -125,7 +121,7 @@ class Training:
     def publish_weights(self) -> None:
         """Hand the newest version to everybody who listens."""
         for portion, (body, parts) in self._packed.items():
-            self._publisher.publish(portion.encode(), body, parts)
+            self._node.publisher.publish(portion.encode(), body, parts)
 
     # --- rounds and windows -----------------------------------------------------------------------------
 
@@ -351,7 +347,7 @@ class Training:
             self._take_state(Version(self.version + 1))
 
         try:
-            await compute(step)
+            step()
         except RunFailed:
             self.newest = self.proven
             raise
@@ -384,5 +380,5 @@ class Training:
     async def _report(self, windows: int) -> None:
         """Progress inside a round, if some is due."""
         if report := self._tally.window_report(windows, self.version, time.monotonic()):
-            await compute(self._folder.append_metrics, report)
+            self._folder.append_metrics(report)
             self._node.report(report)

@@ -11,7 +11,6 @@ import torch
 
 from zsfl.client.local import ClientWeights, LocalParts, StepInHand
 from zsfl.client.remote import RemoteBody
-from zsfl.compute import compute
 from zsfl.errors import StaleWeights
 from zsfl.ids import Cid, NodeId, Version
 from zsfl.member import Member
@@ -45,7 +44,7 @@ class StepDriver:
         self, cid: Cid, state: RunState, k: int, weights: ClientWeights, batch: Batch, shift: torch.Tensor | None
     ) -> StepInHand:
         """Make a step at the version of `state`; returns once both its parts are spilled, its gradients in hand."""
-        step = await compute(self.local.begin, weights, cid, state.version, *batch, shift)
+        step = self.local.begin(weights, cid, state.version, *batch, shift)
         at, merged = state.merger, state.merged[k] if k < len(state.merged) else 0
         drive = self._drive_u_shaped if self.local.u_shaped else self._drive_label_sharing
         server, grad = await drive(weights, step, at, merged)
@@ -60,7 +59,7 @@ class StepDriver:
         server, output = await self._remote.forward(
             cid=step.cid, version=step.version, seed=step.seed + 1, x=step.activations, at=at, merged=merged
         )
-        await compute(self.local.turn, weights, step, output)
+        self.local.turn(weights, step, output)
         return await self._backward(step, server, at, merged)
 
     async def _backward(
@@ -110,7 +109,7 @@ class StepDriver:
             tensors |= {f"buffer/{name}": tensor for name, tensor in step.buffers.items()}
             return self._member.spills.put(meta, tensors)
 
-        self._member.offer(await compute(finish))
+        self._member.offer(finish())
 
     async def _see_it_settled(self, step: StepInHand, server: NodeId, merged: int) -> None:
         """Until a version settles the step, drive its body part again whenever the server that spilled it is gone.
@@ -150,11 +149,11 @@ class StepDriver:
         weights = await self.weights.get(version)
         loss_sum = weight = correct = 0.0
         samples, has_metric = 0, True
-        while batch := await compute(next, batches, None):  # between two of them, steps have their turn
+        while batch := next(batches, None):  # between two of them, steps have their turn
             x, y = batch
-            hidden = await compute(self.local.head_infer, weights, x)
+            hidden = self.local.head_infer(weights, x)
             output = await self._remote.infer(shard, version, hidden)
-            loss, right, n = await compute(self.local.score, weights, output, y)
+            loss, right, n = self.local.score(weights, output, y)
             has_metric = right is not None
             loss_sum, correct, weight, samples = loss_sum + loss, correct + (right or 0.0), weight + n, samples + len(y)
         return loss_sum, correct if has_metric else None, weight, samples

@@ -16,7 +16,6 @@ from zsfl.client.driver import Batch, StepDriver
 from zsfl.client.local import LocalParts
 from zsfl.client.remote import RemoteBody
 from zsfl.client.shard import ShardData
-from zsfl.compute import compute
 from zsfl.errors import ConfigError, Held, RemoteProtocolError, StaleWeights, Unavailable, ZsflError
 from zsfl.ids import NodeCard, Role, RunId, Version, step_cid
 from zsfl.learning.cuts import Cuts
@@ -73,15 +72,20 @@ class ClientRole:
         self._bound = max_staleness(job.how)
         self._data: list[ShardData] = []
         self._server = node.serve(self._answer)
-        self.data_port = self._server.port
+        self.hears = frozenset({Role.AGGREGATOR, Role.SPLIT_SERVER})
 
-    async def prepare(self) -> None:
+    @property
+    def data_port(self) -> int:
+        """Where its spills are fetched."""
+        return self._server.port
+
+    def prepare(self) -> None:
         """Load the data and run the model's shapes dry; ConfigError when either does not fit."""
-        self._data = await compute(lambda: [ShardData(self._job, shard) for shard in self._shards])
+        self._data = [ShardData(self._job, shard) for shard in self._shards]
         rows = torch.arange(min(DRY_RUN_SAMPLES, len(self._data[0].train)))
         x, y = self._data[0].train[rows]
         for cut, driver in self._drivers.items():
-            await compute(check_shapes, self._cuts.model(cut), x, y, self._job.loss)
+            check_shapes(self._cuts.model(cut), x, y, self._job.loss)
             for warning in driver.local.warnings():
                 self._node.note(warning, "warning")
 
@@ -96,15 +100,11 @@ class ClientRole:
             ]
             shards = [tasks.create_task(run_shard(data), name=f"shard {data.shard}") for data in self._data]
             await asyncio.gather(*shards)
-            await self._member.close()
             for other in others:
                 other.cancel()
 
     async def drain(self, timeout_s: float) -> None:
         """Nothing to hand over: a step in hand is made again, under the same cid, by whoever takes the shard."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._member.close()
 
     async def control(self, request: Request) -> Reply:
         """A client answers no control requests."""
@@ -132,8 +132,8 @@ class ClientRole:
         """Heartbeats repeat what is still offered."""
         return BeatExtras(offers=self._member.pending())
 
-    async def _answer(self, request: Request, _parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
-        return await self._member.answer(request)
+    def _answer(self, request: Request, _parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
+        return self._member.answer(request)
 
     # --- joining ----------------------------------------------------------------------------------------
 
@@ -188,13 +188,13 @@ class ClientRole:
         driver = self._driver_of(data)
         weights = await driver.weights.get(state.version)
         for k in range(self._job.steps):
-            batch = await compute(self._batch, data, state, k)
+            batch = self._batch(data, state, k)
             if batch is None:
                 continue
             cid = step_cid(state.run, data.shard, state.version, state.attempt * self._job.steps + k)
             step = await driver.make(cid, state, k, weights, batch, self._shift(data, state))
             if self._job.local_lr is not None:
-                weights = await compute(driver.local.moved, weights, step, self._job.local_lr)
+                weights = driver.local.moved(weights, step, self._job.local_lr)
 
     def _batch(self, data: ShardData, state: RunState, k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The samples of the k-th step of this window; None when this shard sits it out."""
@@ -217,7 +217,7 @@ class ClientRole:
             asked = self._asked(state)
             k = made[1] if asked == made[0] else 0
             begun_s = time.monotonic()
-            if (batch := await compute(data.free_batch, state.window, k, state.windows)) is None:
+            if (batch := data.free_batch(state.window, k, state.windows)) is None:
                 made = asked, quota  # it sits this version out
             elif await self._attempt(self._make_step(data, state, batch, k), state):
                 made = asked, k + 1

@@ -7,7 +7,7 @@ then the client sends its input again, to this server or another.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,18 +81,17 @@ class BodyWorker:
 
     def backward(
         self,
-        weights: Callable[[], PartWeights],
+        weights: PartWeights | None,
         request: messages.Backward,
         grad: torch.Tensor,
         x: torch.Tensor | None,
     ) -> Done:
         """Gradients of the cached forward, or of one made again from `x`; InputNeeded when there is neither."""
         kept = self._graphs.pop(request.cid, None)
-        if x is not None:
-            used = weights()
+        if x is not None and weights is not None:
             kept = (
-                used,
-                self._part.forward(used, x, seed=request.seed, train=True, need_input_grad=request.want_grad),
+                weights,
+                self._part.forward(weights, x, seed=request.seed, train=True, need_input_grad=request.want_grad),
             )
         if kept is None:
             raise InputNeeded(f"{self._node} no longer holds the forward of {request.cid}; send its input again")

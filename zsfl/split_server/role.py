@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TypeVar, assert_never
+from typing import assert_never
 
 import torch
 
-from zsfl.compute import compute
 from zsfl.errors import BadShape, Rejected, RemoteProtocolError, Unavailable
-from zsfl.ids import BODY, Cid, NodeCard, Version, parse_cid
+from zsfl.ids import BODY, Cid, NodeCard, Role, StepId, Version, parse_cid
 from zsfl.latest import Latest
 from zsfl.learning.cuts import Cuts
 from zsfl.learning.job import Job
@@ -24,12 +24,12 @@ from zsfl.split_server.admission import Admission
 from zsfl.split_server.body import BodyWorker, Done
 from zsfl.split_server.meeting import Meetings
 from zsfl.tensors.codec import Codec, unpack
-from zsfl.tensors.spec import TensorSpec
 from zsfl.weights.follower import WeightsFollower
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Backward, Broadcast, Forward, Infer, Output, Reply, Request, Spilled, Step
 
-_Result = TypeVar("_Result")
+Weights = Mapping[str, PartWeights]
+"""Of one version, by cut."""
 Answer = tuple[Reply, Sequence[Buffer]]
 
 
@@ -60,9 +60,14 @@ class SplitServerRole:
         self._news = Latest(None)
         """Touched whenever a drain may have come to its end."""
         self._server = node.serve(self._answer)
-        self.data_port = self._server.port
+        self.hears = frozenset({Role.AGGREGATOR})
 
-    async def prepare(self) -> None:
+    @property
+    def data_port(self) -> int:
+        """Where steps are taken, and spills fetched."""
+        return self._server.port
+
+    def prepare(self) -> None:
         """Say what makes the run inexact."""
         for warning in self._warnings:
             self._node.note(warning, "warning")
@@ -73,7 +78,6 @@ class SplitServerRole:
             serving = tasks.create_task(self._server.run(), name="data")
             present = tasks.create_task(self._mind_the_aggregator(), name="aggregator")
             await self._member.state.wait_for(lambda now: now is not None and self._member.check(now))
-            await self._member.close()
             serving.cancel()
             present.cancel()
 
@@ -85,7 +89,6 @@ class SplitServerRole:
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._news.wait_for(lambda _: self._handed_over())
-                await self._member.close()
 
     def _handed_over(self) -> bool:
         """Whether nothing is in hand, and nothing is held that a live aggregator may still want."""
@@ -123,21 +126,29 @@ class SplitServerRole:
 
     # --- requests ---------------------------------------------------------------------------------------
 
-    async def _answer(self, request: Request, parts: Sequence[Buffer]) -> Answer:
+    def _answer(self, request: Request, parts: Sequence[Buffer]) -> Answer | Awaitable[Answer]:
         match request:
             case Forward() | Backward() | Step() if request.merged:
-                return await self._answer_merged(request, parts)
-            case Forward() | Infer():
-                with self._admitted():
-                    return await self._run_forward(request, _only(parts, 1))
+                return self._answer_merged(request, parts)
+            case Forward() | Infer() | Step():
+                work = partial(self._forward if not isinstance(request, Step) else self._step, request, parts)
             case Backward():
-                with self._admitted():
-                    return await self._run_backward(request, _only(parts, 1 if request.input is None else 2))
-            case Step():
-                with self._admitted():
-                    return await self._run_step(request, _only(parts, 2))
+                work = partial(self._backward, request, parts)
             case _:
-                return await self._member.answer(request)
+                return self._member.answer(request)
+        if isinstance(request, Backward) and request.input is None:
+            with self._admitted():
+                return work(None)
+        held = self._weights.held(request.version)
+        if held is None:
+            return self._answer_late(request.version, work)
+        with self._admitted():
+            return work(held)
+
+    async def _answer_late(self, version: Version, work: Callable[[Weights], Answer]) -> Answer:
+        """Once the weights are here."""
+        with self._admitted():
+            return work(await self._weights.get(version))
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -148,51 +159,56 @@ class SplitServerRole:
             self._admission.leave()
             self._news.touch()
 
-    async def _weights_of(self, shard: int, version: Version) -> PartWeights:
-        return (await self._weights.get(version))[self._cuts.of(shard)]
-
-    def _worker_of(self, shard: int) -> BodyWorker:
-        return self._workers[self._cuts.of(shard)]
-
-    async def _run_forward(self, request: Forward | Infer, parts: Sequence[Buffer]) -> Answer:
-        shard = request.shard if isinstance(request, Infer) else parse_cid(request.cid).shard
-        weights, worker = await self._weights_of(shard, request.version), self._worker_of(shard)
-
-        def work() -> tuple[TensorSpec, Buffer]:
-            x = unpack(request.input, parts[0])
+    def _forward(self, request: Forward | Infer, parts: Sequence[Buffer], weights: Weights) -> Answer:
+        (part,) = _only(parts, 1)
+        cut = self._cuts.of(request.shard if isinstance(request, Infer) else parse_cid(request.cid).shard)
+        worker = self._workers[cut]
+        with self._computing():
+            x = unpack(request.input, part)
             if isinstance(request, Infer):
-                return self._codec.pack("output", worker.infer(weights, x))
-            return self._codec.pack("output", worker.forward(weights, request, x))
-
-        spec, data = await self._computed(work)
+                output = worker.infer(weights[cut], x)
+            else:
+                output = worker.forward(weights[cut], request, x)
+            spec, data = self._codec.pack("output", output)
         self._node.counters.add("forwards")
         return Output(output=spec, load=self._admission.load), [data]
 
-    async def _run_backward(self, request: Backward, parts: Sequence[Buffer]) -> Answer:
-        shard = parse_cid(request.cid).shard
-        weights = None if request.input is None else await self._weights_of(shard, request.version)
-        worker = self._worker_of(shard)
-
-        def needed() -> PartWeights:
-            if weights is None:
-                raise TypeError("a recompute needs weights")
-            return weights
-
-        def work() -> Done:
+    def _backward(self, request: Backward, parts: Sequence[Buffer], weights: Weights | None) -> Answer:
+        parts = _only(parts, 1 if request.input is None else 2)
+        cut = self._cuts.of(parse_cid(request.cid).shard)
+        with self._computing():
             x = None if request.input is None else unpack(request.input, parts[1])
-            return worker.backward(needed, request, unpack(request.grad, parts[0]), x)
+            used = None if weights is None else weights[cut]
+            done = self._workers[cut].backward(used, request, unpack(request.grad, parts[0]), x)
+            return self._acknowledge(done)
 
-        return await self._spilled(work)
-
-    async def _run_step(self, request: Step, parts: Sequence[Buffer]) -> Answer:
-        shard = parse_cid(request.cid).shard
-        weights, worker = await self._weights_of(shard, request.version), self._worker_of(shard)
-
-        def work() -> Done:
+    def _step(self, request: Step, parts: Sequence[Buffer], weights: Weights) -> Answer:
+        parts = _only(parts, 2)
+        cut = self._cuts.of(parse_cid(request.cid).shard)
+        with self._computing():
             x, target = unpack(request.input, parts[0]), unpack(request.target, parts[1])
-            return worker.step(weights, request, x, target)
+            return self._acknowledge(self._workers[cut].step(weights[cut], request, x, target))
 
-        return await self._spilled(work)
+    def _acknowledge(self, done: Done) -> Answer:
+        """The answer to a step whose spill is in place, and not before it is."""
+        packed = None if done.grad is None else self._codec.pack("grad", done.grad)
+        self._member.offer(done.offer)
+        self._node.counters.add("steps")
+        spec = None if packed is None else packed[0]
+        parts = [] if packed is None else [packed[1]]
+        return Spilled(grad=spec, loss_sum=done.loss_sum, load=self._admission.load), parts
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Learn from how long it took, and tell the client what is wrong with its batch or with this server."""
+        start_s = time.perf_counter()
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise Unavailable(f"{self._node.name} is out of memory: {error}") from error
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise Rejected(f"the body fails on this batch: {type(error).__name__}: {error}") from error
+        self._admission.measured(time.perf_counter() - start_s)
 
     # --- merged batches ---------------------------------------------------------------------------------
 
@@ -214,75 +230,44 @@ class SplitServerRole:
             self._news.touch()
 
     async def _attend_forward(self, request: Forward, parts: Sequence[Buffer]) -> Answer:
-        x = await compute(unpack, request.input, parts[0])
+        x = unpack(request.input, parts[0])
         output = await self._forwards.attend(request.cid, request.merged, (request, x))
-        spec, data = await compute(self._codec.pack, "output", output)
+        spec, data = self._codec.pack("output", output)
         self._node.counters.add("forwards")
         return Output(output=spec, load=self._admission.load), [data]
 
     async def _attend_backward(self, request: Backward, parts: Sequence[Buffer]) -> Answer:
-        grad = await compute(unpack, request.grad, parts[0])
-        x = None if request.input is None else await compute(unpack, request.input, parts[1])
-        return await self._acknowledge(await self._backwards.attend(request.cid, request.merged, (request, grad, x)))
+        grad = unpack(request.grad, parts[0])
+        x = None if request.input is None else unpack(request.input, parts[1])
+        return self._acknowledge(await self._backwards.attend(request.cid, request.merged, (request, grad, x)))
 
     async def _attend_step(self, request: Step, parts: Sequence[Buffer]) -> Answer:
-        x, target = await compute(unpack, request.input, parts[0]), await compute(unpack, request.target, parts[1])
-        return await self._acknowledge(await self._steps.attend(request.cid, request.merged, (request, x, target)))
+        x, target = unpack(request.input, parts[0]), unpack(request.target, parts[1])
+        return self._acknowledge(await self._steps.attend(request.cid, request.merged, (request, x, target)))
 
-    async def _acknowledge(self, done: Done) -> Answer:
-        packed = None if done.grad is None else await compute(self._codec.pack, "grad", done.grad)
-        return self._spilled_reply(done, packed)
+    async def _weights_of(self, step: StepId) -> tuple[PartWeights, BodyWorker]:
+        cut = self._cuts.of(step.shard)
+        return (await self._weights.get(step.version))[cut], self._workers[cut]
 
     async def _merge_forwards(self, given: Mapping[Cid, tuple[Forward, torch.Tensor]]) -> dict[Cid, torch.Tensor]:
-        first = parse_cid(next(iter(given)))
-        weights, worker = await self._weights_of(first.shard, first.version), self._worker_of(first.shard)
-        return await self._computed(lambda: worker.forward_merged(weights, given))
+        weights, worker = await self._weights_of(parse_cid(next(iter(given))))
+        with self._computing():
+            return worker.forward_merged(weights, given)
 
     async def _merge_backwards(
         self, given: Mapping[Cid, tuple[Backward, torch.Tensor, torch.Tensor | None]]
     ) -> dict[Cid, Done]:
         first = parse_cid(next(iter(given)))
+        worker = self._workers[self._cuts.of(first.shard)]
         whole = all(x is not None for _, _, x in given.values())
-        weights = await self._weights_of(first.shard, first.version) if whole else None
-        worker = self._worker_of(first.shard)
-        return await self._computed(lambda: worker.backward_merged(weights, given))
+        weights = (await self._weights_of(first))[0] if whole else None
+        with self._computing():
+            return worker.backward_merged(weights, given)
 
     async def _merge_steps(self, given: Mapping[Cid, tuple[Step, torch.Tensor, torch.Tensor]]) -> dict[Cid, Done]:
-        first = parse_cid(next(iter(given)))
-        weights, worker = await self._weights_of(first.shard, first.version), self._worker_of(first.shard)
-        return await self._computed(lambda: worker.step_merged(weights, given))
-
-    async def _spilled(self, work: Callable[[], Done]) -> Answer:
-        """Acknowledge a step: only after its spill is in place."""
-
-        def work_and_pack() -> tuple[Done, tuple[TensorSpec, Buffer] | None]:
-            done = work()
-            return done, None if done.grad is None else self._codec.pack("grad", done.grad)
-
-        return self._spilled_reply(*await self._computed(work_and_pack))
-
-    def _spilled_reply(self, done: Done, packed: tuple[TensorSpec, Buffer] | None) -> Answer:
-        self._member.offer(done.offer)
-        self._node.counters.add("steps")
-        spec = None if packed is None else packed[0]
-        parts = [] if packed is None else [packed[1]]
-        return Spilled(grad=spec, loss_sum=done.loss_sum, load=self._admission.load), parts
-
-    async def _computed(self, work: Callable[[], _Result]) -> _Result:
-        """Run `work` in the compute thread and learn from how long it took."""
-
-        def timed() -> tuple[_Result, float]:
-            start = time.perf_counter()
-            try:
-                return work(), time.perf_counter() - start
-            except torch.OutOfMemoryError as error:
-                raise Unavailable(f"{self._node.name} is out of memory: {error}") from error
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                raise Rejected(f"the body fails on this batch: {type(error).__name__}: {error}") from error
-
-        result, seconds = await compute(timed)
-        self._admission.measured(seconds)
-        return result
+        weights, worker = await self._weights_of(parse_cid(next(iter(given))))
+        with self._computing():
+            return worker.step_merged(weights, given)
 
 
 def _only(parts: Sequence[Buffer], count: int) -> Sequence[Buffer]:

@@ -6,6 +6,7 @@ Requests and their replies stand together; what is broadcast stands last.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import msgspec
@@ -150,6 +151,8 @@ class Forward(Message, frozen=True, kw_only=True, tag="forward"):
     version: VersionNumber
     seed: Count
     input: TensorSpec
+    want_grad: bool = True
+    """As in Backward."""
     merged: Count = 0
     """With more than 0, the forward runs on the merged batch of so many steps with this version and k."""
 
@@ -188,6 +191,8 @@ class Backward(Message, frozen=True, kw_only=True, tag="backward"):
     """Whether the client needs the gradient of the input (not when its head is frozen)."""
     provenance: ShortText
     """Name of the client, for the record."""
+    again: bool = False
+    """Whether a contribution of this step may be in place already: then this one stands for itself."""
     merged: Count = 0
     """As in Forward."""
 
@@ -204,6 +209,8 @@ class Step(Message, frozen=True, kw_only=True, tag="step"):
     target: TensorSpec
     want_grad: bool
     provenance: ShortText
+    again: bool = False
+    """As in Backward."""
     merged: Count = 0
     """As in Forward."""
     shift: Annotated[tuple[float, ...], Meta(max_length=MAX_CLASSES)] = ()
@@ -321,17 +328,13 @@ class Beat(Message, frozen=True, kw_only=True, tag="beat"):
 
 
 class Offers(Message, frozen=True, kw_only=True, tag="offers"):
-    """Gossip digest: spills that just came into place at this node."""
+    """Gossip digest: spills that just came into place at this node.
+
+    Parts, if any: the stored bytes of each, so that they need not be asked for; empty for those that are long.
+    """
 
     node: NodeId
     offers: Annotated[tuple[SpillOffer, ...], Meta(max_length=MAX_OFFERS)]
-    carried: Annotated[
-        tuple[Annotated[bytes, Meta(max_length=MAX_CARRIED_BYTES)], ...], Meta(max_length=MAX_OFFERS)
-    ] = ()
-    """Stored bytes of the offers in the same order, so that they need not be asked for; empty for those that are long.
-
-    In the header and not as parts: they are few, and a header that is too long is refused before it is unpacked.
-    """
     counters: Annotated[dict[ShortText, float], Meta(max_length=64)] = {}
     """Empty where they were told a moment ago."""
 
@@ -343,6 +346,14 @@ class Announcement(Message, frozen=True, kw_only=True, tag="announcement"):
     state: RunState
     counted: Annotated[tuple[CidText, ...], Meta(max_length=MAX_SETTLED)] = ()
     dropped: Annotated[tuple[CidText, ...], Meta(max_length=MAX_SETTLED)] = ()
+
+
+def in_pieces(announcement: Announcement) -> Iterator[Announcement]:
+    """The announcement as it is, or several of the same state where its cids are too many for one."""
+    counted, dropped = announcement.counted, announcement.dropped
+    for first in range(0, max(len(counted), len(dropped), 1), MAX_SETTLED):
+        piece = slice(first, first + MAX_SETTLED)
+        yield msgspec.structs.replace(announcement, counted=counted[piece], dropped=dropped[piece])
 
 
 SAID_GOODBYE = "it said goodbye"

@@ -173,7 +173,7 @@ class Server:
         requests = self.asked(steps).backward(inputs_of)
         if self._merges:
             return self._worker.backward_merged(weights if len(inputs_of) == len(steps) else None, requests)
-        return {cid: self._worker.backward(lambda: weights, *given) for cid, given in requests.items()}
+        return {cid: self._worker.backward(weights, *given) for cid, given in requests.items()}
 
     def step(self, weights: PartWeights, steps: Steps) -> dict[Cid, Done]:
         requests = self.asked(steps).step()
