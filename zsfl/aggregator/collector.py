@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from zsfl.aggregator.gathering import Gathering, Key
+from zsfl.aggregator.spool import Spool
 from zsfl.errors import BadShape, NoPeer, RemoteProtocolError, SpillCorrupt, Unavailable, ZsflError
 from zsfl.ids import Cid, NodeCard, NodeId, SpillKind
 from zsfl.learning.averaging import Contribution
@@ -15,7 +16,7 @@ from zsfl.wire.connection import Connection
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import MAX_CARRIED_BYTES, MAX_OFFERS, FetchSpills, ReleaseSpills, SpillOffer, Spills
 
-FETCH_BYTES = 64 << 20
+FETCH_BYTES = 4 << 20
 """Asked for in one request, unless a single spill is larger: bounds the memory of a reply."""
 
 
@@ -36,10 +37,11 @@ class _Holder:
 class Collector:
     """Keeps one fetch under way per holder; whatever is wanted meanwhile travels in the next."""
 
-    def __init__(self, node: Node, gathering: Gathering, took: Callable[[Contribution], None]) -> None:
-        """`took` is told of every part that is news."""
+    def __init__(self, node: Node, gathering: Gathering, spool: Spool, took: Callable[[Contribution], None]) -> None:
+        """`took` is told of every part that is news; large ones wait in `spool`."""
         self._node = node
         self._gathering = gathering
+        self._spool = spool
         self._took = took
         self._holders: dict[NodeId, _Holder] = {}
 
@@ -132,7 +134,7 @@ class Collector:
             self._node.counters.add("spills_corrupt")
             self._node.note(f"{name} handed over a corrupt spill: {error}", "warning")
             return False
-        if self._gathering.arrived(found):
+        if self._gathering.arrived(self._spool.keep(found)):
             self._took(found)
         return True
 

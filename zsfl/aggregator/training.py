@@ -19,6 +19,7 @@ from zsfl.aggregator.pacing import Pacer, Slices
 from zsfl.aggregator.progress import Place
 from zsfl.aggregator.roster import Attendance, Roster
 from zsfl.aggregator.run_folder import RunFolder
+from zsfl.aggregator.spool import Spool
 from zsfl.aggregator.stage import Stage
 from zsfl.aggregator.tally import Tally
 from zsfl.errors import RunFailed
@@ -79,7 +80,7 @@ class Training:
         self._shares = Shares(mode.max_correction) if isinstance(mode, Async) else None
         by_speed = job.batches if isinstance(job.batches, BySpeed) else None
         self._pacer = by_speed and Pacer(by_speed, job.batch_size, job.steps)
-        self.collector = Collector(node, self._gathering, self._took)
+        self.collector = Collector(node, self._gathering, Spool(folder.path), self._took)
         self.version = stage.state.version
         """Of the master; peers hear of it only together with what is asked of them at it."""
         self.round = 0

@@ -112,9 +112,9 @@ def _flat_sums(in_order: Sequence[Contribution]) -> dict[str, dict[str, Tensor]]
         elif part in sums:
             if sums[part].layout is not grads.layout:
                 return None
-            sums[part].numbers.add_(grads.numbers, alpha=factor)
+            sums[part].numbers().add_(grads.numbers(), alpha=factor)
         else:
-            total = grads.numbers.to(_wide(grads.numbers.dtype), copy=True)
+            total = grads.numbers().to(_wide(grads.layout.dtype), copy=True)
             if factor != 1:
                 total *= factor
             sums[part] = FlatTensors(grads.layout, total)

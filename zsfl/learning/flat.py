@@ -18,18 +18,23 @@ class FlatLayout:
 
 
 class FlatTensors(Mapping[str, Tensor]):
-    """Tensors by name, each a view of `numbers` that is made when it is asked for."""
+    """Tensors by name, each a view of one long tensor that is made when it is asked for."""
 
-    __slots__ = ("layout", "numbers")
+    __slots__ = ("_numbers", "layout", "size_bytes")
 
     def __init__(self, layout: FlatLayout, numbers: Tensor) -> None:
         """`numbers` are of one dimension, those of all tensors of the layout."""
         self.layout = layout
-        self.numbers = numbers
+        self.size_bytes = numbers.nbytes
+        self._numbers = numbers
+
+    def numbers(self) -> Tensor:
+        """All numbers, of one dimension; to be used before those of another one are asked for."""
+        return self._numbers
 
     def __getitem__(self, name: str) -> Tensor:
         shape, start, count = self.layout.places[name]
-        return self.numbers[start : start + count].view(shape)
+        return self.numbers()[start : start + count].view(shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.places)

@@ -45,8 +45,7 @@ _WORDS = {dtype: word for word, dtype in _DTYPES.items()}
 _START, _ZEROS = b'{"__metadata__":{"crc32":"', b"00000000"
 _CRC = slice(8 + len(_START), 8 + len(_START) + len(_ZEROS))
 """Where in a spill its checksum stands."""
-_GRAD = "grad/"
-_NOTHING: Mapping[str, torch.Tensor] = {}
+_GRAD, _BUFFER = "grad/", "buffer/"
 _CACHED_BYTES = 1 << 16
 """Of longer headers nothing is remembered."""
 
@@ -96,7 +95,9 @@ class _Plan:
     places: Sequence[_Place]
     size_bytes: int
     flat: FlatLayout | None
-    """Where all are gradients of one dtype."""
+    """Of the gradients, where they are in one piece and of one dtype."""
+    flat_bytes: slice
+    """Where that is."""
 
 
 def encode(meta: SpillMeta, tensors: Mapping[str, torch.Tensor]) -> bytes:
@@ -132,7 +133,7 @@ def decode(data: Buffer) -> tuple[SpillMeta, dict[str, torch.Tensor]]:
     The tensors share the memory of `data`, where that may be written to.
     """
     meta, plan, numbers = _verified(data)
-    return meta, _tensors(plan, numbers)
+    return meta, _tensors(plan.places, numbers)
 
 
 def decode_contribution(data: Buffer) -> Contribution:
@@ -140,14 +141,15 @@ def decode_contribution(data: Buffer) -> Contribution:
     meta, plan, numbers = _verified(data)
     grads: Mapping[str, torch.Tensor]
     if plan.flat is not None:
-        owned = bytearray(numbers) if numbers.readonly else numbers
-        grads, buffers = FlatTensors(plan.flat, torch.frombuffer(owned, dtype=plan.flat.dtype)), _NOTHING
+        piece = numbers[plan.flat_bytes]
+        owned = bytearray(piece) if piece.readonly else piece
+        grads = FlatTensors(plan.flat, torch.frombuffer(owned, dtype=plan.flat.dtype))
+        rest = [place for place in plan.places if not place[0].startswith(_GRAD)]
+        tensors = _copies(rest, numbers)
     else:
-        tensors = _tensors(plan, numbers)
-        grads, buffers = (
-            {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
-            for kind in (_GRAD, "buffer/")
-        )
+        tensors = _tensors(plan.places, numbers)
+        grads = {name[len(_GRAD) :]: tensor for name, tensor in tensors.items() if name.startswith(_GRAD)}
+    buffers = {name[len(_BUFFER) :]: tensor for name, tensor in tensors.items() if name.startswith(_BUFFER)}
     return Contribution(
         cid=meta.cid,
         part=meta.part,
@@ -180,13 +182,22 @@ def _verified(data: Buffer) -> tuple[SpillMeta, _Plan, memoryview]:
         raise SpillCorrupt(f"not a whole spill: {type(error).__name__}: {error}") from error
 
 
-def _tensors(plan: _Plan, numbers: memoryview) -> dict[str, torch.Tensor]:
+def _copies(places: Sequence[_Place], numbers: memoryview) -> dict[str, torch.Tensor]:
+    """Some few of the tensors, in memory of their own: that of the others may be let go."""
+    found: dict[str, torch.Tensor] = {}
+    for name, dtype, shape, start, count in places:
+        piece = numbers[start : start + count * dtype.itemsize]
+        found |= _tensors([(name, dtype, shape, 0, count)], memoryview(bytearray(piece)))
+    return found
+
+
+def _tensors(places: Sequence[_Place], numbers: memoryview) -> dict[str, torch.Tensor]:
     owned = bytearray(numbers) if numbers.readonly else numbers
     return {
         name: torch.frombuffer(owned, dtype=dtype, count=count, offset=start).view(shape)
         if count
         else torch.empty(shape, dtype=dtype)
-        for name, dtype, shape, start, count in plan.places
+        for name, dtype, shape, start, count in places
     }
 
 
@@ -283,13 +294,20 @@ def _plan(described: bytes) -> _Plan:
             raise BadShape(f"{name} does not take the bytes that it is said to")
         places.append((name, dtype, tuple(info.shape), total, count))
         total = info.data_offsets[1]
-    dtypes = {dtype for _, dtype, *_ in places}
-    flat = None
-    if total and len(dtypes) == 1 and all(name.startswith(_GRAD) for name, *_ in places):
-        (dtype,) = dtypes
-        inside = [(name[len(_GRAD) :], shape, start // dtype.itemsize, n) for name, _, shape, start, n in places]
-        flat = FlatLayout(dtype, inside)
-    return _Plan(places, total, flat)
+    return _Plan(places, total, *_flat(places))
+
+
+def _flat(places: Sequence[_Place]) -> tuple[FlatLayout | None, slice]:
+    """Where all gradients are, if they are of one dtype and follow one another, as `encode` writes them."""
+    grads = [place for place in places if place[0].startswith(_GRAD)]
+    if len({dtype for _, dtype, *_ in grads}) != 1:
+        return None, slice(0)
+    dtype, first, count = grads[0][1], grads[0][3], sum(place[4] for place in grads)
+    piece = slice(first, first + count * dtype.itemsize)
+    if not count or piece.stop != grads[-1][3] + grads[-1][4] * dtype.itemsize:
+        return None, slice(0)
+    inside = [(name[len(_GRAD) :], shape, (start - first) // dtype.itemsize, n) for name, _, shape, start, n in grads]
+    return FlatLayout(dtype, inside), piece
 
 
 def _data(tensor: torch.Tensor) -> Buffer:

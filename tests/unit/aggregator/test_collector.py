@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from helpers.waiting import eventually
 
 from zsfl.aggregator.collector import Collector
 from zsfl.aggregator.gathering import Gathering
+from zsfl.aggregator.spool import Spool
 from zsfl.errors import NoPeer, Unavailable, ZsflError
 from zsfl.ids import Cid, NodeCard, NodeId, Role, RunId, Version, step_cid
 from zsfl.wire.messages import FetchSpills, SpillOffer
@@ -55,7 +57,7 @@ async def said_of(error: ZsflError) -> list[str]:
     """What is noted when two spills are offered three times each, and then one of the next version."""
     node = Refusing(error)
     gathering = Gathering(RunId("3fa9c1"), max_staleness=0, steps_per_version=1, shards=2)
-    collector = Collector(cast(Any, node), gathering, lambda _: None)
+    collector = Collector(cast(Any, node), gathering, Spool(Path()), lambda _: None)
     collector.joined(CARD)
     for version, shard in [(4, 0), (4, 1), (4, 0), (4, 1), (4, 0), (4, 1), (5, 0)]:
         gathering.begin(Version(version), {cid(version, shard) for shard in (0, 1)})
