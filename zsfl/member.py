@@ -34,7 +34,7 @@ from zsfl.wire.messages import (
 )
 
 OFFERS_BYTES = 256 << 10
-"""Spills that travel in one digest of offers: the header that they are in may be longer, but not much."""
+"""Spills that travel with one digest of offers: they fit one frame."""
 COUNTERS_S = 0.05
 """How often digests of offers tell the node's counters too."""
 
@@ -168,13 +168,8 @@ class Member:
         counters: dict[str, float] = {}
         if now_s >= self._told_s + COUNTERS_S:
             counters, self._told_s = self._node.counted(), now_s
-        digest = Offers(
-            node=self._node.card.id,
-            offers=tuple(offers),
-            carried=tuple(carried) if any(carried) else (),
-            counters=counters,
-        )
-        self._node.publish(digest)
+        digest = Offers(node=self._node.card.id, offers=tuple(offers), counters=counters)
+        self._node.publish(digest, carried if any(carried) else ())
 
     def pending(self) -> tuple[SpillOffer, ...]:
         """The spills held, oldest first, for heartbeats."""

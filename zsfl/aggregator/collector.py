@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-
-import torch
+from collections.abc import Callable, Sequence
 
 from zsfl.aggregator.gathering import Gathering, Key
+from zsfl.aggregator.spool import Spool
 from zsfl.errors import BadShape, NoPeer, RemoteProtocolError, SpillCorrupt, Unavailable, ZsflError
-from zsfl.ids import Cid, NodeCard, NodeId
+from zsfl.ids import Cid, NodeCard, NodeId, SpillKind
 from zsfl.learning.averaging import Contribution
 from zsfl.node import Node
-from zsfl.spill.layout import SpillMeta, decode
+from zsfl.spill.layout import decode_contribution
 from zsfl.wire.connection import Connection
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import MAX_OFFERS, FetchSpills, ReleaseSpills, SpillOffer, Spills
+from zsfl.wire.messages import MAX_CARRIED_BYTES, MAX_OFFERS, FetchSpills, ReleaseSpills, SpillOffer, Spills
 
-FETCH_BYTES = 64 << 20
+FETCH_BYTES = 4 << 20
 """Asked for in one request, unless a single spill is larger: bounds the memory of a reply."""
 
 
@@ -38,10 +37,11 @@ class _Holder:
 class Collector:
     """Keeps one fetch under way per holder; whatever is wanted meanwhile travels in the next."""
 
-    def __init__(self, node: Node, gathering: Gathering, took: Callable[[SpillMeta], None]) -> None:
-        """`took` is told of every part that is news."""
+    def __init__(self, node: Node, gathering: Gathering, spool: Spool, took: Callable[[Contribution], None]) -> None:
+        """`took` is told of every part that is news; large ones wait in `spool`."""
         self._node = node
         self._gathering = gathering
+        self._spool = spool
         self._took = took
         self._holders: dict[NodeId, _Holder] = {}
 
@@ -60,26 +60,25 @@ class Collector:
             holder.connection.close("is gone")
         self._gathering.not_delivered(card.id)
 
-    def offered(self, node: NodeId, offers: Sequence[SpillOffer], carried: Sequence[bytes] = ()) -> None:
+    def offered(self, node: NodeId, offers: Sequence[SpillOffer], carried: Sequence[Buffer] = ()) -> None:
         """A holder offers spills; those in `carried` (in the order of the offers, empty where not) came along."""
         holder = self._holders.get(node)
         if holder is None or not offers:
             return
-        if carried and len(carried) != len(offers):
+        if carried and (len(carried) != len(offers) or max(map(len, carried)) > MAX_CARRIED_BYTES):
             raise RemoteProtocolError(f"{node} sends {len(carried)} spills along with {len(offers)} offers")
+        sizes = {(offer.cid, offer.kind): offer.size_bytes for offer in offers}
         try:
-            verdict = self._gathering.offered(node, offers)
+            for offer, data in zip(offers, carried, strict=False):
+                if data and self._gathering.lacks(offer) and self._take(holder.name, (offer.cid, offer.kind), data):
+                    del sizes[offer.cid, offer.kind]
+            if not sizes:
+                return
+            left = [offer for offer in offers if (offer.cid, offer.kind) in sizes]
+            verdict = self._gathering.offered(node, left)
         except BadShape as error:
             raise RemoteProtocolError(f"{node} offers what is no spill: {error}") from error
-        if verdict.fetch:
-            wanted = set(verdict.fetch)
-            for offer, data in zip(offers, carried or (b"",) * len(offers), strict=True):
-                key: Key = offer.cid, offer.kind
-                if key not in wanted:
-                    continue
-                wanted.discard(key)
-                if not data or not self._take(holder.name, key, data):
-                    holder.fetch[key] = offer.size_bytes
+        holder.fetch.update({key: sizes[key] for key in verdict.fetch})
         holder.release.update(verdict.release)
         if holder.fetch or holder.release:
             holder.todo.set()
@@ -127,15 +126,16 @@ class Collector:
     def _take(self, name: str, key: Key, data: Buffer) -> bool:
         """Take a spill, unless it is corrupt; whether it is whole."""
         try:
-            meta, tensors = decode(data)
-            if (meta.cid, meta.kind) != key:
-                raise SpillCorrupt(f"it is {meta.kind} of {meta.cid} where {key[1]} of {key[0]} was asked for")
+            found = decode_contribution(data)
+            kind: SpillKind = "merged" if found.members else found.part
+            if (found.cid, kind) != key:
+                raise SpillCorrupt(f"it is {kind} of {found.cid} where {key[1]} of {key[0]} was asked for")
         except SpillCorrupt as error:
             self._node.counters.add("spills_corrupt")
             self._node.note(f"{name} handed over a corrupt spill: {error}", "warning")
             return False
-        if self._gathering.arrived(contribution(meta, tensors)):
-            self._took(meta)
+        if self._gathering.arrived(self._spool.keep(found)):
+            self._took(found)
         return True
 
 
@@ -149,21 +149,3 @@ def _batch(wanted: dict[Key, int]) -> list[Key]:
         keys.append(key)
         room -= wanted.pop(key)
     return keys
-
-
-def contribution(meta: SpillMeta, tensors: Mapping[str, torch.Tensor]) -> Contribution:
-    """A spill as the averaging takes it."""
-    grads = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("grad/")}
-    buffers = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("buffer/")}
-    return Contribution(
-        cid=meta.cid,
-        part=meta.part,
-        version=meta.version,
-        n=meta.n,
-        loss_sum=meta.loss_sum,
-        samples=meta.samples,
-        grads=grads,
-        buffers=buffers,
-        node=meta.node,
-        members=meta.members,
-    )

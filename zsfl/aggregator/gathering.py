@@ -12,6 +12,7 @@ from zsfl.wire.messages import SpillOffer
 
 Key = tuple[Cid, SpillKind]
 PARTS: tuple[PartName, PartName] = ("body", "client")
+_MOST_ANSWERS = 1 << 16
 _NO_COMPANY = "the client part of a step that it is merged with never came"
 
 
@@ -83,6 +84,8 @@ class Gathering:
         self._held: dict[Cid, _Step] = {}
         self._settled = StepSet(steps_per_version)
         self._dropped: dict[Cid, str] = {}
+        self._answers: dict[Cid, bool] = {}
+        """What `expects` said since the last change, since it is asked several times of each step."""
 
     def begin(self, version: Version, expected: Iterable[Cid] | None) -> list[StepId]:
         """Steps at this version are made from now on: those `expected`, or with None any.
@@ -90,6 +93,7 @@ class Gathering:
         Steps that are too late for it are dropped. The whole late steps that still count, oldest first.
         """
         self._version, self._open = version, True
+        self._answers.clear()
         self._expected = None if expected is None else frozenset(expected)
         late = {cid: step for cid, step in self._held.items() if self._is_too_late(parse_cid(cid))}
         reasons = [step.missing or self._lateness(parse_cid(cid)) for cid, step in late.items()]
@@ -104,10 +108,12 @@ class Gathering:
         """More steps are asked for at the version that is gathered: somebody joined."""
         if self._expected is not None:
             self._expected |= frozenset(expected)
+            self._answers.clear()
 
     def end(self) -> None:
         """No step at the present version is waited for any more; it is committed."""
         self._open = False
+        self._answers.clear()
 
     def offered(self, node: NodeId, offers: Iterable[SpillOffer]) -> Verdict:
         """Sort what a holder offers."""
@@ -135,6 +141,14 @@ class Gathering:
 
     def expects(self, cid: Cid) -> bool:
         """Whether this step may still count."""
+        answer = self._answers.get(cid)
+        if answer is None:
+            answer = self._expects(cid)
+            if len(self._answers) < _MOST_ANSWERS:
+                self._answers[cid] = answer
+        return answer
+
+    def _expects(self, cid: Cid) -> bool:
         step = parse_cid(cid)
         return (
             self._is_known(step)
@@ -167,6 +181,7 @@ class Gathering:
     def _drop(self, cid: Cid, reason: str) -> None:
         step = self._held.pop(cid, None)
         self._dropped.setdefault(cid, reason)
+        self._answers.pop(cid, None)
         if step is not None and step.merged is not None:
             self._dissolve(step.merged)
 
@@ -178,8 +193,10 @@ class Gathering:
                 step.merged = None
 
     def _wants(self, offer: SpillOffer) -> bool:
-        if (offer.cid, offer.kind) in self._asked:
-            return False
+        return (offer.cid, offer.kind) not in self._asked and self.lacks(offer)
+
+    def lacks(self, offer: SpillOffer) -> bool:
+        """Whether what is offered may count and is not here, be it asked for or not."""
         if offer.members:
             return all(self.expects(cid) and not self._has_merged(cid) for cid in offer.members)
         return self.expects(offer.cid) and not self._has(offer.cid, offer.part)
@@ -276,6 +293,7 @@ class Gathering:
             elif step.merged.contribution.cid == cid:
                 window.append(step.merged.contribution)
             window.append(step.parts["client"])
+        self._answers.clear()
         dropped, self._dropped = self._dropped, {}
         for cid in dropped:
             self._settled.add(parse_cid(cid))

@@ -19,6 +19,7 @@ from zsfl.aggregator.pacing import Pacer, Slices
 from zsfl.aggregator.progress import Place
 from zsfl.aggregator.roster import Attendance, Roster
 from zsfl.aggregator.run_folder import RunFolder
+from zsfl.aggregator.spool import Spool
 from zsfl.aggregator.stage import Stage
 from zsfl.aggregator.tally import Tally
 from zsfl.errors import RunFailed
@@ -32,7 +33,6 @@ from zsfl.learning.modes import Async, Exact, max_staleness
 from zsfl.learning.plan import Plan, Sizes
 from zsfl.learning.weighting import Shares, staleness_weight
 from zsfl.node import Node
-from zsfl.spill.layout import SpillMeta
 from zsfl.weights.shelf import Packed, Shelf
 
 MERGE_ATTEMPTS = 32
@@ -80,7 +80,7 @@ class Training:
         self._shares = Shares(mode.max_correction) if isinstance(mode, Async) else None
         by_speed = job.batches if isinstance(job.batches, BySpeed) else None
         self._pacer = by_speed and Pacer(by_speed, job.batch_size, job.steps)
-        self.collector = Collector(node, self._gathering, self._took)
+        self.collector = Collector(node, self._gathering, Spool(folder.path), self._took)
         self.version = stage.state.version
         """Of the master; peers hear of it only together with what is asked of them at it."""
         self.round = 0
@@ -307,11 +307,11 @@ class Training:
             self._gathering.expect(self._cids(sizes))
             self._closing.expect(sizes)
 
-    def _took(self, meta: SpillMeta) -> None:
+    def _took(self, one: Contribution) -> None:
         """A part of a step is here, or of several."""
         now_s = self._progress_s = time.monotonic()
-        self._tally.served(meta)
-        if not (steps := self._gathering.completed(meta.cid)):
+        self._tally.served(one)
+        if not (steps := self._gathering.completed(one.cid)):
             return
         for step in steps:
             self._closing.arrived(step, self._gathering.samples(step), now_s)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Annotated, Literal
@@ -21,7 +22,8 @@ import torch
 
 from zsfl.errors import BadShape, SpillCorrupt
 from zsfl.ids import Cid, SpillKind, Version, parse_cid
-from zsfl.learning.averaging import StepShare
+from zsfl.learning.averaging import Contribution, StepShare
+from zsfl.learning.flat import FlatLayout, FlatTensors
 from zsfl.wire.messages import MAX_MEMBERS
 
 MAX_HEADER_BYTES = 1 << 20
@@ -43,6 +45,7 @@ _WORDS = {dtype: word for word, dtype in _DTYPES.items()}
 _START, _ZEROS = b'{"__metadata__":{"crc32":"', b"00000000"
 _CRC = slice(8 + len(_START), 8 + len(_START) + len(_ZEROS))
 """Where in a spill its checksum stands."""
+_GRAD, _BUFFER = "grad/", "buffer/"
 _CACHED_BYTES = 1 << 16
 """Of longer headers nothing is remembered."""
 
@@ -85,6 +88,18 @@ _Place = tuple[str, torch.dtype, tuple[int, ...], int, int]
 """Name, dtype and shape of a tensor, and where among the data it begins and how many numbers it has."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is where in the data."""
+
+    places: Sequence[_Place]
+    size_bytes: int
+    flat: FlatLayout | None
+    """Of the gradients, where they are in one piece and of one dtype."""
+    flat_bytes: slice
+    """Where that is."""
+
+
 def encode(meta: SpillMeta, tensors: Mapping[str, torch.Tensor]) -> bytes:
     """The bytes of one spill."""
     return b"".join(pieces(meta, tensors))
@@ -117,6 +132,41 @@ def decode(data: Buffer) -> tuple[SpillMeta, dict[str, torch.Tensor]]:
 
     The tensors share the memory of `data`, where that may be written to.
     """
+    meta, plan, numbers = _verified(data)
+    return meta, _tensors(plan.places, numbers)
+
+
+def decode_contribution(data: Buffer) -> Contribution:
+    """The spill in `data` as the averaging takes it; as `decode`, but tensors of one dtype stay in one piece."""
+    meta, plan, numbers = _verified(data)
+    grads: Mapping[str, torch.Tensor]
+    if plan.flat is not None:
+        piece = numbers[plan.flat_bytes]
+        owned = bytearray(piece) if piece.readonly else piece
+        grads = FlatTensors(plan.flat, torch.frombuffer(owned, dtype=plan.flat.dtype))
+        rest = [place for place in plan.places if not place[0].startswith(_GRAD)]
+        tensors = _copies(rest, numbers)
+    else:
+        tensors = _tensors(plan.places, numbers)
+        grads = {name[len(_GRAD) :]: tensor for name, tensor in tensors.items() if name.startswith(_GRAD)}
+    buffers = {name[len(_BUFFER) :]: tensor for name, tensor in tensors.items() if name.startswith(_BUFFER)}
+    return Contribution(
+        cid=meta.cid,
+        part=meta.part,
+        version=meta.version,
+        n=meta.n,
+        loss_sum=meta.loss_sum,
+        samples=meta.samples,
+        grads=grads,
+        buffers=buffers,
+        node=meta.node,
+        client=meta.client,
+        members=meta.members,
+    )
+
+
+def _verified(data: Buffer) -> tuple[SpillMeta, _Plan, memoryview]:
+    """Meta, where the tensors are, and their bytes."""
     view = memoryview(data).cast("B") if len(data) else memoryview(b"")
     try:
         size = _header_size(view)
@@ -124,19 +174,31 @@ def decode(data: Buffer) -> tuple[SpillMeta, dict[str, torch.Tensor]]:
         if view[_CRC] != b"%08x" % crc:
             raise SpillCorrupt("not a whole spill: its bytes do not match their checksum")
         meta, described = _split(bytes(view[8 : 8 + size]))
-        places, total = (_places if len(described) <= _CACHED_BYTES else _places.__wrapped__)(described)
-        if 8 + size + total != len(view):
-            raise SpillCorrupt(f"not a whole spill: {total} bytes of tensors in {len(view) - 8 - size}")
-        owned = bytearray(view) if view.readonly else view
-        tensors: dict[str, torch.Tensor] = {}
-        for name, dtype, shape, start, count in places:
-            if count:
-                tensors[name] = torch.frombuffer(owned, dtype=dtype, count=count, offset=8 + size + start).view(shape)
-            else:
-                tensors[name] = torch.empty(shape, dtype=dtype)
-        return meta, tensors
+        plan = (_plan if len(described) <= _CACHED_BYTES else _plan.__wrapped__)(described)
+        if 8 + size + plan.size_bytes != len(view):
+            raise SpillCorrupt(f"not a whole spill: {plan.size_bytes} bytes of tensors in {len(view) - 8 - size}")
+        return meta, plan, view[8 + size :]
     except (BadShape, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise SpillCorrupt(f"not a whole spill: {type(error).__name__}: {error}") from error
+
+
+def _copies(places: Sequence[_Place], numbers: memoryview) -> dict[str, torch.Tensor]:
+    """Some few of the tensors, in memory of their own: that of the others may be let go."""
+    found: dict[str, torch.Tensor] = {}
+    for name, dtype, shape, start, count in places:
+        piece = numbers[start : start + count * dtype.itemsize]
+        found |= _tensors([(name, dtype, shape, 0, count)], memoryview(bytearray(piece)))
+    return found
+
+
+def _tensors(places: Sequence[_Place], numbers: memoryview) -> dict[str, torch.Tensor]:
+    owned = bytearray(numbers) if numbers.readonly else numbers
+    return {
+        name: torch.frombuffer(owned, dtype=dtype, count=count, offset=start).view(shape)
+        if count
+        else torch.empty(shape, dtype=dtype)
+        for name, dtype, shape, start, count in places
+    }
 
 
 def decode_meta(head: Buffer) -> SpillMeta:
@@ -185,7 +247,7 @@ def _split(header: bytes) -> tuple[SpillMeta, bytes]:
     else:
         meta = msgspec.json.decode(inside, type=SpillMeta, strict=False)
     _check(meta)
-    return meta, header[end + 1 :]
+    return meta, header[end + 1 :].rstrip()  # padded or not, the same tensors are described by the same bytes
 
 
 def _check(meta: SpillMeta) -> None:
@@ -220,7 +282,7 @@ def _template(tensors: tuple[tuple[str, torch.dtype, torch.Size], ...]) -> tuple
 
 
 @lru_cache(256)
-def _places(described: bytes) -> tuple[Sequence[_Place], int]:
+def _plan(described: bytes) -> _Plan:
     """Where the tensors are, and how many bytes they take."""
     text = b"{" + described[1:] if described.startswith(b",") else b"{" + described
     infos = msgspec.json.decode(text, type=dict[str, _TensorInfo])
@@ -232,7 +294,20 @@ def _places(described: bytes) -> tuple[Sequence[_Place], int]:
             raise BadShape(f"{name} does not take the bytes that it is said to")
         places.append((name, dtype, tuple(info.shape), total, count))
         total = info.data_offsets[1]
-    return places, total
+    return _Plan(places, total, *_flat(places))
+
+
+def _flat(places: Sequence[_Place]) -> tuple[FlatLayout | None, slice]:
+    """Where all gradients are, if they are of one dtype and follow one another, as `encode` writes them."""
+    grads = [place for place in places if place[0].startswith(_GRAD)]
+    if len({dtype for _, dtype, *_ in grads}) != 1:
+        return None, slice(0)
+    dtype, first, count = grads[0][1], grads[0][3], sum(place[4] for place in grads)
+    piece = slice(first, first + count * dtype.itemsize)
+    if not count or piece.stop != grads[-1][3] + grads[-1][4] * dtype.itemsize:
+        return None, slice(0)
+    inside = [(name[len(_GRAD) :], shape, (start - first) // dtype.itemsize, n) for name, _, shape, start, n in grads]
+    return FlatLayout(dtype, inside), piece
 
 
 def _data(tensor: torch.Tensor) -> Buffer:

@@ -328,17 +328,13 @@ class Beat(Message, frozen=True, kw_only=True, tag="beat"):
 
 
 class Offers(Message, frozen=True, kw_only=True, tag="offers"):
-    """Gossip digest: spills that just came into place at this node."""
+    """Gossip digest: spills that just came into place at this node.
+
+    Parts, if any: the stored bytes of each, so that they need not be asked for; empty for those that are long.
+    """
 
     node: NodeId
     offers: Annotated[tuple[SpillOffer, ...], Meta(max_length=MAX_OFFERS)]
-    carried: Annotated[
-        tuple[Annotated[bytes, Meta(max_length=MAX_CARRIED_BYTES)], ...], Meta(max_length=MAX_OFFERS)
-    ] = ()
-    """Stored bytes of the offers in the same order, so that they need not be asked for; empty for those that are long.
-
-    In the header and not as parts: they are few, and a header that is too long is refused before it is unpacked.
-    """
     counters: Annotated[dict[ShortText, float], Meta(max_length=64)] = {}
     """Empty where they were told a moment ago."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.exact import Case
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -31,9 +32,8 @@ def cid(shard: int) -> Cid:
 
 
 @given(st.floats(1e-6, 1.0), st.floats(1e-6, 1.0), st.integers(2, 64))
-def test_the_cheaper_way_is_taken_and_the_other_one_tried_now_and_then(
-    merged: float, single: float, count: int
-) -> None:
+def test_the_cheaper_way_is_taken_and_the_other_tried_now_and_then(merged: float, single: float, count: int) -> None:
+    assume(not math.isclose(merged, single, rel_tol=1e-9))
     policy = MergePolicy()
     assert not policy.pays("Forward", 1)
     assert policy.pays("Forward", count)  # nothing is known yet
