@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def _commit() -> str:
     """The commit of the working tree, with + when it has been changed since."""
+    if (code := find_spec("zsfl")) is None or not Path(code.origin or "").is_relative_to(ROOT):
+        return f"unknown: zsfl is imported from {code and code.origin}, not from the tree of this benchmark"
     try:
         said = [
             subprocess.run(["git", *order], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
