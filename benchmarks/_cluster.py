@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,3 +147,17 @@ def _pids(cluster: zsfl.LocalCluster) -> dict[str, list[int]]:
         if node.pid is not None and node.exit_code is None:
             roles[str(node.role)].append(node.pid)
     return dict(roles)
+
+
+async def train_on(cluster: zsfl.LocalCluster, heard: Callable[[zsfl.RoundReport], None] | None = None) -> None:
+    """Train until cancelled."""
+    async for report in cluster.train(100_000):
+        if heard is not None:
+            heard(report)
+
+
+async def end(training: asyncio.Task[None]) -> None:
+    """Cancel it; what it failed with before is raised."""
+    training.cancel()
+    with suppress(asyncio.CancelledError):
+        await training

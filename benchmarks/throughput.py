@@ -25,7 +25,7 @@ from _cluster import Load, load
 from _jobs import JOBS, wrapped
 from _peer import HttpPeer, PeerLoad, http_peer, missing
 from _profile import costs, shares
-from _record import circumstances, table, write
+from _record import circumstances, spread, table, write
 
 import zsfl
 
@@ -66,12 +66,6 @@ class Arm:
             split_servers=split_servers,
             client_processes=self.client_processes,
         )
-
-
-def spread(values: Sequence[float], form: str = "{:,.0f}") -> str:
-    """Median, lowest and highest."""
-    middle, low, high = (form.format(value) for value in (statistics.median(values), min(values), max(values)))
-    return f"{middle} ({low} to {high})"
 
 
 def arithmetic_us(repeat: int = 300) -> float:
