@@ -101,9 +101,7 @@ def between(folder: Path, begun_s: float, ended_s: float) -> Percentiles:
     for path in folder.glob("*.times"):
         data = path.read_bytes()
         whole = len(data) - len(data) % _RECORD.size
-        taken += [
-            end - begin for begin, end in _RECORD.iter_unpack(data[:whole]) if begun_s <= begin and end <= ended_s
-        ]
+        taken += [end - begin for begin, end in _RECORD.iter_unpack(data[:whole]) if begun_s <= end <= ended_s]
     taken.sort()
     return Percentiles(len(taken), quantile(taken, 0.5), quantile(taken, 0.99))
 
