@@ -31,10 +31,13 @@ ROOMS = (
     ("wire", ("zsfl/wire/", "zsfl/tensors/", "zmq/")),
     ("weights", ("zsfl/weights/",)),
     ("presence", ("zsfl/front.py", "zsfl/peers.py", "zsfl/discovery/", "zeroconf/")),
+    ("event loop", ("zsfl/lane.py", "zsfl/latest.py")),
     ("roles", ("zsfl/",)),
 )
 """What a frame is counted as by its file: the first that fits."""
 REST = "event loop"
+WAKING = ("select (selectors.py", "poll (zmq/")
+"""Innermost frames of a thread that has just been woken. It is seen waiting for a processor, not using one."""
 
 
 @dataclass(slots=True)
@@ -90,11 +93,11 @@ async def _look(program: str, pid: int, seconds: float, path: Path) -> None:
 
 
 def parse(lines: Iterable[str]) -> Stacks:
-    """What the profiler wrote: `frame;frame;frame count`."""
+    """What the profiler wrote, `frame;frame;frame count`, without threads that were only woken."""
     stacks: Stacks = Counter()
     for line in lines:
         stack, _, count = line.rpartition(" ")
-        if stack and count.isdigit():
+        if stack and count.isdigit() and not any(frame in stack.rpartition(";")[2] for frame in WAKING):
             stacks[tuple(stack.split(";"))] += int(count)
     return stacks
 

@@ -34,6 +34,7 @@ def test_a_stack_counts_as_its_innermost_room() -> None:
             f"{loop};put (zsfl/spill/store.py:9);encode (zsfl/spill/layout.py:1);save (torch.py:1) 2",
             f"{loop};_handle_events (zmq/_future.py:700) 1",
             f"{loop} 1",
+            f"{loop};run (zsfl/lane.py:50);EpollSelector.select (selectors.py:468) 9",
             "nothing that was seen",
         ]
     )
