@@ -1,4 +1,4 @@
-"""MicroSFL's workload on MNIST: a frozen head 784-64 followed by noise | 64-64 ReLU | 64-10, U-shaped, plain SGD.
+"""MicroSFL's workload on MNIST: a frozen head 784-64 followed by noise | 64-64 ReLU | 64-10, U-shaped, SGD.
 
 Wants the IDX files in the folder that ZSFL_DATA names, or in `mnist` below it.
 """
@@ -35,7 +35,7 @@ job = zsfl.Job(
     model=model,
     loss=F.cross_entropy,
     data=zsfl.shards(partial(zsfl.mnist, flat=True), by=zsfl.iid()),
-    optimizer=zsfl.sgd(lr=0.5),
+    optimizer=zsfl.sgd(lr=0.5, momentum=0.9),
     batch_size=64,
     batches="equal",
     rounds=10,
