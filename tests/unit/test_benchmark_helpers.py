@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import math
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import zsfl
+import zsfl.demo
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -98,3 +100,18 @@ def test_only_body_and_tail_of_the_workload_are_trained() -> None:
         "body",
         "tail",
     }
+
+
+async def test_every_step_that_clients_make_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    latency = module("_latency")
+    driver = importlib.import_module("zsfl.client.driver").StepDriver
+    monkeypatch.setattr(driver, "make", driver.make)  # put back afterwards
+    begun_s = time.monotonic()
+    latency.watch(str(tmp_path))
+    latency.watch(str(tmp_path))
+    cluster = zsfl.LocalCluster(zsfl.demo.job, clients=2, split_servers=1, in_process=True, runs=tmp_path / "runs")
+    async with cluster:
+        (report,) = [report async for report in cluster.train(1)]
+    found = latency.between(tmp_path, begun_s, time.monotonic())
+    assert found.steps == report.steps
+    assert 0 < found.p50_s <= found.p99_s
