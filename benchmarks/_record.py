@@ -55,8 +55,8 @@ def write(name: str, about: Mapping[str, Any], figures: Mapping[str, Any], page:
     return path
 
 
-def spread(values: Sequence[float], form: str = "{:,.0f}") -> str:
-    """Median, lowest and highest."""
+def in_short(values: Sequence[float], form: str = "{:,.0f}") -> str:
+    """Median, lowest and highest: `12 (10 to 13)`."""
     middle, low, high = (form.format(value) for value in (statistics.median(values), min(values), max(values)))
     return f"{middle} ({low} to {high})"
 

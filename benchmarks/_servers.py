@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from _cluster import end, train_on
+from _figures import Figure
 from _jobs import JOBS
-from _record import spread, table
+from _record import in_short, table
 
 import zsfl
 
@@ -107,8 +108,8 @@ async def servers() -> Servers:
 def servers_words(runs: Sequence[Servers]) -> str:
     raises = [run.raised_s(0) for run in runs]
     late = sum(taken is None for taken in raises)
-    found = spread([taken for taken in raises if taken is not None], "{:.2f}") if late < len(raises) else "never"
-    starts = spread([run.added[0][1] - run.added[0][0] for run in runs], "{:.2f}")
+    found = in_short([taken for taken in raises if taken is not None], "{:.2f}") if late < len(raises) else "never"
+    starts = in_short([run.added[0][1] - run.added[0][0] for run in runs], "{:.2f}")
     return (
         f"A step of 64 samples holds a SIMULATED accelerator for 20 ms; {ACCELERATOR_CLIENTS} clients in "
         f"{ACCELERATOR_PROCESSES} processes, async mode. One run adds servers while it trains. Aims: 8 servers at "
@@ -122,13 +123,24 @@ def servers_table(runs: Sequence[Servers]) -> str:
     rows = [
         [
             str(count),
-            spread([run.steps_per_s[count] for run in runs], "{:.1f}"),
-            spread([run.steps_per_s[count] / run.steps_per_s[SERVERS[0]] for run in runs], "{:.2f}"),
+            in_short([run.steps_per_s[count] for run in runs], "{:.1f}"),
+            in_short([run.steps_per_s[count] / run.steps_per_s[SERVERS[0]] for run in runs], "{:.2f}"),
             f"{statistics.median([run.steps_per_s[count] for run in runs]) / (count / 0.02):.0%}",
         ]
         for count in SERVERS
     ]
     return table(["split servers", "steps/s", "times one server", "of what their accelerators can"], rows)
+
+
+def servers_figures(runs: Sequence[Servers]) -> list[Figure]:
+    """What other programs are told."""
+    times = tuple(run.steps_per_s[SERVERS[-1]] / run.steps_per_s[SERVERS[0]] for run in runs)
+    name = f"{SERVERS[-1]} split servers over one (simulated accelerators)"
+    handed = [Figure(name=name, unit="times", values=times, target=LEAST_SPEEDUP)]
+    if raises := tuple(taken for run in runs if (taken := run.raised_s(0)) is not None):
+        name = "until a second split server is of use"
+        handed.append(Figure(name=name, unit="s", values=raises, better="lower", target=MOST_RAISE_S))
+    return handed
 
 
 def draw(path: Path, runs: Sequence[Servers]) -> None:

@@ -19,11 +19,15 @@ from typing import Any
 
 import torch
 from _cluster import Load, load
+from _figures import Figure, add_json_flag, hand_over
 from _jobs import JOBS
-from _record import circumstances, spread, table, write
+from _record import circumstances, in_short, table, write
 
 import zsfl
 from zsfl.settings import NodeSettings
+
+BUDGET_S = 50
+IN_THE_LOT = ("--repeat", "3", "--seconds", "1")
 
 SETTING, ON, OFF = "merge", True, False
 """The node setting that is measured, and its two values."""
@@ -90,12 +94,12 @@ def page(found: Sequence[Case], device: str) -> str:
     rows = [
         [
             case.name,
-            spread([one.steps_per_s for one in case.on]),
-            spread([one.steps_per_s for one in case.off]),
-            spread(case.ratios, "{:.2f}"),
+            in_short([one.steps_per_s for one in case.on]),
+            in_short([one.steps_per_s for one in case.off]),
+            in_short(case.ratios, "{:.2f}"),
             f"{case.least:g}",
-            spread([one.cpu_us("split-server") for one in case.on]),
-            spread([one.cpu_us("split-server") for one in case.off]),
+            in_short([one.cpu_us("split-server") for one in case.on]),
+            in_short([one.cpu_us("split-server") for one in case.off]),
         ]
         for case in found
     ]
@@ -113,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--repeat", type=int, default=5, metavar="N", help="turns (default: 5)")
     add("--seconds", type=float, default=2.0, metavar="S", help="about how long to measure each time (default: 2)")
     add("--all", action="store_true", help="the convolutional body without a GPU, too")
+    add_json_flag(parser)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     about = circumstances()
@@ -124,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"benchmarks/merging.py: {error}", file=sys.stderr)
         return 2
     text = page(found, torch.cuda.get_device_name() if has_gpu else "the CPU")
-    figures = {
+    details = {
         case.name: {
             "merged_steps_per_s": [one.steps_per_s for one in case.on],
             "steps_per_s": [one.steps_per_s for one in case.off],
@@ -133,7 +138,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         for case in found
     }
-    print(f"\n{text}\n\nkept in {write('merging', about, figures, text)}")
+    print(f"\n{text}\n\nkept in {write('merging', about, details, text)}")
+    figures = [
+        Figure(name=case.name, unit="times as fast", values=tuple(case.ratios), target=case.least) for case in found
+    ]
+    hand_over(args.json, "merging", about, figures)
     return 0
 
 

@@ -21,12 +21,16 @@ from typing import Any
 
 import torch
 from _cluster import end, train_on, usage
+from _figures import Figure, add_json_flag, hand_over
 from _jobs import JOBS, wrapped
 from _latency import Percentiles, between, job_lines, set_pause
-from _record import circumstances, path_of, spread, table, write
-from _servers import Servers, draw, servers, servers_table, servers_words
+from _record import circumstances, in_short, path_of, table, write
+from _servers import Servers, draw, servers, servers_figures, servers_table, servers_words
 
 import zsfl
+
+BUDGET_S = 100
+IN_THE_LOT = ("--repeat", "2")
 
 LATENCY_CLIENTS, MOST_PROCESSES = (1, 16, 64), 16
 WARM_S, FULL_S, PACED_S = 0.7, 1.0, 1.5
@@ -185,17 +189,17 @@ def _latency_table(latencies: Sequence[Latency]) -> str:
             rows.append(
                 [
                     f"{clients} clients, {label}",
-                    spread(rates),
-                    spread([1e3 * one.p50_s for one in of], "{:.1f}"),
-                    spread([1e3 * one.p99_s for one in of], "{:.1f}"),
-                    spread([one.ratio for one in of], "{:.1f}"),
+                    in_short(rates),
+                    in_short([1e3 * one.p50_s for one in of], "{:.1f}"),
+                    in_short([1e3 * one.p99_s for one in of], "{:.1f}"),
+                    in_short([one.ratio for one in of], "{:.1f}"),
                 ]
             )
     return table(["", "steps/s", "median ms", "99th percentile ms", "ratio"], rows)
 
 
 def _many_words(turns: Sequence[Sequence[Many]]) -> str:
-    slopes = spread([slope([(one.clients, one.client_mb) for one in turn]) for turn in turns], "{:.2f}")
+    slopes = in_short([slope([(one.clients, one.client_mb) for one in turn]) for turn in turns], "{:.2f}")
     return (
         f"An epoch of MNIST with its held-out test, all clients in one process, {MANY_SERVERS} split servers. Each "
         f"client more takes {slopes} MB (aim: less than {MOST_CLIENT_MB:g})."
@@ -209,14 +213,40 @@ def _many_table(turns: Sequence[Sequence[Many]]) -> str:
         rows.append(
             [
                 str(clients),
-                spread([one.seconds for one in own], "{:.1f}"),
-                spread([one.steps / one.seconds for one in own]),
-                spread([100 * (one.accuracy or 0.0) for one in own], "{:.1f}"),
-                spread([one.client_mb for one in own]),
-                spread([one.together_mb for one in own]),
+                in_short([one.seconds for one in own], "{:.1f}"),
+                in_short([one.steps / one.seconds for one in own]),
+                in_short([100 * (one.accuracy or 0.0) for one in own], "{:.1f}"),
+                in_short([one.client_mb for one in own]),
+                in_short([one.together_mb for one in own]),
             ]
         )
     return table(["clients", "s", "steps/s", "accuracy %", "client process MB", "all processes MB"], rows)
+
+
+def figures(found: Found) -> list[Figure]:
+    """What other programs are told."""
+    handed: list[Figure] = []
+    for clients in LATENCY_CLIENTS if found.latencies else ():
+        own = [one for one in found.latencies if one.clients == clients]
+        paced = tuple(one.paced.ratio for one in own)
+        name = f"latency of {clients} clients"
+        handed.append(
+            Figure(name=f"{name}, 99th over 50th", unit="times", values=paced, better="lower", target=MOST_RATIO)
+        )
+        for label, values in (("median", [one.paced.p50_s for one in own]), ("99th", [one.paced.p99_s for one in own])):
+            milliseconds = tuple(1e3 * value for value in values)
+            handed.append(
+                Figure(name=f"{name}, {label}", unit="ms", values=milliseconds, better="lower", headline=False)
+            )
+    if found.servers:
+        handed += servers_figures(found.servers)
+    if found.many:
+        slopes = tuple(slope([(one.clients, one.client_mb) for one in turn]) for turn in found.many)
+        name = f"a client more, of {MANY_CLIENTS[-1]}"
+        handed.append(Figure(name=name, unit="MB", values=slopes, better="lower", target=MOST_CLIENT_MB))
+        epochs = tuple(turn[-1].seconds for turn in found.many)
+        handed.append(Figure(name=f"an epoch of {MANY_CLIENTS[-1]} clients", unit="s", values=epochs, better="lower"))
+    return handed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -226,6 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add: Callable[..., Any] = parser.add_argument
     add("--only", nargs="+", choices=parts, default=parts, metavar="PART", help=f"some of {', '.join(parts)}")
     add("--repeat", type=int, default=5, metavar="N", help="repetitions (default: 5)")
+    add_json_flag(parser)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     about = circumstances()
@@ -240,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw(picture, found.servers)
     text = page(found, picture.name)
     print(f"\n{text}\n\nkept in {write(name, about, asdict(found), text)}")
+    hand_over(args.json, name, about, figures(found))
     return 0
 
 

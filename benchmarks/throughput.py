@@ -22,12 +22,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _cluster import Load, load
+from _figures import Figure, add_json_flag, hand_over
 from _jobs import JOBS, wrapped
 from _peer import HttpPeer, PeerLoad, http_peer, missing
 from _profile import costs, shares
-from _record import circumstances, spread, table, write
+from _record import circumstances, in_short, table, write
 
 import zsfl
+
+BUDGET_S = 100
+IN_THE_LOT = ("--repeat", "2", "--profile-seconds", "0")
 
 CLIENTS = 20
 TARGET = 3150
@@ -144,7 +148,7 @@ async def measure(args: argparse.Namespace) -> Found:
 
 async def _turns(found: Found, args: argparse.Namespace, peer: HttpPeer | None) -> None:
     for turn in range(args.repeat):
-        for arm in found.arms:
+        for arm in found.arms[:: 1 if turn % 2 else -1]:  # who begins changes
             arm.loads.append(await arm.run(args.split_servers, args.seconds))
             print(f"{turn + 1}/{args.repeat} {arm.name}: {arm.loads[-1].steps_per_s:,.0f} steps/s", flush=True)
         if peer is not None:
@@ -183,11 +187,11 @@ def _speeds(found: Found) -> str:
     rows = [
         [
             arm.name,
-            spread([one.steps_per_s for one in arm.loads]),
+            in_short([one.steps_per_s for one in arm.loads]),
             f"{statistics.median([one.steps_per_s for one in arm.loads]) / TARGET:.0%}",
             f"{statistics.median([one.steps_per_s for one in arm.loads]) / best:.1f}" if best else "",
-            spread([sum(one.bytes_sent.values()) / one.steps / 1e3 for one in arm.loads], "{:.1f}"),
-            spread([one.ready_s for one in arm.loads], "{:.1f}"),
+            in_short([sum(one.bytes_sent.values()) / one.steps / 1e3 for one in arm.loads], "{:.1f}"),
+            in_short([one.ready_s for one in arm.loads], "{:.1f}"),
         ]
         for arm in found.arms
     ]
@@ -196,10 +200,10 @@ def _speeds(found: Found) -> str:
         rows.append(
             [
                 "HTTP and JSON",
-                spread(speeds),
+                in_short(speeds),
                 f"{statistics.median(speeds) / TARGET:.0%}",
                 "1.0",
-                spread(sent, "{:.1f}"),
+                in_short(sent, "{:.1f}"),
                 "",
             ]
         )
@@ -259,17 +263,43 @@ def _accurate(found: Found) -> str:
     ready = statistics.median([ready_s for _, ready_s in found.accurate])
     return (
         f"{ACCURACY:.0%} of MNIST's test images, {CLIENTS} client processes, one step each a version, a seed each run: "
-        f"{spread(taken, '{:.1f}')} s of training, after {ready:.1f} s to start. "
+        f"{in_short(taken, '{:.1f}')} s of training, after {ready:.1f} s to start. "
         f"MicroSFL states {MICROSFL_MINUTES} minutes for 80 %."
     )
 
 
-def figures(found: Found) -> dict[str, Any]:
-    """For machines: all values, and the largest costs of each role."""
+def figures(found: Found) -> list[Figure]:
+    """What other programs are told."""
+    handed: list[Figure] = []
+    for arm in found.arms:
+        speeds = [one.steps_per_s for one in arm.loads]
+        handed.append(Figure(name=arm.name, unit="steps/s", values=tuple(speeds), target=TARGET))
+        if found.peer:
+            times = [ours / theirs.steps_per_s for ours, theirs in zip(speeds, found.peer, strict=True)]
+            handed.append(Figure(name=f"{arm.name}, over HTTP and JSON", unit="times", values=tuple(times)))
+        sent = [sum(one.bytes_sent.values()) / one.steps / 1e3 for one in arm.loads]
+        cpu_us = [sum(one.cpu_us(role) for role in ROLES) for one in arm.loads]
+        for what, unit, values, target in (
+            ("sent", "kB/step", sent, MOST_BYTES / 1e3),
+            ("CPU time", "us/step", cpu_us, None),
+        ):
+            name = f"{arm.name}, {what}"
+            handed.append(
+                Figure(
+                    name=name, unit=unit, values=tuple(values), better="lower", target=target, headline=what == "sent"
+                )
+            )
+    if taken := [seconds for seconds, _ in found.accurate if seconds is not None]:
+        handed.append(Figure(name=f"{ACCURACY:.0%} of MNIST", unit="s", values=tuple(taken), better="lower"))
+    return handed
+
+
+def details(found: Found) -> dict[str, Any]:
+    """All values, and the dearest functions of each role."""
     return {
         "target_steps_per_s": TARGET,
         "arithmetic_us": found.arithmetic_us,
-        "arms": {arm.name: _arm_figures(arm) for arm in found.arms},
+        "arms": {arm.name: _arm_details(arm) for arm in found.arms},
         "http_json": [
             {
                 "steps_per_s": one.steps_per_s,
@@ -283,7 +313,7 @@ def figures(found: Found) -> dict[str, Any]:
     }
 
 
-def _arm_figures(arm: Arm) -> dict[str, Any]:
+def _arm_details(arm: Arm) -> dict[str, Any]:
     profile = arm.profile.stacks if arm.profile else {}
     return {
         "steps_per_s": [one.steps_per_s for one in arm.loads],
@@ -310,6 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--profile-seconds", type=float, default=3.0, metavar="S", help="look so long at where time goes (0: not)")
     add("--peer", action=argparse.BooleanOptionalAction, default=True, help="run the HTTP baseline too")
     add("--accuracy", action=argparse.BooleanOptionalAction, default=True, help="measure time to 90 %% accuracy too")
+    add_json_flag(parser)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     about = circumstances()
@@ -319,7 +350,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"benchmarks/throughput.py: {error}", file=sys.stderr)
         return 2
     text = page(found, args)
-    print(f"\n{text}\n\nkept in {write('throughput', about, figures(found), text)}")
+    print(f"\n{text}\n\nkept in {write('throughput', about, details(found), text)}")
+    hand_over(args.json, "throughput", about, figures(found))
     return 0
 
 
