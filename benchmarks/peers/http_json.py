@@ -4,8 +4,8 @@ The workload of benchmarks/jobs/microsfl.py: one server process (FastAPI, uvicor
 their own or all in one. The server runs the body, keeps the graph of each forward until its backward, saves each
 batch's gradients as a file, and once all clients are done with a window loads the files, averages by samples and
 steps body and tail. What a careful author would do is done: connections are kept, the model never leaves the thread
-that serves (a thread pool costs more than it gains here), uvloop and httptools serve where they are installed, answers skip FastAPI's slow encoder, no client waits for
-another within a window.
+that serves, uvloop and httptools serve where they are installed, answers skip FastAPI's slow encoder, no client waits
+for another within a window.
 
     python benchmarks/peers/http_json.py server --clients 20 --port 8000
     python benchmarks/peers/http_json.py clients --clients 20 --processes 20 --port 8000
