@@ -184,6 +184,8 @@ class SplitServerRole:
                     samples = sum(len(x) for _, x, _ in steps)
         kind, seconds = type(chosen[0].request).__name__, time.perf_counter() - start_s
         self._policy.measured(kind, len(chosen) > 1, samples, seconds)
+        if len(chosen) > 1:
+            self._node.counters.add("merged", len(chosen))
         return answers
 
     def _output(self, output: torch.Tensor) -> Answer:
