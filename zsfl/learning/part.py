@@ -74,10 +74,11 @@ class Part:
         autocast: bool = False,
         names: Mapping[str, str] | None = None,
     ) -> None:
-        """With `autocast` its matrix products and convolutions are made in bfloat16; weights, gradients and what goes
-        in and out keep their types. `batch_norm` says what statistics a training pass uses: its batch's, or with `frozen` the running ones.
+        """`batch_norm` says what statistics a training pass uses: its batch's, or with `frozen` the running ones.
 
-        `names` leads from `PREFIX.NAME` to what a tensor is called everywhere else, its full name; None: the same.
+        With `autocast` matrix products and convolutions are made in bfloat16; weights, gradients and what goes in and
+        out keep their types. `names` leads from `PREFIX.NAME` to what a tensor is called everywhere else, its full
+        name; None: the same.
         """
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
