@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -62,6 +63,12 @@ def write(name: str, about: Mapping[str, Any], figures: Mapping[str, Any], page:
     )
     path.with_suffix(".md").write_text(f"# {name}, {about['date'][:10]}\n\n{page}\n\n{footer}\n", encoding="utf-8")
     return path
+
+
+def in_short(values: Sequence[float], form: str = "{:,.0f}") -> str:
+    """Median, lowest and highest: `12 (10 to 13)`."""
+    middle, low, high = (form.format(value) for value in (statistics.median(values), min(values), max(values)))
+    return f"{middle} ({low} to {high})"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

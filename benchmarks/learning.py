@@ -29,6 +29,7 @@ from typing import Any, get_args
 import torch
 from _curves import Curve, Point, draw, grouped
 from _figures import Figure, add_json_flag, hand_over
+from _jobs import wrapped
 from _record import ROOT, circumstances, path_of, table, write
 
 import zsfl
@@ -47,17 +48,6 @@ OF_A_JOB = ("compare", "clients", "rounds", "tune", "evaluate_every", "client_pr
 """Flags that say nothing about the scenarios, which have their own."""
 SLOWER = 5.0
 """How many times slower the slow client of the suite is."""
-
-
-def wrapped(job: Path, folder: Path, changes: Mapping[str, Any]) -> Path:
-    """A job file that is `job` with some fields changed."""
-    path = folder / f"{job.stem}_changed.py"
-    path.write_text(
-        "import dataclasses, pathlib\n"
-        "import zsfl\n"
-        f"job = dataclasses.replace(zsfl.load_job(pathlib.Path({str(job.absolute())!r})), **{dict(changes)!r})\n"
-    )
-    return path
 
 
 async def run_mode(

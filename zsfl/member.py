@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from zsfl.spill.store import SpillStore
 from zsfl.weights.follower import WeightsFollower
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import (
+    MAX_CARRIED_BYTES,
+    MAX_OFFERS,
     Announcement,
     Beat,
     Broadcast,
@@ -29,6 +32,11 @@ from zsfl.wire.messages import (
     SpillOffer,
     Spills,
 )
+
+OFFERS_BYTES = 256 << 10
+"""Spills that travel with one digest of offers: they fit one frame."""
+COUNTERS_S = 0.05
+"""How often digests of offers tell the node's counters too."""
 
 
 class Member:
@@ -47,6 +55,9 @@ class Member:
         self._run: RunId | None = None
         """The run whose spills count."""
         self._former: set[RunId] = set()
+        self._new: list[SpillOffer] = []
+        """Put in this turn of the event loop."""
+        self._told_s = 0.0
         self._deletions = Latest(None)
         """Touched whenever spills were deleted."""
 
@@ -128,11 +139,37 @@ class Member:
 
     def offer(self, spilled: SpillOffer) -> None:
         """Tell the aggregator of a spill; heartbeats repeat it until it is released."""
-        if parse_cid(spilled.cid).run in self._former:  # its step was under way when the run was taken over
-            self._release((spilled.cid,))
+        if self._former and parse_cid(spilled.cid).run in self._former:  # its step was under way when the run changed
+            self._release(spilled.members or (spilled.cid,))
             return
-        offers = Offers(node=self._node.card.id, offers=(spilled,), counters=self._node.counted())
-        self._node.publish(offers)
+        self._new.append(spilled)
+        if len(self._new) == 1:
+            asyncio.get_running_loop().call_soon(self._say_new)
+
+    def _say_new(self) -> None:
+        """Offer what was put in one turn of the loop together, the small ones with their bytes."""
+        new, self._new = self._new, []
+        offers: list[SpillOffer] = []
+        carried: list[bytes] = []
+        room = OFFERS_BYTES
+        for offer in new:
+            data = self.spills.fresh((offer.cid, offer.kind)) or b""
+            data = data if len(data) <= MAX_CARRIED_BYTES else b""
+            if len(offers) == MAX_OFFERS or len(data) > room:
+                self._say(offers, carried)
+                offers, carried, room = [], [], OFFERS_BYTES
+            offers.append(offer)
+            carried.append(data)
+            room -= len(data)
+        self._say(offers, carried)
+
+    def _say(self, offers: Sequence[SpillOffer], carried: Sequence[bytes]) -> None:
+        now_s = time.monotonic()
+        counters: dict[str, float] = {}
+        if now_s >= self._told_s + COUNTERS_S:
+            counters, self._told_s = self._node.counted(), now_s
+        digest = Offers(node=self._node.card.id, offers=tuple(offers), counters=counters)
+        self._node.publish(digest, carried if any(carried) else ())
 
     def pending(self) -> tuple[SpillOffer, ...]:
         """The spills held, oldest first, for heartbeats."""

@@ -135,7 +135,7 @@ class AggregatorRole:
         """A peer is there."""
         self._training.collector.joined(card)
         if card.news_port:
-            ear = self._node.listen(card, [OFFERS_TOPIC], lambda offers, _: self._heard_of(card, offers))
+            ear = self._node.listen(card, [OFFERS_TOPIC], lambda offers, parts: self._heard_of(card, offers, parts))
             self._ears[card.id] = self._node.start(ear.run(), f"offers of {card.name}")
         if card.role is not Role.OBSERVER:
             self._node.note(f"{card.name} joined from {card.address}")
@@ -159,10 +159,11 @@ class AggregatorRole:
             self._training.collector.offered(broadcast.card.id, broadcast.offers)
             self._mind_rival(broadcast)
 
-    def _heard_of(self, card: NodeCard, offers: Broadcast) -> None:
+    def _heard_of(self, card: NodeCard, offers: Broadcast, parts: Sequence[Buffer]) -> None:
         if isinstance(offers, Offers) and self._node.peer(card.id):
-            self._counters.heard(card.id, card.name, offers.counters)
-            self._training.collector.offered(card.id, offers.offers)
+            if offers.counters:
+                self._counters.heard(card.id, card.name, offers.counters)
+            self._training.collector.offered(card.id, offers.offers, parts)
 
     def beat(self) -> BeatExtras:
         """Heartbeats carry the state of the run, so that a lost announcement is no loss."""

@@ -12,13 +12,17 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from zsfl.ids import CID_PATTERN, Address, Cid, NodeCard, NodeId, PartName, Portion, Role, RunId, Version
+from zsfl.ids import CID_PATTERN, Address, Cid, NodeCard, NodeId, PartName, Portion, Role, RunId, SpillKind, Version
 from zsfl.tensors.spec import TensorSpec
 
 MAX_PEERS_EXCHANGED = 256
 """Addresses in one peer exchange: enough for a LAN, small enough for a heartbeat."""
 MAX_OFFERS = 256
 """Spills in one message: a heartbeat stays small; the rest follows in the next."""
+MAX_CARRIED_BYTES = 64 << 10
+"""Spills that are longer do not travel with their offer."""
+MAX_MEMBERS = 64
+"""Steps in one merged spill."""
 MAX_SETTLED = 4096
 """Cids in one announcement; there are several where a version settles more."""
 MAX_TENSORS = 4000
@@ -231,18 +235,25 @@ class SpillOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     part: PartName
     version: VersionNumber
     size_bytes: Count
+    members: Annotated[tuple[CidText, ...], Meta(max_length=MAX_MEMBERS)] = ()
+    """Of a merged spill, all steps whose body parts it sums up, its own cid first."""
+
+    @property
+    def kind(self) -> SpillKind:
+        """What it is to be asked for as."""
+        return "merged" if self.members else self.part
 
 
 class FetchSpills(Message, frozen=True, kw_only=True, tag="fetch-spills"):
     """Asks a holder for spills; answered by Spills."""
 
-    wanted: Annotated[tuple[tuple[CidText, PartName], ...], Meta(max_length=MAX_OFFERS)]
+    wanted: Annotated[tuple[tuple[CidText, SpillKind], ...], Meta(max_length=MAX_OFFERS)]
 
 
 class Spills(Message, frozen=True, kw_only=True, tag="spills"):
     """Stored bytes of those spills asked for that the holder still has, one part each, in this order."""
 
-    found: Annotated[tuple[tuple[CidText, PartName], ...], Meta(max_length=MAX_OFFERS)]
+    found: Annotated[tuple[tuple[CidText, SpillKind], ...], Meta(max_length=MAX_OFFERS)]
 
 
 class ReleaseSpills(Message, frozen=True, kw_only=True, tag="release-spills"):
@@ -317,11 +328,15 @@ class Beat(Message, frozen=True, kw_only=True, tag="beat"):
 
 
 class Offers(Message, frozen=True, kw_only=True, tag="offers"):
-    """Gossip digest: spills that just came into place at this node."""
+    """Gossip digest: spills that just came into place at this node.
+
+    Parts, if any: the stored bytes of each, so that they need not be asked for; empty for those that are long.
+    """
 
     node: NodeId
     offers: Annotated[tuple[SpillOffer, ...], Meta(max_length=MAX_OFFERS)]
-    counters: Annotated[dict[ShortText, float], Meta(max_length=64)]
+    counters: Annotated[dict[ShortText, float], Meta(max_length=64)] = {}
+    """Empty where they were told a moment ago."""
 
 
 class Announcement(Message, frozen=True, kw_only=True, tag="announcement"):
