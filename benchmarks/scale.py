@@ -70,7 +70,7 @@ async def latency(clients: int) -> Latency:
             full = await _watched(folder, FULL_S)
             full_steps_per_s = full.steps / FULL_S
             if full.steps:
-                set_pause(folder, clients / (LOAD * full_steps_per_s))
+                set_pause(folder, full.p50_s / LOAD)  # whatever number of steps each has in hand
             await asyncio.sleep(WARM_S)
             paced = await _watched(folder, PACED_S)
             await end(training)
@@ -172,7 +172,7 @@ def page(found: Found, picture: str) -> str:
 def _latency_words() -> str:
     return (
         "From the beginning of the head's forward to the acknowledged spill, milliseconds; MicroSFL's network, 2 split "
-        "servers, 16 steps of each client a version. At saturation every client always has a step in hand; below it, "
+        "servers, 16 steps of each client a version. At saturation every client always has steps in hand; below it, "
         f"clients pause at random so that they ask for {LOAD:.0%} of that at most. Aim: 99th percentile at most "
         f"{MOST_RATIO:g} times the median below saturation."
     )
