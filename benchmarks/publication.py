@@ -58,7 +58,7 @@ def listen_bare(pipe: Connection, port: int, listeners: int) -> None:
         poller.register(socket, zmq.POLLIN)
     pipe.send("listening")
     while (size := pipe.recv()) is not None:
-        left = dict.fromkeys(sockets, size)
+        left: dict[Any, int] = {socket: int(size) for socket in sockets}
         while any(rest > 0 for rest in left.values()):
             for socket, _ in poller.poll():
                 _topic, *frames = socket.recv_multipart(copy=False)
