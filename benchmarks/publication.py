@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 import torch
 import zmq
@@ -57,8 +57,8 @@ def listen_bare(pipe: Connection, port: int, listeners: int) -> None:
         socket.connect(f"tcp://{HOST}:{port}")
         poller.register(socket, zmq.POLLIN)
     pipe.send("listening")
-    while (size := pipe.recv()) is not None:
-        left: dict[Any, int] = {socket: int(size) for socket in sockets}
+    while (size := cast("int | None", pipe.recv())) is not None:
+        left = dict.fromkeys(sockets, size)
         while any(rest > 0 for rest in left.values()):
             for socket, _ in poller.poll():
                 _topic, *frames = socket.recv_multipart(copy=False)

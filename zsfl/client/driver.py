@@ -41,10 +41,22 @@ class StepDriver:
         self._member = member
 
     async def make(
-        self, cid: Cid, state: RunState, k: int, weights: ClientWeights, batch: Batch, shift: torch.Tensor | None
+        self,
+        cid: Cid,
+        state: RunState,
+        k: int,
+        weights: ClientWeights,
+        batch: Batch,
+        shift: torch.Tensor | None,
+        *,
+        again: bool,
     ) -> StepInHand:
-        """Make a step at the version of `state`; returns once both its parts are spilled, its gradients in hand."""
+        """Make a step at the version of `state`; returns once both its parts are spilled, its gradients in hand.
+
+        `again`: it may have been made before.
+        """
         step = self.local.begin(weights, cid, state.version, *batch, shift)
+        step.again = again
         at, merged = state.merger, state.merged[k] if k < len(state.merged) else 0
         drive = self._drive_u_shaped if self.local.u_shaped else self._drive_label_sharing
         server, grad = await drive(weights, step, at, merged)
@@ -57,7 +69,13 @@ class StepDriver:
         self, weights: ClientWeights, step: StepInHand, at: NodeId | None, merged: int
     ) -> tuple[NodeId, torch.Tensor | None]:
         server, output = await self._remote.forward(
-            cid=step.cid, version=step.version, seed=step.seed + 1, x=step.activations, at=at, merged=merged
+            cid=step.cid,
+            version=step.version,
+            seed=step.seed + 1,
+            x=step.activations,
+            want_grad=self.local.want_grad,
+            at=at,
+            merged=merged,
         )
         self.local.turn(weights, step, output)
         return await self._backward(step, server, at, merged)
@@ -88,6 +106,7 @@ class StepDriver:
             "samples": step.samples,
             "want_grad": self.local.want_grad,
             "provenance": self._node.name,
+            "again": step.again,
             "merged": merged,
         }
 
@@ -134,6 +153,7 @@ class StepDriver:
         while True:
             await self._remote.until_lost(server)
             self._node.note(f"the server that spilled {step.cid} is gone; driving it again")
+            step.again = True
             try:
                 if self.local.u_shaped:
                     server, _ = await self._backward(step, None, None, 0)

@@ -67,7 +67,7 @@ class SpillMeta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     node: str
     """Name of the node that wrote it."""
     members: Annotated[tuple[StepShare, ...], msgspec.Meta(max_length=MAX_MEMBERS)] = ()
-    """Of a merged spill, the steps whose body gradients it sums up, its own cid first: all of one run, version and k.
+    """Of a merged spill, the steps whose body gradients it sums up, its own cid first: all of one run and version.
 
     `n` and `samples` are the sums of theirs.
     """
@@ -261,8 +261,8 @@ def _check(meta: SpillMeta) -> None:
     whole = sum(member.samples for member in meta.members) == meta.samples
     if meta.members[0].cid != meta.cid or meta.part != "body" or len(set(steps)) < len(steps) or not whole:
         raise BadShape(f"the spill {meta.cid} does not add up to its {len(steps)} steps")
-    if any((one.run, one.version, one.k) != (step.run, step.version, step.k) for one in steps):
-        raise BadShape(f"the steps of spill {meta.cid} are not of one version and k")
+    if any((one.run, one.version) != (step.run, step.version) for one in steps):
+        raise BadShape(f"the steps of spill {meta.cid} are not of one version")
 
 
 @lru_cache(256)

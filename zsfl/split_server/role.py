@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import assert_never
 
 import torch
 
-from zsfl.errors import BadShape, Rejected, RemoteProtocolError, Unavailable
-from zsfl.ids import BODY, Cid, NodeCard, Role, StepId, Version, parse_cid
+from zsfl.errors import BadShape, Rejected, RemoteProtocolError, Unavailable, ZsflError
+from zsfl.ids import BODY, Cid, NodeCard, Role, StepId, parse_cid
 from zsfl.latest import Latest
 from zsfl.learning.cuts import Cuts
 from zsfl.learning.job import Job
@@ -23,14 +22,12 @@ from zsfl.node import BeatExtras, Node
 from zsfl.split_server.admission import Admission
 from zsfl.split_server.body import BodyWorker, Done
 from zsfl.split_server.meeting import Meetings
+from zsfl.split_server.merging import MergePolicy
+from zsfl.split_server.queue import Answer, Waiting, Weights, WorkQueue
 from zsfl.tensors.codec import Codec, unpack
 from zsfl.weights.follower import WeightsFollower
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Backward, Broadcast, Forward, Infer, Output, Reply, Request, Spilled, Step
-
-Weights = Mapping[str, PartWeights]
-"""Of one version, by cut."""
-Answer = tuple[Reply, Sequence[Buffer]]
 
 
 class SplitServerRole:
@@ -44,7 +41,7 @@ class SplitServerRole:
             for cut in cuts.all
         }
         self._warnings = dict.fromkeys(warning for part in parts.values() for warning in part.warnings(job.steps))
-        self._weights = WeightsFollower(
+        self._weights: WeightsFollower[Weights] = WeightsFollower(
             node, BODY, lambda state: {cut: part.load(state) for cut, part in parts.items()}
         )
         self._member = Member(node, [self._weights], spills)
@@ -54,6 +51,16 @@ class SplitServerRole:
             cut: BodyWorker(job, part, self._member.spills, node=node.name, slots=node.settings.slots)
             for cut, part in parts.items()
         }
+        self._policy = MergePolicy()
+        self._queue = WorkQueue(
+            cuts,
+            self._weights,
+            self._admission,
+            self._work,
+            merges=self._merges,
+            left=self._touched,
+            same_k=job.local_lr is not None,
+        )
         self._forwards = Meetings(self._merge_forwards)
         self._backwards = Meetings(self._merge_backwards)
         self._steps = Meetings(self._merge_steps)
@@ -130,76 +137,81 @@ class SplitServerRole:
         match request:
             case Forward() | Backward() | Step() if request.merged:
                 return self._answer_merged(request, parts)
-            case Forward() | Infer() | Step():
-                work = partial(self._forward if not isinstance(request, Step) else self._step, request, parts)
-            case Backward():
-                work = partial(self._backward, request, parts)
+            case Forward() | Backward() | Step() | Infer():
+                return self._queue.put(request, parts)
             case _:
                 return self._member.answer(request)
-        if isinstance(request, Backward) and request.input is None:
-            with self._admitted():
-                return work(None)
-        held = self._weights.held(request.version)
-        if held is None:
-            return self._answer_late(request.version, work)
-        with self._admitted():
-            return work(held)
 
-    async def _answer_late(self, version: Version, work: Callable[[Weights], Answer]) -> Answer:
-        """Once the weights are here."""
-        with self._admitted():
-            return work(await self._weights.get(version))
+    def _merges(self, cut: str, kind: str, count: int) -> bool:
+        return self._workers[cut].merges and self._policy.pays(kind, count)
 
-    @contextmanager
-    def _admitted(self) -> Iterator[None]:
-        self._admission.enter()
-        try:
-            yield
-        finally:
-            self._admission.leave()
-            self._news.touch()
+    def _work(self, chosen: Sequence[Waiting], weights: PartWeights | None) -> list[Answer | ZsflError]:
+        """The answers to requests of one kind, made in one pass where there are several."""
+        worker, samples, start_s = self._workers[chosen[0].cut], 0, time.perf_counter()
+        answers: list[Answer | ZsflError]
+        with self._computing(len(chosen)):
+            match chosen[0].request:
+                case Infer() as request:
+                    x = unpack(request.input, chosen[0].parts[0])
+                    answers = [self._output(worker.infer(_given(weights), x))]
+                case Forward():
+                    asked = [
+                        (one.request, unpack(one.request.input, one.parts[0]))
+                        for one in chosen
+                        if isinstance(one.request, Forward)
+                    ]
+                    answers = [self._output(output) for output in worker.forward_all(_given(weights), asked)]
+                    samples = sum(len(x) for _, x in asked)
+                case Backward():
+                    given = [
+                        (
+                            one.request,
+                            unpack(one.request.grad, one.parts[0]),
+                            None if one.request.input is None else unpack(one.request.input, one.parts[1]),
+                        )
+                        for one in chosen
+                        if isinstance(one.request, Backward)
+                    ]
+                    answers = [self._outcome(done) for done in worker.backward_all(weights, given)]
+                    samples = sum(len(grad) for _, grad, _ in given)
+                case Step():
+                    steps = [
+                        (one.request, unpack(one.request.input, one.parts[0]), unpack(one.request.target, one.parts[1]))
+                        for one in chosen
+                        if isinstance(one.request, Step)
+                    ]
+                    answers = [self._outcome(done) for done in worker.step_all(_given(weights), steps)]
+                    samples = sum(len(x) for _, x, _ in steps)
+        kind, seconds = type(chosen[0].request).__name__, time.perf_counter() - start_s
+        self._policy.measured(kind, len(chosen) > 1, samples, seconds)
+        if len(chosen) > 1:
+            self._node.counters.add("merged", len(chosen))
+        return answers
 
-    def _forward(self, request: Forward | Infer, parts: Sequence[Buffer], weights: Weights) -> Answer:
-        (part,) = _only(parts, 1)
-        cut = self._cuts.of(request.shard if isinstance(request, Infer) else parse_cid(request.cid).shard)
-        worker = self._workers[cut]
-        with self._computing():
-            x = unpack(request.input, part)
-            if isinstance(request, Infer):
-                output = worker.infer(weights[cut], x)
-            else:
-                output = worker.forward(weights[cut], request, x)
-            spec, data = self._codec.pack("output", output)
+    def _output(self, output: torch.Tensor) -> Answer:
+        spec, data = self._codec.pack("output", output)
         self._node.counters.add("forwards")
         return Output(output=spec, load=self._admission.load), [data]
 
-    def _backward(self, request: Backward, parts: Sequence[Buffer], weights: Weights | None) -> Answer:
-        parts = _only(parts, 1 if request.input is None else 2)
-        cut = self._cuts.of(parse_cid(request.cid).shard)
-        with self._computing():
-            x = None if request.input is None else unpack(request.input, parts[1])
-            used = None if weights is None else weights[cut]
-            done = self._workers[cut].backward(used, request, unpack(request.grad, parts[0]), x)
-            return self._acknowledge(done)
+    def _outcome(self, done: Done | ZsflError) -> Answer | ZsflError:
+        return done if isinstance(done, ZsflError) else self._acknowledged(done)
 
-    def _step(self, request: Step, parts: Sequence[Buffer], weights: Weights) -> Answer:
-        parts = _only(parts, 2)
-        cut = self._cuts.of(parse_cid(request.cid).shard)
-        with self._computing():
-            x, target = unpack(request.input, parts[0]), unpack(request.target, parts[1])
-            return self._acknowledge(self._workers[cut].step(weights[cut], request, x, target))
-
-    def _acknowledge(self, done: Done) -> Answer:
+    def _acknowledged(self, done: Done) -> Answer:
         """The answer to a step whose spill is in place, and not before it is."""
-        packed = None if done.grad is None else self._codec.pack("grad", done.grad)
-        self._member.offer(done.offer)
+        if done.offer is not None:
+            self._member.offer(done.offer)
         self._node.counters.add("steps")
-        spec = None if packed is None else packed[0]
-        parts = [] if packed is None else [packed[1]]
+        spec, parts = None, list[Buffer]()
+        if done.grad is not None:
+            spec, data = self._codec.pack("grad", done.grad)
+            parts.append(data)
         return Spilled(grad=spec, loss_sum=done.loss_sum, load=self._admission.load), parts
 
+    def _touched(self) -> None:
+        self._news.touch()
+
     @contextmanager
-    def _computing(self) -> Iterator[None]:
+    def _computing(self, count: int = 1) -> Iterator[None]:
         """Learn from how long it took, and tell the client what is wrong with its batch or with this server."""
         start_s = time.perf_counter()
         try:
@@ -208,7 +220,7 @@ class SplitServerRole:
             raise Unavailable(f"{self._node.name} is out of memory: {error}") from error
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise Rejected(f"the body fails on this batch: {type(error).__name__}: {error}") from error
-        self._admission.measured(time.perf_counter() - start_s)
+        self._admission.measured((time.perf_counter() - start_s) / count)
 
     # --- merged batches ---------------------------------------------------------------------------------
 
@@ -231,19 +243,16 @@ class SplitServerRole:
 
     async def _attend_forward(self, request: Forward, parts: Sequence[Buffer]) -> Answer:
         x = unpack(request.input, parts[0])
-        output = await self._forwards.attend(request.cid, request.merged, (request, x))
-        spec, data = self._codec.pack("output", output)
-        self._node.counters.add("forwards")
-        return Output(output=spec, load=self._admission.load), [data]
+        return self._output(await self._forwards.attend(request.cid, request.merged, (request, x)))
 
     async def _attend_backward(self, request: Backward, parts: Sequence[Buffer]) -> Answer:
         grad = unpack(request.grad, parts[0])
         x = None if request.input is None else unpack(request.input, parts[1])
-        return self._acknowledge(await self._backwards.attend(request.cid, request.merged, (request, grad, x)))
+        return self._acknowledged(await self._backwards.attend(request.cid, request.merged, (request, grad, x)))
 
     async def _attend_step(self, request: Step, parts: Sequence[Buffer]) -> Answer:
         x, target = unpack(request.input, parts[0]), unpack(request.target, parts[1])
-        return self._acknowledge(await self._steps.attend(request.cid, request.merged, (request, x, target)))
+        return self._acknowledged(await self._steps.attend(request.cid, request.merged, (request, x, target)))
 
     async def _weights_of(self, step: StepId) -> tuple[PartWeights, BodyWorker]:
         cut = self._cuts.of(step.shard)
@@ -274,3 +283,9 @@ def _only(parts: Sequence[Buffer], count: int) -> Sequence[Buffer]:
     if len(parts) != count:
         raise BadShape(f"{count} tensors belong to this request, {len(parts)} came with it")
     return parts
+
+
+def _given(weights: PartWeights | None) -> PartWeights:
+    if weights is None:
+        raise TypeError("a forward needs weights")
+    return weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import zmq
 
@@ -156,7 +156,7 @@ class Server:
         try:
             answer = self._handler(body, arrived.parts)
             if isinstance(answer, asyncio.Future):
-                self._await(identity, caller, arrived.id, cast("asyncio.Future[Answered]", answer))
+                self._await(identity, caller, arrived.id, answer)
                 return
             if not isinstance(answer, tuple):
                 task = self._tasks.create_task(self._serve(identity, caller, arrived, type(body).__name__, answer))

@@ -217,7 +217,6 @@ def test_a_merged_one_names_its_steps() -> None:
     [
         merged(share(3), share(3)),
         merged(share(3), share(4, version=13)),
-        merged(share(3), share(4, k=1)),
         merged(share(3), share(4), samples=17),
         msgspec.structs.replace(merged(share(3), share(4)), cid=share(4).cid),
         msgspec.structs.replace(merged(share(3), share(4)), part="client"),
