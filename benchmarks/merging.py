@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,13 +23,9 @@ from _jobs import JOBS
 from _record import circumstances, in_short, table, write
 
 import zsfl
-from zsfl.settings import NodeSettings
 
 BUDGET_S = 50
 IN_THE_LOT = ("--repeat", "3", "--seconds", "1")
-
-SETTING, ON, OFF = "merge", True, False
-"""The node setting that is measured, and its two values."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,19 +48,18 @@ class Case:
 
     async def run(self, turn: int, seconds: float) -> None:
         """Both, the one first that came second the last time."""
-        for value in (ON, OFF) if turn % 2 else (OFF, ON):
+        for merge in (True, False) if turn % 2 else (False, True):
             found = await load(
                 self.job,
-                self.changes,
+                self.changes | {"merge": merge},
                 seconds=seconds,
                 clients=self.clients,
                 split_servers=1,
                 client_processes=1,
-                **{SETTING: value},
             )
-            (self.on if value == ON else self.off).append(found)
+            (self.on if merge else self.off).append(found)
             print(
-                f"{turn + 1} {self.name}, {'on' if value == ON else 'off'}: {found.steps_per_s:,.0f} steps/s",
+                f"{turn + 1} {self.name}, {'on' if merge else 'off'}: {found.steps_per_s:,.0f} steps/s",
                 flush=True,
             )
 
@@ -106,7 +100,7 @@ def page(found: Sequence[Case], device: str) -> str:
     head = ["", "steps/s merged", "not merged", "times as fast", "aim", "server us a step merged", "not merged"]
     return (
         f"One split server on {device}, all clients in one process, exact mode; {len(found[0].on)} turns, with and "
-        f"without merging (`{SETTING}`), in changing order: median (lowest to highest).\n\n{table(head, rows)}"
+        f"without merging (`Job.merge`), in changing order: median (lowest to highest).\n\n{table(head, rows)}"
     )
 
 
@@ -147,8 +141,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _measure(found: Sequence[Case], args: argparse.Namespace) -> None:
-    if SETTING not in {one.name for one in dataclasses.fields(NodeSettings)}:
-        raise zsfl.ConfigError(f"this version of zsfl has no setting {SETTING!r}: there is nothing to compare")
     for turn in range(args.repeat):
         for case in found:
             await case.run(turn, args.seconds)

@@ -69,7 +69,7 @@ class LocalParts:
     ) -> None:
         """`names` as for a `Part`."""
         self._job = job
-        part = partial(Part, device=device, batch_norm=job.batch_norm, names=names)
+        part = partial(Part, device=device, batch_norm=job.batch_norm, autocast=job.autocast, names=names)
         self._head = part(model.head, "head")
         self._tail = None if model.tail is None else part(model.tail, "tail")
         self.want_grad = bool(self._head.trainable)

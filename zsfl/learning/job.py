@@ -99,6 +99,9 @@ class Job:
     """Whether a split server may take several waiting steps through the body at once, when its own measurements say
     that this is faster. The gradient is the same but for the last bits, which then depend on who waited with whom; so
     None: in elastic mode, where no two runs are equal anyway, and not in exact mode."""
+    autocast: bool = False
+    """Whether matrix products and convolutions are made in bfloat16: several times as fast where the hardware has it,
+    with three significant digits. Weights, gradients and what travels keep their types."""
     adjust_logits: Literal["participants", "client"] | None = None
     """Logit adjustment, for class indices: the loss sees logits shifted by log(p/q), with p the class shares of those
     who are present (`participants`) or of this client alone (`client`), and q those of all shards. The clients then
@@ -277,6 +280,7 @@ class Job:
             "local_lr": str(self.local_lr),
             "batch_norm": self.batch_norm,
             "merge": str(self.merge),
+            "autocast": str(self.autocast),
             "adjust_logits": str(self.adjust_logits),
             "shards": str(self.shards),
             "batch_size": str(self.batch_size),

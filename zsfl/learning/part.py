@@ -71,11 +71,14 @@ class Part:
         device: torch.device,
         *,
         batch_norm: BatchNorm = "per-client",
+        autocast: bool = False,
         names: Mapping[str, str] | None = None,
     ) -> None:
         """`batch_norm` says what statistics a training pass uses: its batch's, or with `frozen` the running ones.
 
-        `names` leads from `PREFIX.NAME` to what a tensor is called everywhere else, its full name; None: the same.
+        With `autocast` matrix products and convolutions are made in bfloat16; weights, gradients and what goes in and
+        out keep their types. `names` leads from `PREFIX.NAME` to what a tensor is called everywhere else, its full
+        name; None: the same.
         """
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -86,6 +89,7 @@ class Part:
         self._buffers = dict(module.named_buffers())
         self._known = set(module.state_dict())
         self._batch_norm = batch_norm
+        self._autocast = autocast
         self._names = names
         self._places = _places(module)
         self._norms = tracked_norms(module)
@@ -134,7 +138,7 @@ class Part:
         buffers = {name: b.clone() for name, b in weights.buffers.items()} if train else weights.buffers
         self._set_mode(train)
         with self._bound(weights.params, buffers) as after_pass, self._seeded(seed):
-            output: Tensor = self.module(given if leaf is None else leaf.clone())
+            output = self._module(given if leaf is None else leaf.clone())
         # Read anew: a buffer may have been replaced rather than written to.
         after = {self._full(name): after_pass[name].detach() for name in buffers if train and name in self._known}
         after |= {self._full(f"{name}.{VALUES}"): torch.tensor(count) for name, count in self._seen.items()}
@@ -176,7 +180,14 @@ class Part:
         self._set_mode(train=False)
         given = x.detach().to(self.device, copy=True)
         with torch.no_grad(), self._bound(weights.params, weights.buffers):
-            return self.module(given)
+            return self._module(given)
+
+    def _module(self, x: Tensor) -> Tensor:
+        if not self._autocast:
+            return self.module(x)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            output: Tensor = self.module(x)
+        return output.float() if output.dtype is torch.bfloat16 else output
 
     @property
     def couples(self) -> bool:

@@ -37,7 +37,14 @@ class SplitServerRole:
         self._node = node
         self._cuts = cuts
         parts = {
-            cut: Part(cuts.model(cut).body, "body", device, batch_norm=job.batch_norm, names=cuts.names(cut))
+            cut: Part(
+                cuts.model(cut).body,
+                "body",
+                device,
+                batch_norm=job.batch_norm,
+                autocast=job.autocast,
+                names=cuts.names(cut),
+            )
             for cut in cuts.all
         }
         self._warnings = dict.fromkeys(warning for part in parts.values() for warning in part.warnings(job.steps))
