@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -177,16 +178,22 @@ def share_of_memory(found: Mapping[str, Sequence[float]]) -> dict[str, list[floa
 
 def memory(cases: Sequence[tuple[int, int]]) -> dict[str, float]:
     """Peak memory above what was there before, in models, by case: so many spills of so many MB."""
-    found: dict[str, float] = {}
-    for count, megabytes in cases:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found[f"{count:,} spills of {megabytes} MB"] = pool.apply(peak_models, (count, megabytes * MB))
+    mine, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=measure_peaks, args=(theirs, cases))
+    process.start()
+    found = mine.recv()
+    process.join()
     return found
 
 
-def peak_models(count: int, size: int) -> float:
-    """In a process of its own: spills arrive one by one, are verified and kept, then averaged."""
+def measure_peaks(pipe: Connection, cases: Sequence[tuple[int, int]]) -> None:
+    """In a process of its own, where nothing else takes or leaves memory."""
     torch.set_num_threads(1)
+    pipe.send({f"{count:,} spills of {size} MB": peak_models(count, size * MB) for count, size in cases})
+
+
+def peak_models(count: int, size: int) -> float:
+    """Spills arrive one by one, are verified and kept, then averaged."""
     base = {"grad/body.weight": torch.randn(size // 4)}
 
     def arrive(spool: Spool, count: int) -> None:
@@ -230,7 +237,7 @@ def main() -> int:
     torch.set_num_threads(1)
     about = circumstances()
     with tempfile.TemporaryDirectory(prefix="zsfl-bench-") as folder:
-        written = writing(Path(folder), asked.repeat, 600)
+        written = writing(Path(folder), asked.repeat, 400)
         averaged = averaging(Path(folder), asked.repeat, asked.spills)
     shares = share_of_memory(averaged)
     peaks = memory([(10, 1), (asked.spills, 1), (3, 45), (10, 45)])

@@ -22,6 +22,7 @@ from msgspec import Meta
 
 from zsfl.errors import Busy, LocalProtocolError, RemoteProtocolError
 from zsfl.settings import WireLimits
+from zsfl.wire.memory import memory
 from zsfl.wire.messages import AnyMessage
 
 Buffer = bytes | bytearray | memoryview
@@ -168,7 +169,7 @@ class _Half:
         start = self.arrived_bytes
         self.arrived_bytes += more
         if self.arrived_bytes > len(self.buffer):
-            taken = _memory(min(self.total, AHEAD * self.arrived_bytes))
+            taken = memory(min(self.total, AHEAD * self.arrived_bytes), rather=self.total)
             taken[:start] = self.buffer[:start]
             self.buffer = taken
         for frame in frames:
@@ -184,13 +185,6 @@ class _Half:
             parts.append(self.buffer[start : start + size])
             start += size
         return parts
-
-
-def _memory(size: int) -> memoryview:
-    """So many bytes, writable; what they hold is anybody's guess."""
-    import numpy as np  # not at the top: it takes a tenth of a second, and only messages in chunks need it
-
-    return np.empty(size, np.uint8).data  # a bytearray would be filled with zeros first
 
 
 class Assembler:

@@ -296,13 +296,13 @@ def test_arriving_bytes_take_no_more_than_their_multiple_however_many_are_declar
 
 
 def test_where_there_is_no_memory_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(_: int) -> memoryview:
+    def none(*_: object, **__: object) -> memoryview:
         raise MemoryError
 
     room = Room(1000)
     assembler = Assembler(LIMITS, room)
     assembler.feed(begin(1, 100))
-    monkeypatch.setattr(framing, "_memory", none)
+    monkeypatch.setattr(framing, "memory", none)
     with pytest.raises(NoRoom, match="no memory for 100 bytes") as caught:
         assembler.feed([head(kind="chunk", id=1), bytes(60)])
     assert caught.value.message_id == 1
