@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ def circumstances() -> dict[str, Any]:
     packages = ("zsfl", "torch", "numpy", "pyzmq", "safetensors", "lz4")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *_arguments()]),
         "commit": _commit(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": {
@@ -32,6 +34,15 @@ def circumstances() -> dict[str, Any]:
             "load before": round(os.getloadavg()[0], 2),
         },
     }
+
+
+def _arguments() -> list[str]:
+    """What was asked, as it can be asked again from the root of the tree; --json only says where figures went."""
+    program = Path(sys.argv[0]).absolute()
+    words = [str(program.relative_to(ROOT)) if program.is_relative_to(ROOT) else program.name, *sys.argv[1:]]
+    if "--json" in words:
+        del words[words.index("--json") : words.index("--json") + 2]
+    return words
 
 
 def path_of(name: str, about: Mapping[str, Any], kind: str) -> Path:
@@ -54,6 +65,12 @@ def write(name: str, about: Mapping[str, Any], figures: Mapping[str, Any], page:
     return path
 
 
+def in_short(values: Sequence[float], form: str = "{:,.0f}") -> str:
+    """Median, lowest and highest: `12 (10 to 13)`."""
+    middle, low, high = (form.format(value) for value in (statistics.median(values), min(values), max(values)))
+    return f"{middle} ({low} to {high})"
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table with aligned columns, readable as it stands."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
@@ -65,6 +82,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def _commit() -> str:
     """The commit of the working tree, with + when it has been changed since."""
+    if (code := find_spec("zsfl")) is None or not Path(code.origin or "").is_relative_to(ROOT):
+        return f"unknown: zsfl is imported from {code and code.origin}, not from the tree of this benchmark"
     try:
         said = [
             subprocess.run(["git", *order], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

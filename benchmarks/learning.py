@@ -28,6 +28,8 @@ from typing import Any, get_args
 
 import torch
 from _curves import Curve, Point, draw, grouped
+from _figures import Figure, add_json_flag, hand_over
+from _jobs import wrapped
 from _record import ROOT, circumstances, path_of, table, write
 
 import zsfl
@@ -46,17 +48,6 @@ OF_A_JOB = ("compare", "clients", "rounds", "tune", "evaluate_every", "client_pr
 """Flags that say nothing about the scenarios, which have their own."""
 SLOWER = 5.0
 """How many times slower the slow client of the suite is."""
-
-
-def wrapped(job: Path, folder: Path, changes: Mapping[str, Any]) -> Path:
-    """A job file that is `job` with some fields changed."""
-    path = folder / f"{job.stem}_changed.py"
-    path.write_text(
-        "import dataclasses, pathlib\n"
-        "import zsfl\n"
-        f"job = dataclasses.replace(zsfl.load_job(pathlib.Path({str(job.absolute())!r})), **{dict(changes)!r})\n"
-    )
-    return path
 
 
 async def run_mode(
@@ -282,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             facts = {"version_s": simulate_slowness(), "simulated_delay_s": os.environ["SIMULATED_DELAY_S"]}
         else:
             comparisons, name, facts = [_comparison(args)], f"learning-{args.job.stem.replace('_', '-')}", {}
-        path = keep(comparisons, name, about, facts)
+        path = keep(comparisons, name, about, facts, args.json)
     except zsfl.ZsflError as error:
         print(f"benchmarks/learning.py: {error}", file=sys.stderr)
         return 2
@@ -290,9 +281,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def keep(comparisons: Sequence[Comparison], name: str, about: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:
-    """Run and print them; each is kept as soon as it is done, together with those before it."""
+def keep(
+    comparisons: Sequence[Comparison],
+    name: str,
+    about: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    file: Path | None = None,
+) -> Path:
+    """Run and print them; each is kept as soon as it is done, together with those before it. `file` is --json's."""
     path, pages, runs = path_of(name, about, "json"), list[str](), list[dict[str, Any]]()
+    handed: list[Figure] = []
     for number, one in enumerate(comparisons, 1):
         curves = one.run()
         picture = path_of(f"{name}-{number}" if len(comparisons) > 1 else name, about, "png")
@@ -301,7 +299,26 @@ def keep(comparisons: Sequence[Comparison], name: str, about: Mapping[str, Any],
         print(f"\n{pages[-1]}\n", flush=True)
         runs.append({**dataclasses.asdict(one), "job": one.job.name, "curves": list(map(dataclasses.asdict, curves))})
         path = write(name, about, {**facts, "runs": runs}, "\n\n".join(pages))
+        handed += figures(one.title, curves)
+    hand_over(file, name, about, handed)
     return path
+
+
+def figures(title: str, curves: Sequence[Curve]) -> list[Figure]:
+    """What other programs are told; the seeds are the repetitions."""
+    return [
+        figure
+        for label, runs in grouped(curves).items()
+        for figure in (
+            Figure(name=f"{title}: {label}", unit="% in the end", values=tuple(100 * run.final for run in runs)),
+            Figure(
+                name=f"{title}: {label}, speed",
+                unit="steps/s",
+                values=tuple(run.steps_per_s for run in runs),
+                headline=False,
+            ),
+        )
+    ]
 
 
 def pictured(curves: Sequence[Curve]) -> list[Curve]:
@@ -345,6 +362,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tune", nargs="+", default=[], metavar="NAME", help="baselines to run at the rate best for them, too")
     add("--evaluate-every", type=int, metavar="N", help="test modes every N versions too (default: after rounds)")
     add("--client-processes", type=int, metavar="N", help="processes that clients share (default: one each)")
+    add_json_flag(parser)
     args = parser.parse_args(argv)
     if args.job is None and (lone := [flag for flag in OF_A_JOB if getattr(args, flag)]):
         parser.error(f"name the job file that {', '.join('--' + flag.replace('_', '-') for flag in lone)} is for")

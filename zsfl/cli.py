@@ -20,6 +20,7 @@ examples:
   zsfl node aggregator mnist.py                    anywhere
   zsfl node client mnist.py --shard 3              where the data is
   zsfl baseline fedavg mnist.py                    what a well-known algorithm makes of the same job
+  zsfl bench mnist.py                              what its body costs on this machine
 
 Every flag may also be set as ZSFL_NAME in the environment, or as `name` under [node] in zsfl.toml.
 """
@@ -74,6 +75,16 @@ examples:
   zsfl baseline splitfed-v2 mnist.py --clients 20 --rounds 5
 """
 
+BENCH_EXAMPLES = """\
+examples:
+  zsfl bench mnist.py                       what the job's body costs on this machine, and what the codecs gain
+  zsfl bench mnist.py --device cuda
+  zsfl bench --serve --host 192.168.1.20 --port 7710   on one machine of the LAN, until Ctrl-C
+  zsfl bench 192.168.1.20:7710              on another one: round trips and throughput between the two
+
+Tensors go there and back through the messages that training uses. The other way round may differ: swap the machines.
+"""
+
 UP_FLAGS = (
     "rounds", "mode", "cluster", "run", "runs", "resume", "device", "slots", "codec", "mdns", "host", "threads",
     "patience_s",
@@ -125,6 +136,15 @@ def parser() -> argparse.ArgumentParser:
     baseline.add_argument("--clients", type=int, metavar="N", help="how many clients; default: what the job says")
     add_flags(baseline, ("rounds", "threads"))
     baseline.set_defaults(run_command=_baseline)
+
+    bench = _parser(commands.add_parser, "bench", help="measure this machine or the network", epilog=BENCH_EXAMPLES)
+    bench.add_argument(
+        "target", nargs="?", metavar="TARGET", help="a job file, or HOST:PORT where zsfl bench --serve runs"
+    )
+    bench.add_argument("--serve", action="store_true", help="be the other end of a measurement, until Ctrl-C")
+    bench.add_argument("--seconds", type=float, default=1.0, metavar="S", help="of each measurement (default: 1)")
+    add_flags(bench, ("host", "port", "device", "threads", "request_s"))
+    bench.set_defaults(run_command=_bench)
     return top
 
 
@@ -205,6 +225,25 @@ def _baseline(args: argparse.Namespace) -> int:
             flush=True,
         )
     return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    import os
+
+    from zsfl.settings import load_settings
+
+    settings = load_settings(vars(args), os.environ)
+    if not 0 < args.seconds <= 3600:
+        raise ConfigError(f"--seconds is {args.seconds:g}: expected a number above 0 and at most 3600")
+    if args.serve == (args.target is not None):
+        raise ConfigError("name a job file, or HOST:PORT where `zsfl bench --serve` runs, or give --serve: one of them")
+    if not args.serve and Path(args.target).is_file():
+        from zsfl.bench.pages import print_job
+
+        return print_job(Path(args.target), settings, args.seconds)
+    from zsfl.bench.pages import print_network, serve_aloud
+
+    return serve_aloud(settings) if args.serve else print_network(args.target, settings, args.seconds)
 
 
 def _run_cluster(job: Path, args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
+from functools import lru_cache
 from typing import Literal, NamedTuple, NewType
 
 import msgspec
@@ -26,12 +27,14 @@ Address = NewType("Address", str)
 
 PartName = Literal["body", "client"]
 """Who computed a contribution: the body on a split server, or head and tail on the client."""
+SpillKind = Literal["body", "client", "merged"]
+"""What a spill holds: a contribution, or the sum of several steps' body contributions."""
 
 Portion = NewType("Portion", str)
 """Which weights nodes of one kind need: `body`, `client`, or where a job has several cuts `client/CUT`."""
 BODY = Portion("body")
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of the wire protocol; peers that differ refuse one another."""
 
 
@@ -57,7 +60,7 @@ class NodeCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     control_port: int
     data_port: int = 0
     pub_port: int = 0
-    weights_port: int = 0
+    news_port: int = 0
 
     @property
     def address(self) -> Address:
@@ -91,6 +94,7 @@ def step_cid(run: RunId, shard: int, version: Version, k: int = 0) -> Cid:
     return Cid(f"{run}-v{version:08d}-s{shard:05d}-k{k:03d}")
 
 
+@lru_cache(8192)  # each is looked at several times on its way
 def parse_cid(cid: str) -> StepId:
     """What a cid says; BadShape when it is none (it may come from anywhere)."""
     found = _CID.fullmatch(cid)

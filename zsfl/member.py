@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Coroutine, Sequence
+import time
+from collections.abc import Collection, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zsfl.compute import compute
-from zsfl.errors import NoPeer, RemoteProtocolError, RunFailed
+from zsfl.errors import NoPeer, RemoteProtocolError, RunFailed, StorageError
 from zsfl.ids import Cid, NodeCard, Role, RunId, parse_cid
 from zsfl.latest import Latest
-from zsfl.node import Node
+from zsfl.node import STATE_TOPIC, Node
 from zsfl.spill.store import SpillStore
 from zsfl.weights.follower import WeightsFollower
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import (
+    MAX_CARRIED_BYTES,
+    MAX_OFFERS,
     Announcement,
     Beat,
     Broadcast,
@@ -30,6 +33,11 @@ from zsfl.wire.messages import (
     Spills,
 )
 
+OFFERS_BYTES = 256 << 10
+"""Spills that travel with one digest of offers: they fit one frame."""
+COUNTERS_S = 0.05
+"""How often digests of offers tell the node's counters too."""
+
 
 class Member:
     """Membership in a run: its state, its weights, and what this node contributes to it."""
@@ -40,13 +48,16 @@ class Member:
         self.state: Latest[RunState | None] = Latest(None)
         self.aggregator: Latest[NodeCard | None] = Latest(None)
         self._weights = weights
+        self._listening: asyncio.Task[None] | None = None
         self.spills = SpillStore(spills)
         self.followed = 0
         """How often this node began to follow an aggregator: what an earlier one asked for is asked anew."""
         self._run: RunId | None = None
         """The run whose spills count."""
         self._former: set[RunId] = set()
-        self._deleting: set[asyncio.Task[None]] = set()
+        self._new: list[SpillOffer] = []
+        """Put in this turn of the event loop."""
+        self._told_s = 0.0
         self._deletions = Latest(None)
         """Touched whenever spills were deleted."""
 
@@ -55,6 +66,8 @@ class Member:
         if card.role is not Role.AGGREGATOR:
             return
         if self.aggregator.value is None:
+            ear = self._node.listen(card, [STATE_TOPIC], lambda broadcast, _: self.heard(broadcast))
+            self._listening = self._node.start(ear.run(), f"state of {card.name}")
             for follower in self._weights:
                 follower.follow(card)
             self.followed += 1
@@ -68,6 +81,8 @@ class Member:
             return
         if self.state.value is None or self.state.value.phase not in ("finished", "failed"):
             self._node.note(f"{card.name} is gone: {reason}", "warning")
+        if self._listening is not None:
+            self._listening.cancel()
         for follower in self._weights:
             follower.unfollow()
         self.state.set(None)
@@ -101,11 +116,10 @@ class Member:
             self._former.add(self._run)
         self._former.discard(state.run)
         self._run = state.run
-        self._delete(self._keep_only(state.run))
-
-    async def _keep_only(self, run: RunId) -> None:
-        if deleted := await compute(self.spills.keep_only, run):
-            self._node.note(f"deleted {deleted} spills of another run or an earlier start: their steps are made again")
+        with self._deleting():
+            if deleted := self.spills.keep_only(state.run):
+                what = "spills of another run or an earlier start: their steps are made again"
+                self._node.note(f"deleted {deleted} {what}")
 
     async def until_aggregator(self, *, other_than: NodeCard | None) -> NodeCard:
         """The aggregator that this node follows, once it is not `other_than`; NoPeer when none comes in time."""
@@ -125,22 +139,48 @@ class Member:
 
     def offer(self, spilled: SpillOffer) -> None:
         """Tell the aggregator of a spill; heartbeats repeat it until it is released."""
-        if parse_cid(spilled.cid).run in self._former:  # its step was under way when the run was taken over
-            self._release((spilled.cid,))
+        if self._former and parse_cid(spilled.cid).run in self._former:  # its step was under way when the run changed
+            self._release(spilled.members or (spilled.cid,))
             return
-        offers = Offers(node=self._node.card.id, offers=(spilled,), counters=self._node.counters.snapshot())
-        self._node.publish(offers)
+        self._new.append(spilled)
+        if len(self._new) == 1:
+            asyncio.get_running_loop().call_soon(self._say_new)
+
+    def _say_new(self) -> None:
+        """Offer what was put in one turn of the loop together, the small ones with their bytes."""
+        new, self._new = self._new, []
+        offers: list[SpillOffer] = []
+        carried: list[bytes] = []
+        room = OFFERS_BYTES
+        for offer in new:
+            data = self.spills.fresh((offer.cid, offer.kind)) or b""
+            data = data if len(data) <= MAX_CARRIED_BYTES else b""
+            if len(offers) == MAX_OFFERS or len(data) > room:
+                self._say(offers, carried)
+                offers, carried, room = [], [], OFFERS_BYTES
+            offers.append(offer)
+            carried.append(data)
+            room -= len(data)
+        self._say(offers, carried)
+
+    def _say(self, offers: Sequence[SpillOffer], carried: Sequence[bytes]) -> None:
+        now_s = time.monotonic()
+        counters: dict[str, float] = {}
+        if now_s >= self._told_s + COUNTERS_S:
+            counters, self._told_s = self._node.counted(), now_s
+        digest = Offers(node=self._node.card.id, offers=tuple(offers), counters=counters)
+        self._node.publish(digest, carried if any(carried) else ())
 
     def pending(self) -> tuple[SpillOffer, ...]:
         """The spills held, oldest first, for heartbeats."""
         state = self.state.value
         return () if state is None else tuple(self.spills.offers(state.run))
 
-    async def answer(self, request: Request) -> tuple[Reply, Sequence[Buffer]]:
+    def answer(self, request: Request) -> tuple[Reply, Sequence[Buffer]]:
         """Answer what an aggregator asks of a holder of spills."""
         match request:
             case FetchSpills():
-                read = await compute(lambda: [(key, self.spills.read(key)) for key in request.wanted])
+                read = [(key, self.spills.read(key)) for key in request.wanted]
                 found = [(key, data) for key, data in read if data is not None]
                 return Spills(found=tuple(key for key, _ in found)), [data for _, data in found]
             case ReleaseSpills():
@@ -151,27 +191,21 @@ class Member:
 
     def _release(self, cids: Sequence[Cid]) -> None:
         if cids and any(self.spills.holds(cid) for cid in cids):
-            self._delete(compute(self.spills.release, cids))
+            with self._deleting():
+                self.spills.release(cids)
 
-    def _delete(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work, name="delete spills")
-        self._deleting.add(task)
-        task.add_done_callback(self._deleted)
+    @contextmanager
+    def _deleting(self) -> Generator[None, None, None]:
+        """Spills are settled, whether or not the disk lets go of them."""
+        try:
+            yield
+        except StorageError as error:
+            self._node.note(f"spills that are settled could not be deleted: {error}", "warning")
+        self._deletions.touch()
 
     async def until_settled(self, cid: Cid) -> None:
         """Returns when nothing of this step is held here any more: a commit named it, or its run is over."""
         await self._deletions.wait_for(lambda _: not self.spills.holds(cid))
-
-    def _deleted(self, task: asyncio.Task[None]) -> None:
-        self._deleting.discard(task)
-        self._deletions.touch()
-        if not task.cancelled() and (error := task.exception()):
-            self._node.note(f"spills that are settled could not be deleted: {error}", "warning")
-
-    async def close(self) -> None:
-        """Returns when everything that was to be deleted is."""
-        if self._deleting:
-            await asyncio.wait(self._deleting)
 
     def check(self, state: RunState) -> bool:
         """Whether the run is over; RunFailed when it failed."""

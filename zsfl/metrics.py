@@ -24,3 +24,8 @@ class Counters:
 def difference(now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
     """What was added between two snapshots."""
     return {name: total - before.get(name, 0.0) for name, total in now.items()}
+
+
+def added(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    """Two snapshots as one."""
+    return {name: one.get(name, 0.0) + other.get(name, 0.0) for name in {**one, **other}}

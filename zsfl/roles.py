@@ -22,15 +22,16 @@ import zmq.asyncio
 from zsfl.aggregator.role import AggregatorRole
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.client.role import ClientRole
-from zsfl.compute import compute, use_threads
 from zsfl.dashboard.progress import plain_line
 from zsfl.errors import ConfigError, StorageError, ZsflError
+from zsfl.front import Front, failed
 from zsfl.ids import Role
+from zsfl.lane import compute, use_threads
 from zsfl.learning.cuts import Cuts
 from zsfl.learning.job import Job, load_job
 from zsfl.learning.modes import mode_name
 from zsfl.locks import LOCK, lock_folder
-from zsfl.node import Node, failed
+from zsfl.node import Node, RoleShell
 from zsfl.reports import AnyReport, Failed, Ready, to_line
 from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings, parse_shards
 from zsfl.split_server.role import SplitServerRole
@@ -67,7 +68,7 @@ async def run_role(
     # Where all of torch runs: elsewhere it would disturb the random numbers of other nodes of this process.
     cuts = await compute(job.build_cuts)
     name = settings.name or default_name(role, settings)
-    node = Node(
+    front = Front(
         role,
         name=name,
         settings=settings,
@@ -79,7 +80,7 @@ async def run_role(
     )
     spills = settings.runs / "spills" / (settings.cluster or settings.run or job.name) / name
     with _own_folder(spills):
-        await _play(role, node, job, cuts, spills)
+        await _play(role, front, job, cuts, spills)
 
 
 @contextmanager
@@ -101,26 +102,38 @@ def _own_folder(spills: Path) -> Iterator[None]:
         os.close(lock)
 
 
-async def _play(role: Role, node: Node, job: Job, cuts: Cuts, spills: Path) -> None:
-    settings, facts = node.settings, node.facts
+async def _play(role: Role, front: Front, job: Job, cuts: Cuts, spills: Path) -> None:
+    settings = front.settings
     match role:
         case Role.CLIENT:
             shards = parse_shards(settings.shards, job.shards) if settings.shards else ()
             if not shards:
                 raise ConfigError(f"which shards does this client hold? Give --shard, 0 to {job.shards - 1}")
-            client = ClientRole(node, job, cuts, shards, choose_device(settings.device), spills)
-            await client.prepare()
-            await node.run(client, data_port=client.data_port)
+
+            async def make(node: Node) -> RoleShell:
+                client = ClientRole(node, job, cuts, shards, choose_device(settings.device), spills)
+                client.prepare()
+                return client
+
+            await front.run(make)
         case Role.SPLIT_SERVER:
-            server = SplitServerRole(node, job, cuts, choose_device(settings.device), spills)
-            await server.prepare()
-            await node.run(server, data_port=server.data_port)
+
+            async def make(node: Node) -> RoleShell:
+                server = SplitServerRole(node, job, cuts, choose_device(settings.device), spills)
+                server.prepare()
+                return server
+
+            await front.run(make)
         case Role.AGGREGATOR:
             with RunFolder.create(settings.runs, settings.run or job.name, settings.resume) as folder:
-                folder.write_settings(await compute(describe, job, settings, facts))
-                aggregator = AggregatorRole(node, job, cuts, folder)
-                await aggregator.prepare()
-                await node.run(aggregator, data_port=aggregator.data_port, weights_port=aggregator.weights_port)
+
+                async def make(node: Node) -> RoleShell:
+                    folder.write_settings(describe(job, settings, node.facts))
+                    aggregator = AggregatorRole(node, job, cuts, folder)
+                    aggregator.prepare()
+                    return aggregator
+
+                await front.run(make)
         case _:
             raise ConfigError(f"{role} is not a role that a node can play")
 

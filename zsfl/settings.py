@@ -64,7 +64,7 @@ class NodeSettings:
     cluster: str = field(default="", metadata=_doc("nodes are peers only if they all name the same cluster, or none"))
     device: str = field(default="auto", metadata=_doc("where tensors live: auto, cpu, cuda or cuda:N"))
     threads: int = field(default=1, metadata=_doc("torch threads of this process"))
-    slots: int = field(default=16, metadata=_doc("requests a split server admits at once"))
+    slots: int = field(default=192, metadata=_doc("requests a split server admits at once"))
     shards: str = field(
         default="",
         metadata=_doc("shards a client holds: 3, or 0-19, or 1,4-6", "--shards", "--shard"),

@@ -9,7 +9,7 @@ import psutil
 from helpers.exact import Case, in_process
 from helpers.waiting import eventually
 
-from zsfl.compute import compute
+from zsfl.lane import compute
 
 
 async def test_more_shards_in_one_client_than_a_connection_carries_and_nothing_is_left(tmp_path: Path) -> None:

@@ -235,3 +235,18 @@ def pooled_reference(case: Case) -> dict[str, Tensor]:
         windows += 1
     pooled = {"running_mean": mean, "running_var": variance, "num_batches_tracked": torch.tensor(windows)}
     return model.state_dict() | {f"body.1.{name}": tensor for name, tensor in pooled.items()}
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("tail", [True, False], ids=["u-shaped", "label-sharing"])
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+async def test_steps_that_go_through_the_body_together_give_the_same(
+    optimizer: str, tail: bool, steps: int, tmp_path: Path
+) -> None:
+    case = Case(optimizer=optimizer, tail=tail, steps=steps, merge=True, copies=3, sizes=(13, 7, 20), rounds=3)
+    ran = await in_process(case, tmp_path, servers=2)
+    assert_close(ran.weights, ordinary(case))
+    assert [report.samples for report in ran.reports] == [case.copies * sum(case.sizes)] * case.rounds
+    merged = sum(peer.get("merged", 0.0) for report in ran.reports for peer in report.peers.values())
+    assert merged > case.clients * case.rounds  # else this shows little
+    assert spills_left(tmp_path) == []

@@ -16,7 +16,7 @@ from helpers.processes import MARK, marked
 from helpers.waiting import eventually
 
 import zsfl
-from zsfl.compute import compute
+from zsfl.lane import compute
 from zsfl.reports import AnyReport
 
 DIGITS = Path(zsfl.__file__).with_name("demo.py")

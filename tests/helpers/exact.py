@@ -49,6 +49,7 @@ class Case:
     steps: int = 1
     mode: Any = "exact"
     batch_norm: Any = "per-client"
+    merge: bool | None = None
 
     @property
     def clients(self) -> int:
@@ -98,6 +99,7 @@ class Case:
             steps=self.steps,
             mode=self.mode,
             batch_norm=self.batch_norm,
+            merge=self.merge,
             rounds=self.rounds,
             shards=self.clients,
             seed=self.seed,

@@ -30,6 +30,7 @@ FLAGS = {
     "demo": {*CLUSTER, "--print-job"},
     "up": {*CLUSTER, "JOB"},
     "baseline": {"NAME", "JOB", "--clients", "--rounds", "--threads"},
+    "bench": {"TARGET", "--serve", "--seconds", "--host", "--port", "--device", "--threads", "--request-s"},
     "node": set[str](),
     "node client": {*COMMON, "JOB", "--codec", "--device", "--shard", "--shards"},
     "node split-server": {*COMMON, "JOB", "--codec", "--device", "--slots"},

@@ -72,24 +72,31 @@ class ExactClosing:
     def __init__(self) -> None:
         self._due: dict[int, int] = {}
         self._here: Counter[int] = Counter()
+        self._unfinished: dict[int, None] = {}
+        """Shards with steps that are due, in their order: most arrivals need to look at the first of them only."""
 
     def began(self, version: Version, sizes: Sizes, now_s: float) -> None:
         self._due, self._here = _steps(sizes), Counter()
+        self._unfinished = dict.fromkeys(self._due)
 
     def expect(self, sizes: Sizes) -> None:
-        self._due |= _steps(sizes)
+        steps = _steps(sizes)
+        self._due |= steps
+        self._unfinished |= {shard: None for shard, due in steps.items() if self._here[shard] < due}
 
     def arrived(self, step: StepId, samples: int, now_s: float) -> None:
         self._here[step.shard] += 1
+        if self._here[step.shard] >= self._due.get(step.shard, 0):
+            self._unfinished.pop(step.shard, None)
 
     def closes(self, there: Collection[int], now_s: float) -> bool:
-        return bool(self._here) and not self.missing(there)
+        return bool(self._here) and not any(shard in there for shard in self._unfinished)
 
     def next_deadline_s(self) -> float:
         return math.inf
 
     def missing(self, there: Collection[int]) -> list[int]:
-        return [shard for shard, steps in self._due.items() if shard in there and self._here[shard] < steps]
+        return [shard for shard in self._unfinished if shard in there]
 
 
 class ElasticClosing:

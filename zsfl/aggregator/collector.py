@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-
-import torch
+from collections.abc import Callable, Sequence
 
 from zsfl.aggregator.gathering import Gathering, Key
-from zsfl.compute import compute
+from zsfl.aggregator.spool import Spool
 from zsfl.errors import BadShape, NoPeer, RemoteProtocolError, SpillCorrupt, Unavailable, ZsflError
-from zsfl.ids import Cid, NodeCard, NodeId
+from zsfl.ids import Cid, NodeCard, NodeId, SpillKind
 from zsfl.learning.averaging import Contribution
 from zsfl.node import Node
-from zsfl.spill.layout import SpillMeta, decode
+from zsfl.spill.layout import decode_contribution
 from zsfl.wire.connection import Connection
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import MAX_OFFERS, FetchSpills, ReleaseSpills, SpillOffer, Spills
+from zsfl.wire.messages import MAX_CARRIED_BYTES, MAX_OFFERS, FetchSpills, ReleaseSpills, SpillOffer, Spills
 
-FETCH_BYTES = 64 << 20
+FETCH_BYTES = 4 << 20
 """Asked for in one request, unless a single spill is larger: bounds the memory of a reply."""
 
 
 class _Holder:
     """One peer that holds spills."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, name: str, connection: Connection) -> None:
+        self.name = name
         self.connection = connection
         self.fetch: dict[Key, int] = {}
         self.release: set[Cid] = set()
@@ -38,10 +37,11 @@ class _Holder:
 class Collector:
     """Keeps one fetch under way per holder; whatever is wanted meanwhile travels in the next."""
 
-    def __init__(self, node: Node, gathering: Gathering, took: Callable[[SpillMeta], None]) -> None:
-        """`took` is told of every part that is news."""
+    def __init__(self, node: Node, gathering: Gathering, spool: Spool, took: Callable[[Contribution], None]) -> None:
+        """`took` is told of every part that is news; large ones wait in `spool`."""
         self._node = node
         self._gathering = gathering
+        self._spool = spool
         self._took = took
         self._holders: dict[NodeId, _Holder] = {}
 
@@ -49,7 +49,7 @@ class Collector:
         """A peer that may hold spills is there."""
         if not card.data_port:
             return
-        holder = _Holder(self._node.connect(card, card.data_port))
+        holder = _Holder(card.name, self._node.connect(card, card.data_port))
         self._holders[card.id] = holder
         holder.task = self._node.start(self._serve(card, holder), f"collect from {card.name}")
 
@@ -60,14 +60,22 @@ class Collector:
             holder.connection.close("is gone")
         self._gathering.not_delivered(card.id)
 
-    def offered(self, node: NodeId, offers: Sequence[SpillOffer]) -> None:
-        """A holder offers spills."""
+    def offered(self, node: NodeId, offers: Sequence[SpillOffer], carried: Sequence[Buffer] = ()) -> None:
+        """A holder offers spills; those in `carried` (in the order of the offers, empty where not) came along."""
         holder = self._holders.get(node)
         if holder is None or not offers:
             return
-        sizes = {(offer.cid, offer.part): offer.size_bytes for offer in offers}
+        if carried and (len(carried) != len(offers) or max(map(len, carried)) > MAX_CARRIED_BYTES):
+            raise RemoteProtocolError(f"{node} sends {len(carried)} spills along with {len(offers)} offers")
+        sizes = {(offer.cid, offer.kind): offer.size_bytes for offer in offers}
         try:
-            verdict = self._gathering.offered(node, offers)
+            for offer, data in zip(offers, carried, strict=False):
+                if data and self._gathering.lacks(offer) and self._take(holder.name, (offer.cid, offer.kind), data):
+                    del sizes[offer.cid, offer.kind]
+            if not sizes:
+                return
+            left = [offer for offer in offers if (offer.cid, offer.kind) in sizes]
+            verdict = self._gathering.offered(node, left)
         except BadShape as error:
             raise RemoteProtocolError(f"{node} offers what is no spill: {error}") from error
         holder.fetch.update({key: sizes[key] for key in verdict.fetch})
@@ -91,7 +99,7 @@ class Collector:
         try:
             answer = await holder.connection.request(request, deadline_s=self._node.settings.request_s)
             for key, data in zip(answer.expect(Spills).found, answer.parts, strict=False):
-                await self._take(card, key, data)
+                self._take(card.name, key, data)
         except NoPeer:
             pass  # presence decides whether it is gone; if not, it will offer again
         except ZsflError as error:
@@ -115,17 +123,20 @@ class Collector:
         except ZsflError as error:
             self._node.note(f"{card.name} does not let go of its spills: {error}", "warning")
 
-    async def _take(self, card: NodeCard, key: Key, data: Buffer) -> None:
+    def _take(self, name: str, key: Key, data: Buffer) -> bool:
+        """Take a spill, unless it is corrupt; whether it is whole."""
         try:
-            meta, tensors = await compute(decode, data)
-            if (meta.cid, meta.part) != key:
-                raise SpillCorrupt(f"it is {meta.part} of {meta.cid} where {key[1]} of {key[0]} was asked for")
+            found = decode_contribution(data)
+            kind: SpillKind = "merged" if found.members else found.part
+            if (found.cid, kind) != key:
+                raise SpillCorrupt(f"it is {kind} of {found.cid} where {key[1]} of {key[0]} was asked for")
         except SpillCorrupt as error:
             self._node.counters.add("spills_corrupt")
-            self._node.note(f"{card.name} handed over a corrupt spill: {error}", "warning")
-            return
-        if self._gathering.arrived(contribution(meta, tensors)):
-            self._took(meta)
+            self._node.note(f"{name} handed over a corrupt spill: {error}", "warning")
+            return False
+        if self._gathering.arrived(self._spool.keep(found)):
+            self._took(found)
+        return True
 
 
 def _batch(wanted: dict[Key, int]) -> list[Key]:
@@ -138,22 +149,3 @@ def _batch(wanted: dict[Key, int]) -> list[Key]:
         keys.append(key)
         room -= wanted.pop(key)
     return keys
-
-
-def contribution(meta: SpillMeta, tensors: Mapping[str, torch.Tensor]) -> Contribution:
-    """A spill as the averaging takes it."""
-    grads, buffers = (
-        {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
-        for kind in ("grad/", "buffer/")
-    )
-    return Contribution(
-        cid=meta.cid,
-        part=meta.part,
-        version=meta.version,
-        n=meta.n,
-        loss_sum=meta.loss_sum,
-        samples=meta.samples,
-        grads=grads,
-        buffers=buffers,
-        node=meta.node,
-    )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from zsfl.aggregator.fates import StepSet
-from zsfl.ids import Cid, NodeId, PartName, RunId, StepId, Version, parse_cid, step_cid
+from zsfl.ids import Cid, NodeId, PartName, RunId, SpillKind, StepId, Version, parse_cid, step_cid
 from zsfl.learning.averaging import Contribution
 from zsfl.wire.messages import SpillOffer
 
-Key = tuple[Cid, PartName]
+Key = tuple[Cid, SpillKind]
 PARTS: tuple[PartName, PartName] = ("body", "client")
+_MOST_ANSWERS = 1 << 16
+_NO_COMPANY = "the client part of a step that it is merged with never came"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,11 +24,52 @@ class Verdict:
     release: list[Cid] = field(default_factory=list[Cid])
 
 
+class _Merged:
+    """One contribution that is the body part of several steps."""
+
+    def __init__(self, contribution: Contribution) -> None:
+        self.contribution = contribution
+        self.cids = [member.cid for member in contribution.members]
+        self.missing = set(self.cids)
+        """Steps whose client part is not here: before it is, none of them can be counted with this."""
+
+
+@dataclass(slots=True)
+class _Step:
+    """What is here of one step."""
+
+    parts: dict[PartName, Contribution] = field(default_factory=dict[PartName, Contribution])
+    merged: _Merged | None = None
+    told: bool = False
+    """It was said to be whole."""
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether it counts by a merged contribution, which goes before a single one."""
+        return self.merged is not None and not self.merged.missing
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.parts) == len(PARTS) or self.is_merged
+
+    @property
+    def missing(self) -> str:
+        """Why it is not whole; empty when it is."""
+        if self.is_whole:
+            return ""
+        if self.merged is not None:
+            return "its client part never came" if "client" not in self.parts else _NO_COMPANY
+        return f"its {next(part for part in PARTS if part not in self.parts)} part never came"
+
+
 class Gathering:
     """Collects both parts of every step that may still count, each exactly once.
 
     A step is counted by the version that `take`s it, or dropped with a reason that the next record carries. One that
     comes when it is too late for it is dropped; spills of other runs, and of steps that nobody asked for, are let be.
+
+    A merged contribution is the body part of all its steps. It counts with all of them, once their client parts are
+    here, in place of what came of them singly; or, when one of them was counted or dropped without it, not at all.
     """
 
     def __init__(self, run: RunId, *, max_staleness: int, steps_per_version: int, shards: int) -> None:
@@ -38,9 +81,11 @@ class Gathering:
         self._expected: frozenset[Cid] | None = None
         self._open = False
         self._asked: dict[Key, NodeId] = {}
-        self._held: dict[Cid, dict[PartName, Contribution]] = {}
+        self._held: dict[Cid, _Step] = {}
         self._settled = StepSet(steps_per_version)
         self._dropped: dict[Cid, str] = {}
+        self._answers: dict[Cid, bool] = {}
+        """What `expects` said since the last change, since it is asked several times of each step."""
 
     def begin(self, version: Version, expected: Iterable[Cid] | None) -> list[StepId]:
         """Steps at this version are made from now on: those `expected`, or with None any.
@@ -48,41 +93,62 @@ class Gathering:
         Steps that are too late for it are dropped. The whole late steps that still count, oldest first.
         """
         self._version, self._open = version, True
+        self._answers.clear()
         self._expected = None if expected is None else frozenset(expected)
-        for cid in [cid for cid in self._held if self._is_too_late(parse_cid(cid))]:
-            parts = self._held.pop(cid)
-            missing = [part for part in PARTS if part not in parts]
-            self._drop(cid, f"its {missing[0]} part never came" if missing else self._lateness(parse_cid(cid)))
-        return [parse_cid(cid) for cid in sorted(self._held) if len(self._held[cid]) == len(PARTS)]
+        late = {cid: step for cid, step in self._held.items() if self._is_too_late(parse_cid(cid))}
+        reasons = [step.missing or self._lateness(parse_cid(cid)) for cid, step in late.items()]
+        for cid, reason in zip(late, reasons, strict=True):
+            self._drop(cid, reason)
+        whole = sorted(cid for cid, step in self._held.items() if step.is_whole)
+        for cid in whole:
+            self._held[cid].told = True
+        return [parse_cid(cid) for cid in whole]
 
     def expect(self, expected: Iterable[Cid]) -> None:
         """More steps are asked for at the version that is gathered: somebody joined."""
         if self._expected is not None:
             self._expected |= frozenset(expected)
+            self._answers.clear()
 
     def end(self) -> None:
         """No step at the present version is waited for any more; it is committed."""
         self._open = False
+        self._answers.clear()
 
     def offered(self, node: NodeId, offers: Iterable[SpillOffer]) -> Verdict:
         """Sort what a holder offers."""
         verdict = Verdict()
         for offer in offers:
-            key: Key = offer.cid, offer.part
-            step = parse_cid(offer.cid)
-            if not self._is_known(step):
-                continue
-            if step in self._settled:
-                verdict.release.append(offer.cid)
-            elif self._is_too_late(step):
-                self._drop(offer.cid, self._lateness(step))
-            elif self._wants(key):
+            cids = offer.members or (offer.cid,)
+            if all([self._may_still_count(cid, verdict) for cid in cids]) and self._wants(offer):
+                key: Key = offer.cid, offer.kind
                 self._asked[key] = node
                 verdict.fetch.append(key)
         return verdict
 
+    def _may_still_count(self, cid: Cid, verdict: Verdict) -> bool:
+        """Whether an offered step may; one that is settled is released, one that is too late dropped."""
+        step = parse_cid(cid)
+        if not self._is_known(step):
+            return False
+        if step in self._settled:
+            verdict.release.append(cid)
+        elif self._is_too_late(step):
+            self._drop(cid, self._lateness(step))
+        else:
+            return True
+        return False
+
     def expects(self, cid: Cid) -> bool:
         """Whether this step may still count."""
+        answer = self._answers.get(cid)
+        if answer is None:
+            answer = self._expects(cid)
+            if len(self._answers) < _MOST_ANSWERS:
+                self._answers[cid] = answer
+        return answer
+
+    def _expects(self, cid: Cid) -> bool:
         step = parse_cid(cid)
         return (
             self._is_known(step)
@@ -113,31 +179,94 @@ class Gathering:
         return f"{behind} version{'s' if behind > 1 else ''} late; at most {self._bound} count"
 
     def _drop(self, cid: Cid, reason: str) -> None:
-        self._held.pop(cid, None)
+        step = self._held.pop(cid, None)
         self._dropped.setdefault(cid, reason)
+        self._answers.pop(cid, None)
+        if step is not None and step.merged is not None:
+            self._dissolve(step.merged)
 
-    def _wants(self, key: Key) -> bool:
-        return self.expects(key[0]) and key[1] not in self._held.get(key[0], ()) and key not in self._asked
+    def _dissolve(self, merged: _Merged) -> None:
+        """One of its steps has a fate of its own: the others wait for contributions of their own."""
+        for cid in merged.cids:
+            step = self._held.get(cid)
+            if step is not None and step.merged is merged:
+                step.merged = None
+
+    def _wants(self, offer: SpillOffer) -> bool:
+        return (offer.cid, offer.kind) not in self._asked and self.lacks(offer)
+
+    def lacks(self, offer: SpillOffer) -> bool:
+        """Whether what is offered may count and is not here, be it asked for or not."""
+        if offer.members:
+            return all(self.expects(cid) and not self._has_merged(cid) for cid in offer.members)
+        return self.expects(offer.cid) and not self._has(offer.cid, offer.part)
+
+    def _has_merged(self, cid: Cid) -> bool:
+        step = self._held.get(cid)
+        return step is not None and step.merged is not None
+
+    def _has(self, cid: Cid, part: PartName) -> bool:
+        step = self._held.get(cid)
+        return step is not None and (part in step.parts or (part == "body" and step.merged is not None))
 
     def arrived(self, contribution: Contribution) -> bool:
         """Take a verified contribution; whether it was news (a second copy is not)."""
+        if contribution.members:
+            return self._merged_arrived(contribution)
         cid, part = contribution.cid, contribution.part
         self._asked.pop((cid, part), None)
-        if not self.expects(cid) or contribution.version != parse_cid(cid).version:
+        if not self.expects(cid) or contribution.version != parse_cid(cid).version or self._has(cid, part):
             return False
-        parts = self._held.setdefault(cid, {})
-        if part in parts:
-            return False
-        parts[part] = contribution
+        step = self._held.get(cid)
+        if step is None:
+            step = self._held[cid] = _Step()
+        step.parts[part] = contribution
+        if part == "client" and step.merged is not None:
+            step.merged.missing.discard(cid)
         return True
+
+    def _merged_arrived(self, contribution: Contribution) -> bool:
+        self._asked.pop((contribution.cid, "merged"), None)
+        merged = _Merged(contribution)
+        right = all(parse_cid(cid).version == contribution.version for cid in merged.cids)
+        if not right or not all(self.expects(cid) and not self._has_merged(cid) for cid in merged.cids):
+            return False
+        for cid in merged.cids:
+            step = self._held.setdefault(cid, _Step())
+            step.merged = merged
+            if "client" in step.parts:
+                merged.missing.discard(cid)
+        return True
+
+    def completed(self, cid: Cid) -> list[StepId]:
+        """Steps that can be counted since what came last, which was of this step, and could not before."""
+        step = self._held.get(cid)
+        if step is None or not step.is_whole:
+            return []
+        cids = step.merged.cids if step.merged is not None and step.is_merged else [cid]
+        new = [one for one in cids if not self._held[one].told]
+        for one in new:
+            self._held[one].told = True
+        return [parse_cid(one) for one in new]
 
     def samples(self, step: StepId) -> int:
         """Samples of a step that is whole."""
-        return self._held[step_cid(step.run, step.shard, step.version, step.k)]["client"].samples
+        return self._held[step_cid(step.run, step.shard, step.version, step.k)].parts["client"].samples
 
     def is_whole(self, cid: Cid) -> bool:
-        """Whether both parts of this step are here."""
-        return len(self._held.get(cid, ())) == len(PARTS)
+        """Whether both parts of this step are here, and of all steps that it is merged with."""
+        step = self._held.get(cid)
+        return step is not None and step.is_whole
+
+    def is_stuck(self, there: Collection[int]) -> bool:
+        """Whether a step that is merged waits for the client part of a shard that is not `there`."""
+        return any(
+            step.merged is not None
+            and not step.is_whole
+            and "client" in step.parts
+            and any(parse_cid(cid).shard not in there for cid in step.merged.missing)
+            for step in self._held.values()
+        )
 
     def not_delivered(self, node: NodeId, keys: Iterable[Key] | None = None) -> None:
         """A holder did not hand over these (None: anything); they may be asked of whoever offers them next."""
@@ -153,11 +282,18 @@ class Gathering:
 
     def take(self) -> tuple[Sequence[Contribution], Mapping[Cid, str]]:
         """All whole steps, in cid order, as counted from now on; and what was dropped since, with the reason."""
-        whole = sorted(cid for cid in self._held if self.is_whole(cid))
-        window = [self._held[cid][part] for cid in whole for part in PARTS]
-        for cid in whole:
-            del self._held[cid]
+        window: list[Contribution] = []
+        for cid in sorted(cid for cid, step in self._held.items() if step.is_whole):
+            step = self._held.pop(cid)
             self._settled.add(parse_cid(cid))
+            if step.merged is None or not step.is_merged:
+                window.append(step.parts["body"])
+                if step.merged is not None:
+                    self._dissolve(step.merged)
+            elif step.merged.contribution.cid == cid:
+                window.append(step.merged.contribution)
+            window.append(step.parts["client"])
+        self._answers.clear()
         dropped, self._dropped = self._dropped, {}
         for cid in dropped:
             self._settled.add(parse_cid(cid))

@@ -18,7 +18,6 @@ from zsfl.aggregator.run_folder import RunFolder
 from zsfl.aggregator.stage import Stage
 from zsfl.aggregator.tally import PeerCounters
 from zsfl.aggregator.training import Training
-from zsfl.compute import compute
 from zsfl.errors import ConfigError, NoPeer, RemoteProtocolError, RunFailed, StorageError
 from zsfl.ids import NodeCard, NodeId, Role, Version
 from zsfl.latest import Latest
@@ -26,7 +25,7 @@ from zsfl.learning.cuts import Cuts
 from zsfl.learning.job import Job
 from zsfl.learning.master import Master
 from zsfl.learning.modes import Exact, max_staleness
-from zsfl.node import BeatExtras, Node
+from zsfl.node import OFFERS_TOPIC, BeatExtras, Node
 from zsfl.reports import Assembled, Finished, RoundReport, Tested
 from zsfl.weights.shelf import Shelf
 from zsfl.wire.framing import Buffer
@@ -67,8 +66,7 @@ class AggregatorRole:
         self._counters = PeerCounters()
         self._orders: asyncio.Queue[int | None] = asyncio.Queue(maxsize=16)
         self._stage = Stage(node)
-        self._publisher = node.publisher()
-        self._training = Training(node, job, folder, self._stage, master, self._roster, self._shelf, self._publisher)
+        self._training = Training(node, job, folder, self._stage, master, self._roster, self._shelf)
         self._held_out = HeldOut(node, self._stage, self._shelf, self._roster, waits=isinstance(mode, Exact))
         self._best = Best()
         self._begun_s = 0.0
@@ -78,21 +76,27 @@ class AggregatorRole:
         self._untested: RoundReport | None = None
         """Of the round that a run is resumed after, when it ended before its test did."""
         self._server = node.serve(self._answer)
-        self.data_port = self._server.port
-        self.weights_port = self._publisher.port
+        self._ears: dict[NodeId, asyncio.Task[None]] = {}
+        """For what members offer."""
+        self.hears = frozenset(Role)
 
-    async def prepare(self) -> None:
+    @property
+    def data_port(self) -> int:
+        """Where weights are fetched."""
+        return self._server.port
+
+    def prepare(self) -> None:
         """Restore what is to be resumed, and have the first version ready."""
         version, round_ = Version(0), 0
         if self._node.settings.resume:
-            place = self._resumed = await compute(self._progress.restore)
+            place = self._resumed = self._progress.restore()
             version, round_ = place.version, place.round
-            await compute(self._training.ledger.resume, place.commit)
+            self._training.ledger.resume(place.commit)
             self._training.remember(place)
-            for tested in await compute(self._folder.tests):
+            for tested in self._folder.tests():
                 if tested.version <= version:  # what was tested of later ones is lost with them
                     self._best.take(tested)
-            done = [report for report in await compute(self._folder.rounds) if report.round <= round_]
+            done = [report for report in self._folder.rounds() if report.round <= round_]
             self._last = done[-1] if done else None
             self._untested = None if self._last and self._last.round == round_ else place.untested
         for warning in self._job.warnings():
@@ -130,6 +134,9 @@ class AggregatorRole:
     def joined(self, card: NodeCard) -> None:
         """A peer is there."""
         self._training.collector.joined(card)
+        if card.news_port:
+            ear = self._node.listen(card, [OFFERS_TOPIC], lambda offers, parts: self._heard_of(card, offers, parts))
+            self._ears[card.id] = self._node.start(ear.run(), f"offers of {card.name}")
         if card.role is not Role.OBSERVER:
             self._node.note(f"{card.name} joined from {card.address}")
         self._roster.value.returned(card.id)
@@ -138,35 +145,35 @@ class AggregatorRole:
     def lost(self, card: NodeCard, reason: str) -> None:
         """A peer is gone."""
         self._training.collector.lost(card)
+        if ear := self._ears.pop(card.id, None):
+            ear.cancel()
         self._roster.value.lost(card.id, time.monotonic(), said_goodbye=reason.endswith(SAID_GOODBYE))
         self._roster.touch()
         if card.role is not Role.OBSERVER and self._stage.state.phase not in ("finished", "failed"):
             self._node.note(f"{card.name} is gone: {reason}", "warning")
 
     def heard(self, broadcast: Broadcast) -> None:
-        """Take in digests of spills, and everybody's counters."""
-        match broadcast:
-            case Beat():
-                self._counters.heard(broadcast.card.id, broadcast.card.name, broadcast.counters)
-                self._training.collector.offered(broadcast.card.id, broadcast.offers)
-                self._mind_rival(broadcast)
-            case Offers():
-                if card := self._node.peer(broadcast.node):
-                    self._counters.heard(card.id, card.name, broadcast.counters)
-                    self._training.collector.offered(card.id, broadcast.offers)
-            case _:
-                pass
+        """Take in everybody's counters, and digests of spills again, should one have been lost."""
+        if isinstance(broadcast, Beat):
+            self._counters.heard(broadcast.card.id, broadcast.card.name, broadcast.counters)
+            self._training.collector.offered(broadcast.card.id, broadcast.offers)
+            self._mind_rival(broadcast)
+
+    def _heard_of(self, card: NodeCard, offers: Broadcast, parts: Sequence[Buffer]) -> None:
+        if isinstance(offers, Offers) and self._node.peer(card.id):
+            if offers.counters:
+                self._counters.heard(card.id, card.name, offers.counters)
+            self._training.collector.offered(card.id, offers.offers, parts)
 
     def beat(self) -> BeatExtras:
         """Heartbeats carry the state of the run, so that a lost announcement is no loss."""
-        self._count_own()
         return BeatExtras(state=self._stage.state)
 
     def _present(self, node: NodeId) -> bool:
         return node == self._node.card.id or self._node.peer(node) is not None
 
     def _count_own(self) -> None:
-        self._counters.heard(self._node.card.id, self._node.name, self._node.counters.snapshot())
+        self._counters.heard(self._node.card.id, self._node.name, self._node.counted())
 
     def _mind_rival(self, beat: Beat) -> None:
         """Two aggregators would make two histories of one job: the one that has not begun leaves."""
@@ -177,7 +184,7 @@ class AggregatorRole:
                 f"{beat.card.name} at {beat.card.address} already aggregates job {self._job.name!r}; stop either"
             )
 
-    async def _answer(self, request: Request, _parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
+    def _answer(self, request: Request, _parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
         if isinstance(request, FetchWeights):
             return self._shelf.answer(request)
         raise RemoteProtocolError(f"an aggregator does not answer {type(request).__name__} here")
@@ -195,7 +202,6 @@ class AggregatorRole:
                 raise
             finally:
                 serving.cancel()
-                self._publisher.close()
 
     async def _run_job(self) -> None:
         await self._assemble()
@@ -251,7 +257,7 @@ class AggregatorRole:
             await self._train_round(total)
         self._stage.enter(phase="idle", version=self._training.version)
         await self._held_out.all_done()
-        await compute(self._folder.write_plot)
+        self._folder.write_plot()
         best, last = self._best.tested, self._last
         finished = Finished(
             node=self._node.name,
@@ -280,7 +286,7 @@ class AggregatorRole:
         report = tally.round_report(self._training.version, self._counters.added(), time.monotonic())
         absent = [self._roster.value.label(shard) for shard in self._roster.value.missing()]
         report = msgspec.structs.replace(report, without=tuple(absent[:MOST_NAMED]))
-        await compute(self._keep, report)
+        self._keep(report)
         await self._order_test(report)
 
     async def _made(self, version: Version) -> bool:
@@ -322,7 +328,7 @@ class AggregatorRole:
 
         tested = msgspec.structs.replace(tested, ends_round=report is not None)
         whole = None if report is None else msgspec.structs.replace(report, loss=tested.loss, accuracy=tested.accuracy)
-        await compute(keep)
+        keep()
         self._node.report(tested)
         if whole is not None:
             self._last = whole
@@ -350,9 +356,9 @@ class AggregatorRole:
         """Keep the last good version, and tell everybody why the run ends."""
         version, state = self._training.newest
         with suppress(StorageError):
-            await compute(self._progress.keep_model, state)
-            await compute(self._progress.keep_to, version)
-            await compute(self._folder.write_plot)
+            self._progress.keep_model(state)
+            self._progress.keep_to(version)
+            self._folder.write_plot()
         self._stage.place(reason=str(error)[:2000])
         error.args = (f"{error} (version {version} is kept in {self._folder.path})",)
         await self._farewell("failed")

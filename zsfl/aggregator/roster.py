@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -114,6 +114,28 @@ class Roster:
         """Training samples of each class at these shards (None: at all that ever joined), as far as they were told."""
         chosen = self._seats if shards is None else shards
         return tuple(map(sum, zip_longest(*(self._seats[shard].info.classes for shard in chosen), fillvalue=0)))
+
+
+class Attendance:
+    """Who takes part from window to window."""
+
+    def __init__(self) -> None:
+        self._there: frozenset[int] = frozenset()
+        self._without: frozenset[int] = frozenset()
+        """Who took part before and is not there now."""
+
+    def now(self, there: Sequence[int], label: Callable[[int], str]) -> list[tuple[str, str]]:
+        """What is to be noted, and how gravely, when the run goes on without somebody, or with somebody again."""
+        gone, back = self._there - set(there), set(there) & self._without
+        self._without = (self._without | gone) - back
+        self._there = frozenset(there)
+        notes: list[tuple[str, str]] = []
+        for shards, what in ((gone, "goes on without {}, until they are back"), (back, "goes on with {} again")):
+            if shards:
+                names = ", ".join(label(shard) for shard in sorted(shards)[:8])
+                more = f" and {len(shards) - 8} others" * (len(shards) > 8)
+                notes.append((f"the run {what.format(names + more)}", "warning" if shards is gone else "info"))
+        return notes
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -9,7 +9,6 @@ from zsfl.ids import Cid, NodeId, Version
 from zsfl.learning.averaging import Contribution
 from zsfl.metrics import difference
 from zsfl.reports import RoundReport, WindowReport
-from zsfl.spill.layout import SpillMeta
 from zsfl.wire.messages import Evaluated
 
 WINDOW_REPORT_S = 0.1
@@ -30,11 +29,12 @@ class Tally:
         self._served: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._last: dict[str, str] = {}
 
-    def served(self, meta: SpillMeta) -> None:
+    def served(self, one: Contribution) -> None:
         """A split server took a step of a client."""
-        if meta.part == "body":
-            self._served[meta.client][meta.node] += 1
-            self._last[meta.client] = meta.node
+        if one.part == "body":
+            for client in [step.client for step in one.members] or [one.client]:
+                self._served[client][one.node] += 1
+                self._last[client] = one.node
 
     def counted(self, window: Iterable[Contribution], at: Version, dropped: Collection[Cid] = ()) -> None:
         """The version after `at` was made of this window, and these steps were dropped meanwhile."""

@@ -17,11 +17,11 @@ from zsfl.aggregator.commit import Ledger, check_losses
 from zsfl.aggregator.gathering import Gathering
 from zsfl.aggregator.pacing import Pacer, Slices
 from zsfl.aggregator.progress import Place
-from zsfl.aggregator.roster import Roster
+from zsfl.aggregator.roster import Attendance, Roster
 from zsfl.aggregator.run_folder import RunFolder
+from zsfl.aggregator.spool import Spool
 from zsfl.aggregator.stage import Stage
 from zsfl.aggregator.tally import Tally
-from zsfl.compute import compute
 from zsfl.errors import RunFailed
 from zsfl.ids import Cid, Portion, Role, Version, parse_cid, step_cid
 from zsfl.latest import Latest
@@ -29,16 +29,16 @@ from zsfl.learning.averaging import Contribution
 from zsfl.learning.batches import BySpeed
 from zsfl.learning.job import Job
 from zsfl.learning.master import Master
-from zsfl.learning.modes import Async, max_staleness
+from zsfl.learning.modes import Async, Exact, max_staleness
 from zsfl.learning.plan import Plan, Sizes
 from zsfl.learning.weighting import Shares, staleness_weight
 from zsfl.node import Node
-from zsfl.spill.layout import SpillMeta
 from zsfl.weights.shelf import Packed, Shelf
-from zsfl.wire.pubsub import Publisher
 
 MERGE_ATTEMPTS = 32
 """How often a merged batch may be asked for: it has to be anew when its server or one of its clients is gone."""
+REDONE = 8
+"""Exact: how often a window may be asked for, where servers merged the gradient of a client that left into others'."""
 Outcome = Literal["enough", "idle", "deserted", "alone", "broken"]
 """How the gathering of a window ended: idle when those who are there have no steps in it (deserted where others, who
 left, had been asked for some), alone when nobody is there."""
@@ -56,7 +56,6 @@ class Training:
         master: Master,
         roster: Latest[Roster],
         shelf: Shelf,
-        publisher: Publisher,
     ) -> None:
         self._node = node
         self._job = job
@@ -65,13 +64,12 @@ class Training:
         self._master = master
         self._roster = roster
         self._shelf = shelf
-        self._publisher = publisher
         self.ledger = Ledger(folder)
         mode = job.how
-        self._is_async = isinstance(mode, Async)
+        self._is_async, self._is_exact = isinstance(mode, Async), isinstance(mode, Exact)
         self._merges = job.batch_norm == "merged"
         steps = mode.quota if isinstance(mode, Async) else job.steps
-        self._attempts = MERGE_ATTEMPTS if self._merges else 1
+        self._attempts = MERGE_ATTEMPTS if self._merges else REDONE if self._is_exact else 1
         self._gathering = Gathering(
             stage.run,
             max_staleness=max_staleness(mode),
@@ -82,7 +80,7 @@ class Training:
         self._shares = Shares(mode.max_correction) if isinstance(mode, Async) else None
         by_speed = job.batches if isinstance(job.batches, BySpeed) else None
         self._pacer = by_speed and Pacer(by_speed, job.batch_size, job.steps)
-        self.collector = Collector(node, self._gathering, self._took)
+        self.collector = Collector(node, self._gathering, Spool(folder.path), self._took)
         self.version = stage.state.version
         """Of the master; peers hear of it only together with what is asked of them at it."""
         self.round = 0
@@ -96,10 +94,12 @@ class Training:
         self._tally: Tally
         self._sizes: Sizes = {}
         self._attempt = self._place = 0
-        self._there: frozenset[int] = frozenset()
-        self._without: frozenset[int] = frozenset()
-        """Who took part before and is not there now."""
+        self._attendance = Attendance()
         self._progress_s = 0.0
+        self._awaited: frozenset[int] = frozenset()
+        """Shards that take part in the window, when that was looked at last."""
+        self._alarm_s = 0.0
+        """When the window is looked at again, if nothing happens."""
 
     def begin_at(self, version: Version, round_: int) -> None:
         """The master is at this version, and so many rounds are done; blocking."""
@@ -122,7 +122,7 @@ class Training:
     def publish_weights(self) -> None:
         """Hand the newest version to everybody who listens."""
         for portion, (body, parts) in self._packed.items():
-            self._publisher.publish(portion.encode(), body, parts)
+            self._node.publisher.publish(portion.encode(), body, parts)
 
     # --- rounds and windows -----------------------------------------------------------------------------
 
@@ -163,14 +163,22 @@ class Training:
 
     async def _until_somebody_is_there(self) -> Sequence[int]:
         """Shards that take part, once there are any."""
+        await self._until("client", lambda roster: bool(roster.present()))
+        return self._roster.value.taking_part(time.monotonic())
+
+    async def _until_server(self) -> None:
+        """Wait for a split server to merge the batches."""
+        await self._until("split server", lambda _: bool(self._node.peers(Role.SPLIT_SERVER)))
+
+    async def _until(self, what: str, fits: Callable[[Roster], bool]) -> None:
+        """Wait for a peer that the run cannot go on without."""
         patience_s = self._node.settings.patience_s
         try:
-            with self._node.waiting("a client"):
+            with self._node.waiting(f"a {what}"):
                 async with asyncio.timeout(patience_s):
-                    await self._roster.wait_for(lambda roster: bool(roster.present()))
+                    await self._roster.wait_for(fits)
         except TimeoutError:
-            raise RunFailed(f"for {patience_s:g} s there was no client; start some, then go on with --resume") from None
-        return self._roster.value.taking_part(time.monotonic())
+            raise RunFailed(f"for {patience_s:g} s there was no {what}; start some, then go on with --resume") from None
 
     async def _make_version(self, plan: Plan, window: int) -> Literal["enough", "idle", "alone"]:
         """Gather one window and commit it, if there is anybody who has steps in it."""
@@ -199,7 +207,8 @@ class Training:
         there = self._roster.value.taking_part(time.monotonic())
         if not there:
             return "alone"
-        self._tell_who_is_there(there)
+        for message, level in self._attendance.now(there, self._roster.value.label):
+            self._node.note(message, level)
         self._attempt, self._place = attempt, self.version + self._skipped if self._is_async else window
         slices = self._pace(there)
         self._sizes = {shard: [size] * self._job.steps for shard, (_, size) in slices.items()} or plan.sizes(
@@ -226,17 +235,6 @@ class Training:
         with self._node.waiting(lambda: f"the steps of {self._missing()}"):
             return await self._until_closed(plan)
 
-    def _tell_who_is_there(self, there: Sequence[int]) -> None:
-        """Say it when the run goes on without somebody, or with somebody again."""
-        gone, back = self._there - set(there), set(there) & self._without
-        self._without = (self._without | gone) - back
-        self._there = frozenset(there)
-        for shards, what in ((gone, "goes on without {}, until they are back"), (back, "goes on with {} again")):
-            if shards:
-                names = ", ".join(self._roster.value.label(shard) for shard in sorted(shards)[:8])
-                more = f" and {len(shards) - 8} others" * (len(shards) > 8)
-                self._node.note(f"the run {what.format(names + more)}", "warning" if shards is gone else "info")
-
     def _pace(self, there: Sequence[int]) -> Slices:
         """What the clients' speeds make of this version; nothing where sizes do not follow speed."""
         if self._pacer is None:
@@ -257,22 +255,10 @@ class Training:
             asked |= {"merger": servers[self.version % len(servers)].id, "merged": tuple(steps)}
         return asked
 
-    async def _until_server(self) -> None:
-        """Wait for a split server to merge the batches."""
-        patience_s = self._node.settings.patience_s
-        try:
-            with self._node.waiting("a split server"):
-                async with asyncio.timeout(patience_s):
-                    await self._roster.wait_for(lambda _: bool(self._node.peers(Role.SPLIT_SERVER)))
-        except TimeoutError:
-            raise RunFailed(
-                f"for {patience_s:g} s there was no split server; start one, then go on with --resume"
-            ) from None
-
     def _is_broken(self, there: Sequence[int]) -> bool:
-        """Whether a merged batch cannot come about any more as it was asked for."""
+        """Whether what was merged cannot come about any more as it was asked for."""
         if not self._merges:
-            return False
+            return self._is_exact and self._gathering.is_stuck(there)
         merger = self._stage.state.merger
         return merger is None or self._node.peer(merger) is None or set(there) != self._sizes.keys()
 
@@ -308,7 +294,8 @@ class Training:
                 )
             ends_s = self._progress_s + patience_s
             alarms = (self._closing.next_deadline_s(), roster.next_leave_s(now_s), ends_s)
-            await self._roster.changed_within(min(alarm for alarm in alarms if alarm > now_s) - now_s)
+            self._awaited, self._alarm_s = frozenset(there), min(alarm for alarm in alarms if alarm > now_s)
+            await self._roster.changed_within(self._alarm_s - now_s)
 
     def _admit(self, there: Sequence[int], plan: Plan) -> None:
         """Let those who joined since the window began take part in it, unless it was cut to those who were there."""
@@ -320,15 +307,18 @@ class Training:
             self._gathering.expect(self._cids(sizes))
             self._closing.expect(sizes)
 
-    def _took(self, meta: SpillMeta) -> None:
-        """A part of a step is here."""
+    def _took(self, one: Contribution) -> None:
+        """A part of a step is here, or of several."""
         now_s = self._progress_s = time.monotonic()
-        self._tally.served(meta)
-        if self._gathering.is_whole(meta.cid):
-            step = parse_cid(meta.cid)
-            self._closing.arrived(step, meta.samples, now_s)
+        self._tally.served(one)
+        if not (steps := self._gathering.completed(one.cid)):
+            return
+        for step in steps:
+            self._closing.arrived(step, self._gathering.samples(step), now_s)
             if self._pacer is not None:
                 self._pacer.arrived(step, now_s)
+        # Most arrivals change nothing: the window wakes only for those that end it, or make it end sooner.
+        if self._closing.closes(self._awaited, now_s) or self._closing.next_deadline_s() < self._alarm_s:
             self._roster.touch()
 
     def _missing(self) -> str:
@@ -358,7 +348,7 @@ class Training:
             self._take_state(Version(self.version + 1))
 
         try:
-            await compute(step)
+            step()
         except RunFailed:
             self.newest = self.proven
             raise
@@ -391,5 +381,5 @@ class Training:
     async def _report(self, windows: int) -> None:
         """Progress inside a round, if some is due."""
         if report := self._tally.window_report(windows, self.version, time.monotonic()):
-            await compute(self._folder.append_metrics, report)
+            self._folder.append_metrics(report)
             self._node.report(report)

@@ -11,7 +11,6 @@ import torch
 
 from zsfl.client.local import ClientWeights, LocalParts, StepInHand
 from zsfl.client.remote import RemoteBody
-from zsfl.compute import compute
 from zsfl.errors import StaleWeights
 from zsfl.ids import Cid, NodeId, Version
 from zsfl.member import Member
@@ -42,10 +41,22 @@ class StepDriver:
         self._member = member
 
     async def make(
-        self, cid: Cid, state: RunState, k: int, weights: ClientWeights, batch: Batch, shift: torch.Tensor | None
+        self,
+        cid: Cid,
+        state: RunState,
+        k: int,
+        weights: ClientWeights,
+        batch: Batch,
+        shift: torch.Tensor | None,
+        *,
+        again: bool,
     ) -> StepInHand:
-        """Make a step at the version of `state`; returns once both its parts are spilled, its gradients in hand."""
-        step = await compute(self.local.begin, weights, cid, state.version, *batch, shift)
+        """Make a step at the version of `state`; returns once both its parts are spilled, its gradients in hand.
+
+        `again`: it may have been made before.
+        """
+        step = self.local.begin(weights, cid, state.version, *batch, shift)
+        step.again = again
         at, merged = state.merger, state.merged[k] if k < len(state.merged) else 0
         drive = self._drive_u_shaped if self.local.u_shaped else self._drive_label_sharing
         server, grad = await drive(weights, step, at, merged)
@@ -58,9 +69,15 @@ class StepDriver:
         self, weights: ClientWeights, step: StepInHand, at: NodeId | None, merged: int
     ) -> tuple[NodeId, torch.Tensor | None]:
         server, output = await self._remote.forward(
-            cid=step.cid, version=step.version, seed=step.seed + 1, x=step.activations, at=at, merged=merged
+            cid=step.cid,
+            version=step.version,
+            seed=step.seed + 1,
+            x=step.activations,
+            want_grad=self.local.want_grad,
+            at=at,
+            merged=merged,
         )
-        await compute(self.local.turn, weights, step, output)
+        self.local.turn(weights, step, output)
         return await self._backward(step, server, at, merged)
 
     async def _backward(
@@ -89,6 +106,7 @@ class StepDriver:
             "samples": step.samples,
             "want_grad": self.local.want_grad,
             "provenance": self._node.name,
+            "again": step.again,
             "merged": merged,
         }
 
@@ -110,7 +128,7 @@ class StepDriver:
             tensors |= {f"buffer/{name}": tensor for name, tensor in step.buffers.items()}
             return self._member.spills.put(meta, tensors)
 
-        self._member.offer(await compute(finish))
+        self._member.offer(finish())
 
     async def _see_it_settled(self, step: StepInHand, server: NodeId, merged: int) -> None:
         """Until a version settles the step, drive its body part again whenever the server that spilled it is gone.
@@ -135,6 +153,7 @@ class StepDriver:
         while True:
             await self._remote.until_lost(server)
             self._node.note(f"the server that spilled {step.cid} is gone; driving it again")
+            step.again = True
             try:
                 if self.local.u_shaped:
                     server, _ = await self._backward(step, None, None, 0)
@@ -150,11 +169,11 @@ class StepDriver:
         weights = await self.weights.get(version)
         loss_sum = weight = correct = 0.0
         samples, has_metric = 0, True
-        while batch := await compute(next, batches, None):  # between two of them, steps have their turn
+        while batch := next(batches, None):  # between two of them, steps have their turn
             x, y = batch
-            hidden = await compute(self.local.head_infer, weights, x)
+            hidden = self.local.head_infer(weights, x)
             output = await self._remote.infer(shard, version, hidden)
-            loss, right, n = await compute(self.local.score, weights, output, y)
+            loss, right, n = self.local.score(weights, output, y)
             has_metric = right is not None
             loss_sum, correct, weight, samples = loss_sum + loss, correct + (right or 0.0), weight + n, samples + len(y)
         return loss_sum, correct if has_metric else None, weight, samples

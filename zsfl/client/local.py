@@ -44,6 +44,8 @@ class StepInHand:
     loss_sum: float = 0.0
     shift: torch.Tensor | None = None
     """Added to the logits before the loss, one for each class."""
+    again: bool = False
+    """Whether it may have been made before, by this client or by one that ran in its place."""
     grad: torch.Tensor | None = None
     """Gradient of the loss sum by the body's output (U-shape only)."""
 
@@ -67,10 +69,12 @@ class LocalParts:
     ) -> None:
         """`names` as for a `Part`."""
         self._job = job
-        part = partial(Part, device=device, batch_norm=job.batch_norm, names=names)
+        part = partial(Part, device=device, batch_norm=job.batch_norm, autocast=job.autocast, names=names)
         self._head = part(model.head, "head")
         self._tail = None if model.tail is None else part(model.tail, "tail")
         self.want_grad = bool(self._head.trainable)
+        self.step_bytes = 0
+        """Of the activations of the last step that was begun."""
 
     @property
     def u_shaped(self) -> bool:
@@ -97,6 +101,7 @@ class LocalParts:
         """Head forward."""
         seed = step_seed(self._job, cid)
         head = self._head.forward(weights.head, x, seed=seed, train=True, need_input_grad=False)
+        self.step_bytes = head.output.nbytes
         return StepInHand(
             cid=cid,
             version=version,

@@ -6,14 +6,13 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 
 import torch
 
 from zsfl.client.line import Line
 from zsfl.client.routing import MAX_SHUN_S, ServerChooser
-from zsfl.compute import compute
 from zsfl.errors import BadShape, Busy, DeadlineExceeded, InputNeeded, NoPeer, SpillFull, Unavailable
 from zsfl.ids import Cid, NodeCard, NodeId, Version
 from zsfl.latest import Latest
@@ -25,28 +24,24 @@ from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Backward, Forward, Infer, Load, Output, Request, Spilled, Step
 
 Made = tuple[Request, Sequence[Buffer]]
-Make = Callable[[Codec], Awaitable[Made]]
+Make = Callable[[Codec], Made]
 Packed = tuple[TensorSpec, Buffer]
-_RAW = Codec.parse("raw")
 AGAIN_S, MAX_AGAIN_S = 0.05, 1.0
 """How long to wait before the one server that may be asked is asked again; twice as long after each failure."""
 
 
 class _Outgoing:
-    """A tensor that is packed at most once a codec, and in the compute thread where that is any work."""
+    """A tensor that is packed at most once a codec."""
 
     def __init__(self, name: str, tensor: torch.Tensor) -> None:
         self._name = name
         self._tensor = tensor
         self._packed: dict[Codec, Packed] = {}
 
-    async def packed(self, codec: Codec) -> Packed:
+    def packed(self, codec: Codec) -> Packed:
         """What to send to a peer of this codec."""
         if codec not in self._packed:
-            if codec == _RAW and self._tensor.device.type == "cpu" and self._tensor.is_contiguous():
-                self._packed[codec] = codec.pack(self._name, self._tensor)  # a view: costs less than the way there
-            else:
-                self._packed[codec] = await compute(codec.pack, self._name, self._tensor)
+            self._packed[codec] = codec.pack(self._name, self._tensor)
         return self._packed[codec]
 
 
@@ -101,25 +96,34 @@ class RemoteBody:
 
         sent = _Outgoing("input", x)
 
-        async def make(codec: Codec) -> Made:
-            spec, data = await sent.packed(codec)
+        def make(codec: Codec) -> Made:
+            spec, data = sent.packed(codec)
             return Infer(shard=shard, version=version, input=spec), [data]
 
         _, answer = await self._ask(make)
-        return await _unpacked(answer.expect(Output).output, answer)
+        return _unpacked(answer.expect(Output).output, answer)
 
     async def forward(
-        self, *, cid: Cid, version: Version, seed: int, x: torch.Tensor, at: NodeId | None = None, merged: int = 0
+        self,
+        *,
+        cid: Cid,
+        version: Version,
+        seed: int,
+        x: torch.Tensor,
+        want_grad: bool = True,
+        at: NodeId | None = None,
+        merged: int = 0,
     ) -> tuple[NodeId, torch.Tensor]:
         """The body's output in training mode, and who holds its graph; with `at` only that server is asked."""
         sent = _Outgoing("input", x)
 
-        async def make(codec: Codec) -> Made:
-            spec, data = await sent.packed(codec)
-            return Forward(cid=cid, version=version, seed=seed, input=spec, merged=merged), [data]
+        def make(codec: Codec) -> Made:
+            spec, data = sent.packed(codec)
+            request = Forward(cid=cid, version=version, seed=seed, input=spec, want_grad=want_grad, merged=merged)
+            return request, [data]
 
         server, answer = await self._ask(make, at)
-        return server, await _unpacked(answer.expect(Output).output, answer)
+        return server, _unpacked(answer.expect(Output).output, answer)
 
     async def backward(
         self,
@@ -136,39 +140,42 @@ class RemoteBody:
         """
         sent_grad, sent_input = _Outgoing("grad", grad), _Outgoing("input", x)
 
-        async def make_short(codec: Codec) -> Made:
-            spec, data = await sent_grad.packed(codec)
+        def make_short(codec: Codec) -> Made:
+            spec, data = sent_grad.packed(codec)
             return request(grad=spec, input=None), [data]
 
-        async def make(codec: Codec) -> Made:
-            (grad_spec, grad_data), (spec, data) = await sent_grad.packed(codec), await sent_input.packed(codec)
-            return request(grad=grad_spec, input=spec), [grad_data, data]
+        def make(codec: Codec) -> Made:
+            (grad_spec, grad_data), (spec, data) = sent_grad.packed(codec), sent_input.packed(codec)
+            return request(grad=grad_spec, input=spec, again=True), [grad_data, data]
 
         if at is not None:
             for make_one in (make_short, make, make):  # others of the merged batch may have sent no input
                 with suppress(InputNeeded):
                     server, answer = await self._ask(make_one, at)
-                    return server, await _grad_of(answer)
+                    return server, _grad_of(answer)
         elif holder is not None and holder in self._connections:
             with suppress(InputNeeded, Unavailable, SpillFull):
                 await self._until_room_at(holder)
-                return holder, await _grad_of(await self._ask_one(holder, make_short))
+                return holder, _grad_of(await self._ask_one(holder, make_short))
             self._node.counters.add("recomputed")
         server, answer = await self._ask(make, at)
-        return server, await _grad_of(answer)
+        return server, _grad_of(answer)
 
     async def step(
         self, request: Callable[..., Step], x: torch.Tensor, target: torch.Tensor, at: NodeId | None = None
     ) -> tuple[NodeId, torch.Tensor | None, float]:
         """Label sharing: who spilled the contribution, the gradient of the input if wanted, the loss sum."""
         sent_input, sent_target = _Outgoing("input", x), _Outgoing("target", target)
+        tried: dict[str, bool] = {}
 
-        async def make(codec: Codec) -> Made:
-            (spec, data), (target_spec, target_data) = await sent_input.packed(codec), await sent_target.packed(codec)
-            return request(input=spec, target=target_spec), [data, target_data]
+        def make(codec: Codec) -> Made:
+            (spec, data), (target_spec, target_data) = sent_input.packed(codec), sent_target.packed(codec)
+            body = request(input=spec, target=target_spec, **tried)
+            tried["again"] = True
+            return body, [data, target_data]
 
         server, answer = await self._ask(make, at)
-        return server, await _grad_of(answer), answer.expect(Spilled).loss_sum or 0.0
+        return server, _grad_of(answer), answer.expect(Spilled).loss_sum or 0.0
 
     async def _ask_at(self, server: NodeId, make: Make) -> tuple[NodeId, Answer]:
         """Ask this server, once it is known, until it answers; Unavailable as soon as it is gone.
@@ -243,7 +250,7 @@ class RemoteBody:
         if held is None:
             raise NoPeer("that split server is gone")
         connection, codec = held
-        body, parts = await make(codec)
+        body, parts = make(codec)
         answer = await connection.request(body, parts, deadline_s=self._node.settings.request_s)
         if isinstance(answer.body, Output | Spilled):
             self._chooser.heard(server, answer.body.load)
@@ -266,14 +273,12 @@ class RemoteBody:
         return deadline + (time.monotonic() - start if behind else 0.0)
 
 
-async def _grad_of(answer: Answer) -> torch.Tensor | None:
+def _grad_of(answer: Answer) -> torch.Tensor | None:
     spec = answer.expect(Spilled).grad
-    return None if spec is None else await _unpacked(spec, answer)
+    return None if spec is None else _unpacked(spec, answer)
 
 
-async def _unpacked(spec: TensorSpec, answer: Answer) -> torch.Tensor:
+def _unpacked(spec: TensorSpec, answer: Answer) -> torch.Tensor:
     if len(answer.parts) != 1:
         raise BadShape(f"one tensor belongs to this reply, {len(answer.parts)} came with it")
-    if spec.codec == str(_RAW):
-        return unpack(spec, answer.parts[0])
-    return await compute(unpack, spec, answer.parts[0])
+    return unpack(spec, answer.parts[0])

@@ -16,9 +16,8 @@ from zsfl.client.driver import Batch, StepDriver
 from zsfl.client.local import LocalParts
 from zsfl.client.remote import RemoteBody
 from zsfl.client.shard import ShardData
-from zsfl.compute import compute
 from zsfl.errors import ConfigError, Held, RemoteProtocolError, StaleWeights, Unavailable, ZsflError
-from zsfl.ids import NodeCard, Role, RunId, Version, step_cid
+from zsfl.ids import Cid, NodeCard, Role, RunId, Version, step_cid
 from zsfl.learning.cuts import Cuts
 from zsfl.learning.dryrun import check_shapes
 from zsfl.learning.job import Job
@@ -33,6 +32,9 @@ from zsfl.wire.messages import MAX_JOINED, Beat, Broadcast, Evaluated, Join, Ok,
 DRY_RUN_SAMPLES = 2
 HELD_TIMES = 3.0
 """How long a shard that somebody else holds is waited for, in times of how long it takes to know that one is gone."""
+AT_ONCE, AT_ONCE_BYTES = 8, 4 << 20
+"""Steps of one window that a shard has under way, and their activations together: enough to keep a server busy while
+others travel. How many a server takes is a matter of its slots."""
 PAUSE = 2.0
 """Async: before another step at the same version, how long the next version is waited for, in times of the step before.
 
@@ -71,17 +73,25 @@ class ClientRole:
             cut: StepDriver(node, local, weights[cut], self._remote, self._member) for cut, local in parts.items()
         }
         self._bound = max_staleness(job.how)
+        self._begun_at: Asked | None = None
+        self._tried: dict[int, Asked | None] = {}
+        """By shard, for what its steps were begun last."""
         self._data: list[ShardData] = []
         self._server = node.serve(self._answer)
-        self.data_port = self._server.port
+        self.hears = frozenset({Role.AGGREGATOR, Role.SPLIT_SERVER})
 
-    async def prepare(self) -> None:
+    @property
+    def data_port(self) -> int:
+        """Where its spills are fetched."""
+        return self._server.port
+
+    def prepare(self) -> None:
         """Load the data and run the model's shapes dry; ConfigError when either does not fit."""
-        self._data = await compute(lambda: [ShardData(self._job, shard) for shard in self._shards])
+        self._data = [ShardData(self._job, shard) for shard in self._shards]
         rows = torch.arange(min(DRY_RUN_SAMPLES, len(self._data[0].train)))
         x, y = self._data[0].train[rows]
         for cut, driver in self._drivers.items():
-            await compute(check_shapes, self._cuts.model(cut), x, y, self._job.loss)
+            check_shapes(self._cuts.model(cut), x, y, self._job.loss)
             for warning in driver.local.warnings():
                 self._node.note(warning, "warning")
 
@@ -96,15 +106,11 @@ class ClientRole:
             ]
             shards = [tasks.create_task(run_shard(data), name=f"shard {data.shard}") for data in self._data]
             await asyncio.gather(*shards)
-            await self._member.close()
             for other in others:
                 other.cancel()
 
     async def drain(self, timeout_s: float) -> None:
         """Nothing to hand over: a step in hand is made again, under the same cid, by whoever takes the shard."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._member.close()
 
     async def control(self, request: Request) -> Reply:
         """A client answers no control requests."""
@@ -132,8 +138,8 @@ class ClientRole:
         """Heartbeats repeat what is still offered."""
         return BeatExtras(offers=self._member.pending())
 
-    async def _answer(self, request: Request, _parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
-        return await self._member.answer(request)
+    def _answer(self, request: Request, _parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
+        return self._member.answer(request)
 
     # --- joining ----------------------------------------------------------------------------------------
 
@@ -185,16 +191,51 @@ class ClientRole:
         return self._drivers[self._cuts.of(data.shard)]
 
     async def _make_window(self, data: ShardData, state: RunState) -> None:
+        """Make the steps of a window: several at a time, unless each begins where the one before ended."""
+        again = self._is_again(data, state)
+        if self._job.local_lr is not None:
+            await self._make_locally(data, state, self._job.local_lr, again)
+            return
+        steps = iter(range(self._job.steps))
+
+        async def make_some() -> None:
+            for k in steps:
+                if (batch := self._batch(data, state, k)) is not None:
+                    await self._make_step(data, state, batch, k, again)
+
+        step_bytes = self._driver_of(data).local.step_bytes or AT_ONCE_BYTES  # of the first nothing is known
+        at_once = min(AT_ONCE, self._job.steps, max(1, AT_ONCE_BYTES // step_bytes))
+        makers = [asyncio.ensure_future(make_some()) for _ in range(at_once)]
+        try:
+            await asyncio.gather(*makers)
+        finally:
+            for maker in makers:
+                maker.cancel()
+            await asyncio.gather(*makers, return_exceptions=True)
+
+    async def _make_locally(self, data: ShardData, state: RunState, rate: float, again: bool) -> None:
         driver = self._driver_of(data)
         weights = await driver.weights.get(state.version)
         for k in range(self._job.steps):
-            batch = await compute(self._batch, data, state, k)
-            if batch is None:
-                continue
-            cid = step_cid(state.run, data.shard, state.version, state.attempt * self._job.steps + k)
-            step = await driver.make(cid, state, k, weights, batch, self._shift(data, state))
-            if self._job.local_lr is not None:
-                weights = await compute(driver.local.moved, weights, step, self._job.local_lr)
+            if (batch := self._batch(data, state, k)) is not None:
+                cid = self._cid(data, state, k)
+                step = await driver.make(cid, state, k, weights, batch, self._shift(data, state), again=again)
+                weights = driver.local.moved(weights, step, rate)
+
+    def _cid(self, data: ShardData, state: RunState, k: int) -> Cid:
+        return step_cid(state.run, data.shard, state.version, state.attempt * self._job.steps + k)
+
+    def _is_again(self, data: ShardData, state: RunState) -> bool:
+        """Whether steps of this version may have been made before: by this client, or by one that ran in its place.
+
+        Of the latter only at the first version that this client hears of: those that come are made by it alone.
+        """
+        asked = self._asked(state)
+        if self._begun_at is None:
+            self._begun_at = asked
+        again = asked in (self._begun_at, self._tried.get(data.shard))
+        self._tried[data.shard] = asked
+        return again
 
     def _batch(self, data: ShardData, state: RunState, k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The samples of the k-th step of this window; None when this shard sits it out."""
@@ -217,19 +258,19 @@ class ClientRole:
             asked = self._asked(state)
             k = made[1] if asked == made[0] else 0
             begun_s = time.monotonic()
-            if (batch := await compute(data.free_batch, state.window, k, state.windows)) is None:
+            if (batch := data.free_batch(state.window, k, state.windows)) is None:
                 made = asked, quota  # it sits this version out
-            elif await self._attempt(self._make_step(data, state, batch, k), state):
+            elif await self._attempt(self._make_step(data, state, batch, k, again=True), state):
                 made = asked, k + 1
                 with suppress(TimeoutError):  # a step at the next version, if that is near, is worth more
                     async with asyncio.timeout(PAUSE * (time.monotonic() - begun_s)):
                         await self._member.state.wait_for(lambda now, asked=asked: self._asked(now) != asked)
 
-    async def _make_step(self, data: ShardData, state: RunState, batch: Batch, k: int) -> None:
+    async def _make_step(self, data: ShardData, state: RunState, batch: Batch, k: int, again: bool) -> None:
         driver = self._driver_of(data)
-        weights = await driver.weights.get(state.version)
-        cid = step_cid(state.run, data.shard, state.version, k)
-        await driver.make(cid, state, k, weights, batch, self._shift(data, state))
+        weights = driver.weights.held(state.version) or await driver.weights.get(state.version)
+        cid = self._cid(data, state, k)
+        await driver.make(cid, state, k, weights, batch, self._shift(data, state), again=again)
 
     def _shift(self, data: ShardData, state: RunState) -> torch.Tensor | None:
         """What is added to the logits, where the job adjusts them."""

@@ -9,10 +9,10 @@ import torch
 import zmq.asyncio
 
 from zsfl.cluster.spawner import NodeCommand
-from zsfl.compute import compute
 from zsfl.errors import RunFailed
+from zsfl.front import failed
+from zsfl.lane import compute
 from zsfl.learning.job import Job
-from zsfl.node import failed
 from zsfl.reports import AnyReport, Exited
 from zsfl.roles import run_role
 from zsfl.settings import load_settings

@@ -95,6 +95,13 @@ class Job:
     batch_norm: Literal["per-client", "merged", "frozen"] = "per-client"
     """Which statistics batch norm uses in training: of one client's batch, of the merged batch of a window (body only,
     exact mode), or the running ones, never changed."""
+    merge: bool | None = None
+    """Whether a split server may take several waiting steps through the body at once, when its own measurements say
+    that this is faster. The gradient is the same but for the last bits, which then depend on who waited with whom; so
+    None: in elastic mode, where no two runs are equal anyway, and not in exact mode."""
+    autocast: bool = False
+    """Whether matrix products and convolutions are made in bfloat16: several times as fast where the hardware has it,
+    with three significant digits. Weights, gradients and what travels keep their types."""
     adjust_logits: Literal["participants", "client"] | None = None
     """Logit adjustment, for class indices: the loss sees logits shifted by log(p/q), with p the class shares of those
     who are present (`participants`) or of this client alone (`client`), and q those of all shards. The clients then
@@ -155,6 +162,8 @@ class Job:
             raise self._wrong(str(error)) from error
         if not isinstance(how, Exact) and self.batch_norm == "merged":
             raise self._wrong("batch_norm='merged' needs mode='exact', where it is known whose batches are merged")
+        if self.merge and isinstance(how, Async):
+            raise self._wrong("merge=True does not go with mode='async', where every client's steps are weighed apart")
         if isinstance(how, Async) and self.steps > 1:
             raise self._wrong("steps are the steps of a window, and mode='async' has none: state its samples instead")
         if isinstance(how, Async) and isinstance(self.batches, BySpeed):
@@ -237,6 +246,13 @@ class Job:
             where = f"{_said(error)}{_line(error, None)}"
             raise self._wrong(f"{call} failed: {where}; correct the {call.partition('(')[0]}'s function") from error
 
+    @property
+    def merges(self) -> bool:
+        """Whether split servers may merge waiting steps."""
+        if self.batch_norm == "merged" or isinstance(self.how, Async):
+            return False
+        return isinstance(self.how, Elastic) if self.merge is None else self.merge
+
     def warnings(self) -> list[str]:
         """What in these settings makes a run other than people may expect."""
         found: list[str] = []
@@ -263,6 +279,8 @@ class Job:
             "steps": str(self.steps),
             "local_lr": str(self.local_lr),
             "batch_norm": self.batch_norm,
+            "merge": str(self.merge),
+            "autocast": str(self.autocast),
             "adjust_logits": str(self.adjust_logits),
             "shards": str(self.shards),
             "batch_size": str(self.batch_size),

@@ -21,6 +21,7 @@ from torch import Tensor
 from zsfl.errors import ConfigError, RunFailed, StorageError
 from zsfl.ids import parse_cid
 from zsfl.learning.averaging import Contribution, average
+from zsfl.learning.flat import FlatLayout, FlatTensors
 from zsfl.learning.norms import VALUES, norm_rules, pool_buffers, uncounted
 from zsfl.learning.optim import OptimizerSpec
 
@@ -53,15 +54,20 @@ class Master:
         self._optimizer = optimizer.build(self._trained.values())
         self._lr = self._optimizer.param_groups[0]["lr"]
         self._norms = norm_rules(self._model)
+        self._state: dict[str, Tensor] = dict(self._model.state_dict())
+        """The model's own tensors: to go through its modules takes longer than to read small ones."""
+        self._buffers = {name: self._state[name] for name, _ in self._model.named_buffers() if name in self._state}
+        self._right: set[FlatLayout] = set()
+        """Layouts of contributions whose gradients fit this model."""
         self._values = {f"{name}.{VALUES}": torch.tensor(0) for name in self._norms}
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and buffers by full name, as copies that later steps leave alone."""
-        return {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
+        return {name: tensor.clone() for name, tensor in self._state.items()}
 
     def digest(self) -> str:
         """`state_digest` of the current state."""
-        return state_digest(self._model.state_dict())
+        return state_digest(self._state)
 
     @torch.no_grad()
     def step(self, contributions: Sequence[Contribution], version: int = 0, sequential: bool = False) -> None:
@@ -76,8 +82,7 @@ class Master:
         `RunFailed` names the cid, node and tensor that cannot be used, or the tensor that the step itself made
         overflow, and leaves everything as it was.
         """
-        state = self._model.state_dict()
-        buffers = {name: state[name] for name, _ in self._model.named_buffers() if name in state}
+        buffers = self._buffers
         self._check(contributions, buffers)
         gradients = [average(group) for group in (_by_k(contributions) if sequential else [contributions])]
         # The statistics of late ones began elsewhere.
@@ -88,7 +93,7 @@ class Master:
                     raise _not_finite(name, contributions)
         self._descend_all(gradients, version)
         for name, tensor in pooled.items():
-            state[name].copy_(tensor)
+            buffers[name].copy_(tensor)
 
     def _descend_all(self, gradients: Sequence[Mapping[str, Tensor]], version: int) -> None:
         """One step of the optimizer for each of `gradients`; when one fails, weights and optimizer are as before."""
@@ -134,7 +139,7 @@ class Master:
         if not contributions:
             raise RunFailed("a window without contributions cannot be stepped")
         seen: set[tuple[str, str]] = set()
-        batches: dict[str, Contribution] = {}
+        batches: dict[str, tuple[float, int, Contribution]] = {}
         for c in contributions:
             if (c.cid, c.part) in seen:
                 raise _unusable(c, "is counted twice in one window")
@@ -145,17 +150,31 @@ class Master:
                 raise _unusable(c, f"counts with a scale of {c.scale} and a damping of {c.damping}")
             if c.loss_sum is not None and not math.isfinite(c.loss_sum):
                 raise _unusable(c, f"has a loss of {c.loss_sum}: lower the learning rate, or look for bad samples")
-            other = batches.setdefault(c.cid, c)
-            if (c.n, c.samples) != (other.n, other.samples):
-                raise _unusable(
-                    c,
-                    f"weighs n={c.n} for {c.samples} samples, and the {other.part} part of {other.node} "
-                    f"n={other.n} for {other.samples}: they are not of one batch; do the nodes' jobs differ?",
-                )
-            _check_names(c, "gradient", c.grads, self._trained)
+            self._check_batch(c, batches)
+            if not isinstance(c.grads, FlatTensors):
+                _check_names(c, "gradient", c.grads, self._trained)
+            elif c.grads.layout not in self._right:
+                _check_names(c, "gradient", c.grads, self._trained)
+                self._right.add(c.grads.layout)
+            if not c.buffers:
+                continue
             _check_names(c, "buffer", c.buffers, {**buffers, **self._values})
             if norm := uncounted(buffers, c, self._norms):
                 raise _unusable(c, f"does not say how many values {norm} saw: the nodes' versions of zsfl differ")
+
+    def _check_batch(self, c: Contribution, batches: dict[str, tuple[float, int, Contribution]]) -> None:
+        """Whether the parts of each step are of one batch; `batches` are those seen so far, by cid."""
+        steps = [(one.cid, one.n, one.samples) for one in c.members] or [(c.cid, c.n, c.samples)]
+        if c.members and not math.isclose(c.n, sum(n for _, n, _ in steps), rel_tol=1e-9):
+            raise _unusable(c, f"weighs n={c.n}, which is not what its {len(steps)} steps weigh together")
+        for cid, n, samples in steps:
+            other_n, other_samples, other = batches.setdefault(cid, (n, samples, c))
+            if (n, samples) != (other_n, other_samples):
+                raise _unusable(
+                    c,
+                    f"weighs n={n} for {samples} samples of {cid}, and the {other.part} part of {other.node} "
+                    f"n={other_n} for {other_samples}: they are not of one batch; do the nodes' jobs differ?",
+                )
 
     def save(self, folder: Path) -> None:
         """Write what a later `restore` needs into `folder`; a crash leaves the old file or the new one."""
@@ -191,7 +210,7 @@ class Master:
         path = folder / _FILE
         tensors, described = _read(path)
         weights = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
-        state = self._model.state_dict()
+        state = self._state
         mine, theirs = ({(n, t.shape, t.dtype) for n, t in side.items()} for side in (state, weights))
         if mine != theirs or set(described["state"]) != set(self._trained):
             names = sorted({name for name, *_ in mine ^ theirs} or set(described["state"]) ^ set(self._trained))

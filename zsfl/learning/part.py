@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from zsfl.errors import BadShape
@@ -72,11 +71,14 @@ class Part:
         device: torch.device,
         *,
         batch_norm: BatchNorm = "per-client",
+        autocast: bool = False,
         names: Mapping[str, str] | None = None,
     ) -> None:
         """`batch_norm` says what statistics a training pass uses: its batch's, or with `frozen` the running ones.
 
-        `names` leads from `PREFIX.NAME` to what a tensor is called everywhere else, its full name; None: the same.
+        With `autocast` matrix products and convolutions are made in bfloat16; weights, gradients and what goes in and
+        out keep their types. `names` leads from `PREFIX.NAME` to what a tensor is called everywhere else, its full
+        name; None: the same.
         """
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -87,10 +89,15 @@ class Part:
         self._buffers = dict(module.named_buffers())
         self._known = set(module.state_dict())
         self._batch_norm = batch_norm
+        self._autocast = autocast
         self._names = names
+        self._places = _places(module)
         self._norms = tracked_norms(module)
         self._seen: dict[str, int] = {}
         """By batch norm, the values per channel of the present pass."""
+        self._trains: bool | None = None
+        self.draws = False
+        """Whether a training pass was seen to draw random numbers."""
         for name, norm in self._norms.items():
             norm.register_forward_pre_hook(partial(self._count, name))
 
@@ -128,15 +135,12 @@ class Part:
         # A copy, as a module that works in place would spoil the caller's tensor, or fail on a leaf.
         given = x.detach().to(self.device, copy=True)
         leaf = given.requires_grad_() if need_input_grad and given.is_floating_point() else None
-        buffers = {name: b.clone() for name, b in weights.buffers.items()} if train else dict(weights.buffers)
-        tensors = {**weights.params, **buffers}
+        buffers = {name: b.clone() for name, b in weights.buffers.items()} if train else weights.buffers
         self._set_mode(train)
-        with self._seeded(seed):
-            output: Tensor = functional_call(
-                self.module, tensors, (given if leaf is None else leaf.clone(),), strict=False
-            )
-        # functional_call puts a buffer that was replaced rather than written to back into the dict.
-        after = {self._full(name): tensors[name].detach() for name in buffers if train and name in self._known}
+        with self._bound(weights.params, buffers) as after_pass, self._seeded(seed):
+            output = self._module(given if leaf is None else leaf.clone())
+        # Read anew: a buffer may have been replaced rather than written to.
+        after = {self._full(name): after_pass[name].detach() for name in buffers if train and name in self._known}
         after |= {self._full(f"{name}.{VALUES}"): torch.tensor(count) for name, count in self._seen.items()}
         return Forward(output=output, input=leaf, buffers=MappingProxyType(after))
 
@@ -173,15 +177,52 @@ class Part:
 
     def infer(self, weights: PartWeights, x: Tensor) -> Tensor:
         """The output for `x` in evaluation mode, without a graph."""
-        self.module.eval()
+        self._set_mode(train=False)
         given = x.detach().to(self.device, copy=True)
-        with torch.no_grad():
-            return functional_call(self.module, {**weights.params, **weights.buffers}, (given,), strict=False)
+        with torch.no_grad(), self._bound(weights.params, weights.buffers):
+            return self._module(given)
+
+    def _module(self, x: Tensor) -> Tensor:
+        if not self._autocast:
+            return self.module(x)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            output: Tensor = self.module(x)
+        return output.float() if output.dtype is torch.bfloat16 else output
+
+    @property
+    def couples(self) -> bool:
+        """Whether batch norm makes the output of a sample depend on the others of its pass, in training."""
+        self._set_mode(train=True)
+        return any(isinstance(layer, _BatchNorm) and layer.training for layer in self.module.modules())
+
+    @contextmanager
+    def _bound(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    ) -> Generator[dict[str, Tensor], None, None]:
+        """The module has these tensors while inside; what is given is filled with its buffers as they are at the end.
+
+        As `torch.func.functional_call` does, which looks for the tensors' places each time: a third of a small step.
+        """
+        own = [(holder, name, holder[name]) for _, holder, name in self._places]
+        after: dict[str, Tensor] = {}
+        for full, holder, name in self._places:
+            holder[name] = params[full] if full in params else buffers[full]
+        try:
+            yield after
+            for full, holder, name in self._places:
+                if full in buffers:
+                    after[full] = holder[name]
+        finally:
+            for holder, name, tensor in own:
+                holder[name] = tensor
 
     def _set_mode(self, train: bool) -> None:
         """Training or evaluation, for the next pass."""
-        self.module.train(train)
         self._seen.clear()
+        if self._trains is train:
+            return
+        self._trains = train
+        self.module.train(train)
         if self._batch_norm == "frozen":
             for norm in self._norms.values():
                 norm.eval()
@@ -230,14 +271,38 @@ class Part:
     @contextmanager
     def _seeded(self, seed: int) -> Generator[None, None, None]:
         """Random numbers follow `seed` on the CPU and on this part's device; afterwards all is as it was."""
-        on_cuda = self.device.type == "cuda"
-        with torch.random.fork_rng(devices=[self.device] if on_cuda else []):
-            # Not torch.manual_seed: it would seed every GPU, those included that fork_rng does not restore.
-            torch.default_generator.manual_seed(seed)
-            if on_cuda:
-                with torch.cuda.device(self.device):
-                    torch.cuda.manual_seed(seed)
+        generators = [torch.default_generator]
+        if self.device.type == "cuda":
+            generators.append(torch.cuda.default_generators[self.device.index])
+        before = [generator.get_state() for generator in generators]
+        seeded: list[Tensor] = []
+        try:
+            # Not torch.manual_seed: it would seed every GPU.
+            for generator in generators:
+                generator.manual_seed(seed)
+                seeded.append(generator.get_state())
             yield
+            self.draws = self.draws or any(map(_differs, generators, seeded))
+        finally:
+            for generator, state in zip(generators, before, strict=True):
+                generator.set_state(state)
+
+
+def _places(module: nn.Module) -> list[tuple[str, dict[str, Any], str]]:
+    """Where the module's tensors are: name (of tied ones the first), the dict that holds it, and under what name."""
+    names: dict[int, str] = {}
+    places: list[tuple[str, dict[str, Any], str]] = []
+    for prefix, layer in module.named_modules(remove_duplicate=False):
+        for holder in (cast("dict[str, Any]", layer._parameters), cast("dict[str, Any]", layer._buffers)):
+            for name, tensor in holder.items():
+                if tensor is not None:
+                    full = names.setdefault(id(tensor), f"{prefix}.{name}" if prefix else name)
+                    places.append((full, holder, name))
+    return places
+
+
+def _differs(generator: torch.Generator, state: Tensor) -> bool:
+    return not torch.equal(generator.get_state(), state)
 
 
 def loss_sum(loss: Loss, output: Tensor, target: Tensor, n: float) -> Tensor:

@@ -5,119 +5,287 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 
-from zsfl.errors import BadShape, SpillFull, StorageError
-from zsfl.ids import Cid, PartName, RunId, parse_cid
-from zsfl.spill.layout import SpillMeta, encode
+from zsfl.errors import BadShape, SpillCorrupt, SpillFull, StorageError
+from zsfl.ids import Cid, RunId, SpillKind, parse_cid
+from zsfl.spill.layout import Buffer, SpillMeta, decode_meta, header_bytes, pieces
+from zsfl.spill.segments import SUFFIX as SEGMENT_SUFFIX
+from zsfl.spill.segments import Segment
 from zsfl.wire.messages import SpillOffer
 
-Key = tuple[Cid, PartName]
+Key = tuple[Cid, SpillKind]
+LARGE_BYTES = 256 << 10
+"""A longer spill has a file of its own."""
+FRESH_BYTES = 4 << 20
+"""Kept in memory of those that were put last, until they are offered."""
 _SUFFIX = ".safetensors"
+
+
+@dataclass(slots=True)
+class _Held:
+    """One spill."""
+
+    offer: SpillOffer
+    segment: Segment | None
+    """None: it has a file of its own."""
+    place: int
+    unsettled: set[Cid]
+    """Cids that no commit has named yet."""
 
 
 class SpillStore:
     """Puts spills in place whole or not at all, and keeps each until it is released.
 
-    A spill that a former process left in the folder counts as held.
+    Small ones share segments, see `zsfl.spill.segments`; large ones are written aside and renamed. A spill that a
+    former process left in the folder counts as held. A merged one is held until all its steps are released.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lock = threading.Lock()
-        self._held: dict[Key, SpillOffer] = {}
+        self._held: dict[Key, _Held] = {}
+        self._keys: dict[Cid, list[Key]] = {}
+        """By cid, the spills that have to do with it."""
+        self._live: Segment | None = None
+        self._fresh: dict[Key, bytes] = {}
+        self._fresh_bytes = 0
+        self._segments = 0
+        """The number of the newest."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for path in sorted(folder.iterdir()):
-                self._adopt(path)
+            found = sorted(folder.iterdir())
+            for path in found:
+                if path.suffix == SEGMENT_SUFFIX:
+                    self._adopt_segment(path)
+            for path in found:  # after them: what a large spill replaced may still be in a segment
+                if path.suffix != SEGMENT_SUFFIX:
+                    self._adopt(path)
         except OSError as error:
             raise _storage_error(error, folder) from error
 
     def put(self, meta: SpillMeta, tensors: Mapping[str, torch.Tensor]) -> SpillOffer:
-        """Write one spill; when this returns it is in place. A spill of the same cid and part is replaced."""
-        version = parse_cid(meta.cid).version
-        part = cast("PartName", meta.part)
-        data = encode(meta, tensors)
-        path = self._path((meta.cid, part))
+        """Write one spill; when this returns it is in place. A spill of the same cid and kind is replaced."""
+        return self.put_all([(meta, tensors)])[0]
+
+    def put_all(self, spills: Sequence[tuple[SpillMeta, Mapping[str, torch.Tensor]]]) -> list[SpillOffer]:
+        """Write several spills, the small ones at once; when this returns all are in place, and if it fails none of
+        these is.
+        """
+        offers: list[SpillOffer] = []
+        small: list[tuple[SpillOffer, list[Buffer]]] = []
+        for meta, tensors in spills:
+            found = pieces(meta, tensors)
+            size = sum(memoryview(piece).nbytes for piece in found)
+            offers.append(_offer(meta, size))
+            if size <= LARGE_BYTES:
+                small.append((offers[-1], found))
+            else:
+                self._put_large(offers[-1], found)
+        if small:
+            self._append(small)
+        return offers
+
+    def _append(self, small: Sequence[tuple[SpillOffer, list[Buffer]]]) -> None:
+        joined = [b"".join(record) for _, record in small]
+        with self._lock:
+            try:
+                if self._live is None or self._live.is_full:
+                    self._segments += 1
+                    self._live = Segment(self.folder / f"{self._segments:08d}{SEGMENT_SUFFIX}")
+                segment = self._live
+                places = segment.append([[data] for data in joined])
+                for (offer, _), data, place in zip(small, joined, places, strict=True):
+                    self._hold(_Held(offer, segment, place, set(_cids(offer))))
+                    self._keep_fresh((offer.cid, offer.kind), data)
+            except OSError as error:
+                if self._live is not None and not self._live.held:
+                    with suppress(OSError):
+                        self._live.delete()
+                    self._live = None
+                raise _storage_error(error, self.folder) from error
+
+    def _put_large(self, offer: SpillOffer, found: Sequence[Buffer]) -> None:
+        path = self._path((offer.cid, offer.kind))
         aside = path.with_suffix(".tmp")
         try:
-            aside.write_bytes(data)
+            with aside.open("wb") as file:
+                for piece in found:
+                    file.write(piece)
             aside.rename(path)
+            with self._lock:
+                self._hold(_Held(offer, None, 0, set(_cids(offer))))
         except OSError as error:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
             raise _storage_error(error, self.folder) from error
-        offer = SpillOffer(cid=meta.cid, part=part, version=version, size_bytes=len(data))
+
+    def _hold(self, held: _Held) -> None:
+        """Hold a spill that is in place; one of the same key makes room."""
+        key = held.offer.cid, held.offer.kind
+        if before := self._forget(key):
+            self._remove(before, renamed=held.segment is None)
+        self._held[key] = held
+        for cid in held.unsettled:
+            self._keys.setdefault(cid, []).append(key)
+
+    def _keep_fresh(self, key: Key, data: bytes) -> None:
+        self._fresh[key] = data
+        self._fresh_bytes += len(data)
+        while self._fresh_bytes > FRESH_BYTES:
+            self._fresh_bytes -= len(self._fresh.pop(next(iter(self._fresh))))
+
+    def fresh(self, key: Key) -> bytes | None:
+        """The bytes of a small spill that was just put, the first time that they are asked for; never blocks."""
         with self._lock:
-            self._held[meta.cid, part] = offer
-        return offer
+            if data := self._fresh.pop(key, None):
+                self._fresh_bytes -= len(data)
+            return data
 
     def holds(self, cid: Cid) -> bool:
-        """Whether any part of this step is held."""
-        return (cid, "body") in self._held or (cid, "client") in self._held
+        """Whether anything of this step is held."""
+        return cid in self._keys
 
     def read(self, key: Key) -> bytes | None:
         """The stored bytes; None when no such spill is held."""
-        with self._lock:
-            if key not in self._held:
-                return None
         try:
+            with self._lock:
+                held = self._held.get(key)
+                if held is None:
+                    return None
+                if held.segment is not None:
+                    return held.segment.read(held.place, held.offer.size_bytes)
             return self._path(key).read_bytes()
         except FileNotFoundError:
             with self._lock:
-                self._held.pop(key, None)
+                self._forget(key)
             return None
         except OSError as error:
             raise StorageError(f"cannot read {self._path(key)}: {error.strerror}; check that disk") from error
 
     def release(self, cids: Iterable[Cid]) -> None:
         """Delete the spills of cids that a committed version names; others are not touched."""
-        with self._lock:
-            released = set(cids)
-            keys = [key for key in self._held if key[0] in released]
-            for key in keys:
-                del self._held[key]
         try:
-            for key in keys:
-                self._path(key).unlink(missing_ok=True)
+            with self._lock:
+                for cid in cids:
+                    for key in list(self._keys.get(cid, ())):
+                        self._settle(key, cid)
         except OSError as error:
             raise _storage_error(error, self.folder) from error
+
+    def _settle(self, key: Key, cid: Cid) -> None:
+        held = self._held[key]
+        held.unsettled.discard(cid)
+        if held.unsettled:
+            self._unlist(cid, key)
+        else:
+            held.unsettled.add(cid)
+            self._forget(key)
+            self._remove(held)
+
+    def _forget(self, key: Key) -> _Held | None:
+        """Hold a spill no more; its file is as it was."""
+        held = self._held.pop(key, None)
+        if data := self._fresh.pop(key, None):
+            self._fresh_bytes -= len(data)
+        if held is not None:
+            for cid in held.unsettled:
+                self._unlist(cid, key)
+        return held
+
+    def _unlist(self, cid: Cid, key: Key) -> None:
+        keys = self._keys[cid]
+        keys.remove(key)
+        if not keys:
+            del self._keys[cid]
+
+    def _remove(self, held: _Held, *, renamed: bool = False) -> None:
+        """Delete what a spill takes on the disk, as far as it is alone there."""
+        segment = held.segment
+        if segment is None:
+            if not renamed:
+                self._path((held.offer.cid, held.offer.kind)).unlink(missing_ok=True)
+            return
+        segment.held -= 1
+        if not segment.held:
+            if segment is self._live:
+                self._live = None
+            segment.delete()
 
     def keep_only(self, run: RunId) -> int:
         """Delete the spills of every other run; how many there were."""
         with self._lock:
-            others = [cid for cid, _ in self._held if parse_cid(cid).run != run]
-        self.release(others)
+            others = {key: held for key, held in self._held.items() if parse_cid(key[0]).run != run}
+            cids = {cid for held in others.values() for cid in held.unsettled}
+        self.release(cids)
         return len(others)
 
     def offers(self, run: RunId) -> list[SpillOffer]:
         """What is held of one run, oldest version first."""
         with self._lock:
-            held = [offer for offer in self._held.values() if offer.cid.startswith(f"{run}-")]
+            held = [held.offer for held in self._held.values() if held.offer.cid.startswith(f"{run}-")]
         return sorted(held, key=lambda offer: (offer.version, offer.cid))
 
+    def close(self) -> None:
+        """Let go of the folder; what is held stays there."""
+        with self._lock:
+            for segment in {id(held.segment): held.segment for held in self._held.values()}.values():
+                if segment is not None:
+                    segment.close()
+            self._held, self._keys, self._fresh, self._live = {}, {}, {}, None
+
     def _path(self, key: Key) -> Path:
-        cid, part = key
+        cid, kind = key
         parse_cid(cid)  # nothing else may become a file name
-        return self.folder / f"{cid}.{part}{_SUFFIX}"
+        return self.folder / f"{cid}.{kind}{_SUFFIX}"
+
+    # --- what a former process left ---------------------------------------------------------------------
 
     def _adopt(self, path: Path) -> None:
         if path.suffix == ".tmp":
             path.unlink(missing_ok=True)
             return
-        cid, _, part = path.name.removesuffix(_SUFFIX).partition(".")
-        try:
-            version = parse_cid(cid).version
-        except BadShape:
+        if path.suffix != _SUFFIX or not path.is_file():
             return
-        if path.suffix == _SUFFIX and path.is_file() and part in ("body", "client"):
-            offer = SpillOffer(cid=Cid(cid), part=part, version=version, size_bytes=os.stat(path).st_size)
-            self._held[offer.cid, offer.part] = offer
+        cid, _, kind = path.name.removesuffix(_SUFFIX).partition(".")
+        with path.open("rb") as file:
+            start = file.read(8)
+            try:
+                meta = decode_meta(start + file.read(min(header_bytes(start), os.stat(path).st_size)))
+            except (BadShape, SpillCorrupt):
+                return
+        if (meta.cid, meta.kind) == (cid, kind):
+            offer = _offer(meta, os.stat(path).st_size)
+            self._hold(_Held(offer, None, 0, set(_cids(offer))))
+
+    def _adopt_segment(self, path: Path) -> None:
+        if not (path.stem.isdecimal() and path.stem.isascii() and path.is_file()):
+            return
+        self._segments = max(self._segments, int(path.stem))
+        segment = Segment(path, sealed=True)
+        segment.held = 1  # while it is looked through
+        for meta, place, size in segment.records():
+            segment.held += 1
+            offer = _offer(meta, size)
+            self._hold(_Held(offer, segment, place, set(_cids(offer))))
+        segment.held -= 1
+        if not segment.held:
+            segment.delete()
+
+
+def _offer(meta: SpillMeta, size_bytes: int) -> SpillOffer:
+    members = tuple(member.cid for member in meta.members)
+    return SpillOffer(cid=meta.cid, part=meta.part, version=meta.version, size_bytes=size_bytes, members=members)
+
+
+def _cids(offer: SpillOffer) -> Sequence[Cid]:
+    """The steps that it stands for."""
+    return offer.members or (offer.cid,)
 
 
 def _storage_error(error: OSError, folder: Path) -> StorageError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from zsfl.errors import Busy
 from zsfl.wire.messages import Load
 
+MAX_HELD_BYTES = 1 << 30
+"""Of the requests that wait or are worked on; a longer one is taken when nothing else is there."""
 SMOOTHING = 0.1
 """Weight of the newest measurement in the moving average of the service time."""
 
@@ -15,6 +17,7 @@ class Admission:
     def __init__(self, slots: int) -> None:
         self._slots = slots
         self._busy = 0
+        self._held_bytes = 0
         self._service_s = 0.0
         self._draining = False
 
@@ -23,17 +26,21 @@ class Admission:
         """What to advertise."""
         return Load(slots=0 if self._draining else self._slots, busy=self._busy, service_s=self._service_s)
 
-    def enter(self) -> None:
-        """Take a slot; Busy when there is none."""
+    def enter(self, size_bytes: int = 0) -> None:
+        """Take a slot for a request of so many bytes; Busy when there is no room."""
         if self._draining:
             raise Busy("this split server is leaving; ask another", retry_after_s=60.0)
         if self._busy >= self._slots:
             raise Busy(f"all {self._slots} slots are taken; ask another", retry_after_s=self._service_s * self._busy)
+        if self._busy and self._held_bytes + size_bytes > MAX_HELD_BYTES:
+            raise Busy(f"{self._held_bytes} bytes wait here; ask another", retry_after_s=self._service_s * self._busy)
         self._busy += 1
+        self._held_bytes += size_bytes
 
-    def leave(self) -> None:
+    def leave(self, size_bytes: int = 0) -> None:
         """Give the slot back."""
         self._busy -= 1
+        self._held_bytes -= size_bytes
 
     def measured(self, service_s: float) -> None:
         """One request took so long to compute."""

@@ -7,13 +7,14 @@ then the client sends its input again, to this server or another.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from zsfl.errors import InputNeeded, RemoteProtocolError
+from zsfl.errors import InputNeeded, RemoteProtocolError, ZsflError
 from zsfl.ids import Cid, Version, parse_cid
+from zsfl.learning.averaging import StepShare
 from zsfl.learning.job import Job
 from zsfl.learning.part import Backward, Forward, Part, PartWeights, loss_sum
 from zsfl.learning.skew import shifted_loss
@@ -25,17 +26,39 @@ from zsfl.wire.messages import SpillOffer
 
 FORWARDS_PER_SLOT = 4
 """Graphs kept for each admitted request: clients are between forward and backward for about as long as in one."""
+KEPT_BYTES = 256 << 20
+"""Inputs and outputs of all passes whose graphs are kept; what is in between may be a multiple of it."""
 KEPT_VERSIONS = 4
 """Graphs are kept of the versions that were asked for last: each of them also keeps its version's weights."""
+
+
+TOLERANCE = 1e-3
+"""By how much a sample's output may differ, relative to the largest, when it goes through the body with others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
     """A step's body part is spilled."""
 
-    offer: SpillOffer
+    offer: SpillOffer | None
+    """None where it is in the spill of another step of the same pass."""
     grad: torch.Tensor | None
     loss_sum: float | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pass:
+    """A forward pass that waits for its backward, of one step or of several that came together."""
+
+    weights: PartWeights
+    forward: Forward
+    input: torch.Tensor
+    rows: dict[Cid, slice]
+
+    @property
+    def step_bytes(self) -> int:
+        """Of input and output of one of its steps."""
+        return (self.input.nbytes + self.forward.output.nbytes) // len(self.rows)
 
 
 class BodyWorker:
@@ -47,10 +70,20 @@ class BodyWorker:
         self._spills = spills
         self._node = node
         self._room = slots * FORWARDS_PER_SLOT
-        self._graphs: OrderedDict[Cid, tuple[PartWeights, Forward]] = OrderedDict()
+        self._graphs: OrderedDict[Cid, _Pass] = OrderedDict()
+        self._kept_bytes = 0
         self._merged: OrderedDict[Group, tuple[PartWeights, Forward]] = OrderedDict()
         self._versions: OrderedDict[Version, None] = OrderedDict()
         """Oldest first by when they were last asked for; not by number, since a resumed run may go back."""
+        self._may_merge = job.merges and not part.couples
+        self._was_run = False
+        self._independent: bool | None = None
+        """Whether a sample's output was seen not to depend on what it goes through the body with."""
+
+    @property
+    def merges(self) -> bool:
+        """Whether steps may go through the body together: none of them may be able to tell."""
+        return self._may_merge and self._was_run and not self._part.draws and self._independent is not False
 
     @property
     def cached(self) -> int:
@@ -61,14 +94,46 @@ class BodyWorker:
         """Output in evaluation mode."""
         return self._part.infer(weights, x).detach()
 
-    def forward(self, weights: PartWeights, request: messages.Forward, x: torch.Tensor) -> torch.Tensor:
-        """Output in training mode; the graph is kept for the backward while there is room."""
-        forward = self._part.forward(weights, x, seed=request.seed, train=True)
-        self._graphs[request.cid] = weights, forward
-        self._forget_before(request.version)
-        while len(self._graphs) > self._room:
-            self._graphs.popitem(last=False)
-        return forward.output.detach()
+    def forward_all(
+        self, weights: PartWeights, asked: Sequence[tuple[messages.Forward, torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """Outputs in training mode, of one pass; its graph is kept for the backward while there is room."""
+        requests = [request for request, _ in asked]
+        made = self._pass(
+            weights, [(one.cid, x) for one, x in asked], requests[0].seed, any(one.want_grad for one in requests)
+        )
+        for request in requests:
+            self._forget(request.cid)
+            self._graphs[request.cid] = made
+            self._kept_bytes += made.step_bytes
+        self._forget_before(requests[0].version)
+        while len(self._graphs) > self._room or (self._kept_bytes > KEPT_BYTES and len(self._graphs) > len(requests)):
+            self._forget(next(iter(self._graphs)))
+        output = made.forward.output.detach()
+        if len(asked) > 1 and self._independent is None:
+            self._check_independence(weights, *asked[-1], output[made.rows[requests[-1].cid]])
+        self._was_run = True
+        return [output[rows] for rows in made.rows.values()]
+
+    def _pass(
+        self, weights: PartWeights, inputs: Sequence[tuple[Cid, torch.Tensor]], seed: int, need_grad: bool
+    ) -> _Pass:
+        x = inputs[0][1] if len(inputs) == 1 else torch.cat([x for _, x in inputs])
+        rows: dict[Cid, slice] = {}
+        start = 0
+        for cid, one in inputs:
+            rows[cid] = slice(start, start + len(one))
+            start += len(one)
+        forward = self._part.forward(weights, x, seed=seed, train=True, need_input_grad=need_grad)
+        return _Pass(weights, forward, x, rows)
+
+    def _check_independence(
+        self, weights: PartWeights, request: messages.Forward, x: torch.Tensor, together: torch.Tensor
+    ) -> None:
+        """See whether this step's output is what it would be by itself: layers can couple samples that nobody knows."""
+        alone = self._part.forward(weights, x, seed=request.seed, train=True).output.detach()
+        worst = float(alone.abs().max()) if alone.numel() else 0.0
+        self._independent = torch.allclose(alone, together, rtol=TOLERANCE, atol=TOLERANCE * worst, equal_nan=True)
 
     def _forget_before(self, version: Version) -> None:
         """Let go of the graphs of all but the versions that were asked for last, `version` being the newest."""
@@ -77,26 +142,79 @@ class BodyWorker:
         while len(self._versions) > KEPT_VERSIONS:
             old, _ = self._versions.popitem(last=False)
             for cid in [cid for cid in self._graphs if parse_cid(cid).version == old]:
-                del self._graphs[cid]
+                self._forget(cid)
 
-    def backward(
+    def _forget(self, cid: Cid) -> _Pass | None:
+        """Keep the graph of this step no more; what was kept."""
+        if made := self._graphs.pop(cid, None):
+            self._kept_bytes -= made.step_bytes
+        return made
+
+    def backward_all(
         self,
-        weights: Callable[[], PartWeights],
-        request: messages.Backward,
-        grad: torch.Tensor,
-        x: torch.Tensor | None,
-    ) -> Done:
-        """Gradients of the cached forward, or of one made again from `x`; InputNeeded when there is neither."""
-        kept = self._graphs.pop(request.cid, None)
-        if x is not None:
-            used = weights()
-            kept = (
-                used,
-                self._part.forward(used, x, seed=request.seed, train=True, need_input_grad=request.want_grad),
-            )
-        if kept is None:
-            raise InputNeeded(f"{self._node} no longer holds the forward of {request.cid}; send its input again")
-        return self._spill(request, self._part.backward(*kept, grad), None)
+        weights: PartWeights | None,
+        given: Sequence[tuple[messages.Backward, torch.Tensor, torch.Tensor | None]],
+    ) -> list[Done | ZsflError]:
+        """Gradients of the cached forwards, or of one made again from its input; InputNeeded when there is neither.
+
+        Those that went forward together go backward together if all of them are here. The others are taken through
+        the body once more, in as few passes as can be.
+        """
+        request, grad, x = given[0]
+        if x is not None and weights is not None:
+            self._forget(request.cid)
+            made = self._pass(weights, [(request.cid, x)], request.seed, request.want_grad)
+            return list(self._spill_all([request], self._part.backward(weights, made.forward, grad), [None]))
+        results: dict[Cid, Done | ZsflError] = {}
+        grads = {request.cid: (request, grad) for request, grad, _ in given}
+        passes: dict[int, _Pass] = {}
+        for cid in grads:
+            made = self._forget(cid)
+            if made is None:
+                said = f"{self._node} no longer holds the forward of {cid}; send its input again"
+                results[cid] = InputNeeded(said)
+            else:
+                passes[id(made)] = made
+        again: list[tuple[Cid, torch.Tensor]] = []
+        for made in passes.values():
+            here = [cid for cid in made.rows if cid in grads]
+            if len(here) == len(made.rows):
+                results |= self._backward_pass(made, [grads[cid] for cid in made.rows])
+            else:
+                again += [(cid, made.input[made.rows[cid]]) for cid in here]
+        if again:
+            used = next(iter(passes.values())).weights
+            requests = [grads[cid][0] for cid, _ in again]
+            made = self._pass(used, again, requests[0].seed, any(one.want_grad for one in requests))
+            results |= self._backward_pass(made, [grads[cid] for cid, _ in again])
+        return [results[cid] for cid in grads]
+
+    def _backward_pass(
+        self, made: _Pass, given: Sequence[tuple[messages.Backward, torch.Tensor]]
+    ) -> dict[Cid, Done | ZsflError]:
+        """The backward of one pass, with the gradients of all its steps in order."""
+        grad = given[0][1] if len(given) == 1 else torch.cat([grad for _, grad in given])
+        result = self._part.backward(made.weights, made.forward, grad)
+        requests = [request for request, _ in given]
+        done = self._spill_all(requests, result, [None] * len(given), list(made.rows.values()))
+        return {request.cid: one for request, one in zip(requests, done, strict=True)}
+
+    def step_all(
+        self, weights: PartWeights, given: Sequence[tuple[messages.Step, torch.Tensor, torch.Tensor]]
+    ) -> list[Done]:
+        """Label sharing: forward, loss and backward in one, of one step or several."""
+        requests = [request for request, _, _ in given]
+        made = self._pass(
+            weights, [(one.cid, x) for one, x, _ in given], requests[0].seed, any(one.want_grad for one in requests)
+        )
+        self._was_run = True
+        losses = [
+            self._loss(request, made.forward.output[rows], target)
+            for (request, _, target), rows in zip(given, made.rows.values(), strict=True)
+        ]
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        result = self._part.backward(weights, made.forward.ending_in(loss))
+        return self._spill_all(requests, result, [float(one.detach()) for one in losses], list(made.rows.values()))
 
     # --- merged batches ---------------------------------------------------------------------------------
 
@@ -170,27 +288,46 @@ class BodyWorker:
         )
         return loss_sum(loss, output, target.to(self._part.device), request.n)
 
-    def step(self, weights: PartWeights, request: messages.Step, x: torch.Tensor, target: torch.Tensor) -> Done:
-        """Label sharing: forward, loss and backward in one."""
-        forward = self._part.forward(weights, x, seed=request.seed, train=True, need_input_grad=request.want_grad)
-        loss = self._loss(request, forward.output, target)
-        backward = self._part.backward(weights, forward.ending_in(loss))
-        return self._spill(request, backward, float(loss.detach()))
+    def _spill_all(
+        self,
+        requests: Sequence[messages.Backward | messages.Step],
+        result: Backward,
+        losses: Sequence[float | None],
+        rows: Sequence[slice] = (),
+    ) -> list[Done]:
+        """Spill what one pass gave, as one contribution of all its steps."""
+        known = [loss for loss in losses if loss is not None]
+        offer = self._put(requests, result, sum(known) if known else None)
+        done: list[Done] = []
+        for number, (request, loss) in enumerate(zip(requests, losses, strict=True)):
+            grad = result.grad_input if request.want_grad else None
+            if grad is not None and len(requests) > 1:
+                grad = grad[rows[number]]
+            done.append(Done(None if number else offer, grad, loss))
+        return done
 
     def _spill(self, request: messages.Backward | messages.Step, result: Backward, loss: float | None) -> Done:
-        if parse_cid(request.cid).version != request.version:
-            raise RemoteProtocolError(f"step {request.cid} cannot be of version {request.version}")
+        return self._spill_all([request], result, [loss])[0]
+
+    def _put(
+        self, requests: Sequence[messages.Backward | messages.Step], result: Backward, loss: float | None
+    ) -> SpillOffer:
+        first = requests[0]
+        for request in requests:
+            if parse_cid(request.cid).version != request.version:
+                raise RemoteProtocolError(f"step {request.cid} cannot be of version {request.version}")
+        shares = tuple(StepShare(cid=one.cid, n=one.n, samples=one.samples, client=one.provenance) for one in requests)
         meta = SpillMeta(
-            cid=request.cid,
+            cid=first.cid,
             part="body",
-            version=request.version,
-            n=request.n,
-            samples=request.samples,
+            version=first.version,
+            n=sum(one.n for one in requests),
+            samples=sum(one.samples for one in requests),
             loss_sum=loss,
-            client=request.provenance,
+            client=first.provenance,
             node=self._node,
+            members=shares if len(shares) > 1 else (),
         )
         tensors = {f"grad/{name}": tensor for name, tensor in result.grads.items()}
         tensors |= {f"buffer/{name}": tensor for name, tensor in result.buffers.items()}
-        offer = self._spills.put(meta, tensors)
-        return Done(offer, result.grad_input if request.want_grad else None, loss)
+        return self._spills.put(meta, tensors)

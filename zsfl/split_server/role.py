@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar, assert_never
+from typing import assert_never
 
 import torch
 
-from zsfl.compute import compute
-from zsfl.errors import BadShape, Rejected, RemoteProtocolError, Unavailable
-from zsfl.ids import BODY, Cid, NodeCard, Version, parse_cid
+from zsfl.errors import BadShape, Rejected, RemoteProtocolError, Unavailable, ZsflError
+from zsfl.ids import BODY, Cid, NodeCard, Role, StepId, parse_cid
 from zsfl.latest import Latest
 from zsfl.learning.cuts import Cuts
 from zsfl.learning.job import Job
@@ -23,14 +22,12 @@ from zsfl.node import BeatExtras, Node
 from zsfl.split_server.admission import Admission
 from zsfl.split_server.body import BodyWorker, Done
 from zsfl.split_server.meeting import Meetings
+from zsfl.split_server.merging import MergePolicy
+from zsfl.split_server.queue import Answer, Waiting, Weights, WorkQueue
 from zsfl.tensors.codec import Codec, unpack
-from zsfl.tensors.spec import TensorSpec
 from zsfl.weights.follower import WeightsFollower
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Backward, Broadcast, Forward, Infer, Output, Reply, Request, Spilled, Step
-
-_Result = TypeVar("_Result")
-Answer = tuple[Reply, Sequence[Buffer]]
 
 
 class SplitServerRole:
@@ -40,11 +37,18 @@ class SplitServerRole:
         self._node = node
         self._cuts = cuts
         parts = {
-            cut: Part(cuts.model(cut).body, "body", device, batch_norm=job.batch_norm, names=cuts.names(cut))
+            cut: Part(
+                cuts.model(cut).body,
+                "body",
+                device,
+                batch_norm=job.batch_norm,
+                autocast=job.autocast,
+                names=cuts.names(cut),
+            )
             for cut in cuts.all
         }
         self._warnings = dict.fromkeys(warning for part in parts.values() for warning in part.warnings(job.steps))
-        self._weights = WeightsFollower(
+        self._weights: WeightsFollower[Weights] = WeightsFollower(
             node, BODY, lambda state: {cut: part.load(state) for cut, part in parts.items()}
         )
         self._member = Member(node, [self._weights], spills)
@@ -54,15 +58,30 @@ class SplitServerRole:
             cut: BodyWorker(job, part, self._member.spills, node=node.name, slots=node.settings.slots)
             for cut, part in parts.items()
         }
+        self._policy = MergePolicy()
+        self._queue = WorkQueue(
+            cuts,
+            self._weights,
+            self._admission,
+            self._work,
+            merges=self._merges,
+            left=self._touched,
+            same_k=job.local_lr is not None,
+        )
         self._forwards = Meetings(self._merge_forwards)
         self._backwards = Meetings(self._merge_backwards)
         self._steps = Meetings(self._merge_steps)
         self._news = Latest(None)
         """Touched whenever a drain may have come to its end."""
         self._server = node.serve(self._answer)
-        self.data_port = self._server.port
+        self.hears = frozenset({Role.AGGREGATOR})
 
-    async def prepare(self) -> None:
+    @property
+    def data_port(self) -> int:
+        """Where steps are taken, and spills fetched."""
+        return self._server.port
+
+    def prepare(self) -> None:
         """Say what makes the run inexact."""
         for warning in self._warnings:
             self._node.note(warning, "warning")
@@ -73,7 +92,6 @@ class SplitServerRole:
             serving = tasks.create_task(self._server.run(), name="data")
             present = tasks.create_task(self._mind_the_aggregator(), name="aggregator")
             await self._member.state.wait_for(lambda now: now is not None and self._member.check(now))
-            await self._member.close()
             serving.cancel()
             present.cancel()
 
@@ -85,7 +103,6 @@ class SplitServerRole:
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._news.wait_for(lambda _: self._handed_over())
-                await self._member.close()
 
     def _handed_over(self) -> bool:
         """Whether nothing is in hand, and nothing is held that a live aggregator may still want."""
@@ -123,76 +140,94 @@ class SplitServerRole:
 
     # --- requests ---------------------------------------------------------------------------------------
 
-    async def _answer(self, request: Request, parts: Sequence[Buffer]) -> Answer:
+    def _answer(self, request: Request, parts: Sequence[Buffer]) -> Answer | Awaitable[Answer]:
         match request:
             case Forward() | Backward() | Step() if request.merged:
-                return await self._answer_merged(request, parts)
-            case Forward() | Infer():
-                with self._admitted():
-                    return await self._run_forward(request, _only(parts, 1))
-            case Backward():
-                with self._admitted():
-                    return await self._run_backward(request, _only(parts, 1 if request.input is None else 2))
-            case Step():
-                with self._admitted():
-                    return await self._run_step(request, _only(parts, 2))
+                return self._answer_merged(request, parts)
+            case Forward() | Backward() | Step() | Infer():
+                return self._queue.put(request, parts)
             case _:
-                return await self._member.answer(request)
+                return self._member.answer(request)
 
-    @contextmanager
-    def _admitted(self) -> Iterator[None]:
-        self._admission.enter()
-        try:
-            yield
-        finally:
-            self._admission.leave()
-            self._news.touch()
+    def _merges(self, cut: str, kind: str, count: int) -> bool:
+        return self._workers[cut].merges and self._policy.pays(kind, count)
 
-    async def _weights_of(self, shard: int, version: Version) -> PartWeights:
-        return (await self._weights.get(version))[self._cuts.of(shard)]
+    def _work(self, chosen: Sequence[Waiting], weights: PartWeights | None) -> list[Answer | ZsflError]:
+        """The answers to requests of one kind, made in one pass where there are several."""
+        worker, samples, start_s = self._workers[chosen[0].cut], 0, time.perf_counter()
+        answers: list[Answer | ZsflError]
+        with self._computing(len(chosen)):
+            match chosen[0].request:
+                case Infer() as request:
+                    x = unpack(request.input, chosen[0].parts[0])
+                    answers = [self._output(worker.infer(_given(weights), x))]
+                case Forward():
+                    asked = [
+                        (one.request, unpack(one.request.input, one.parts[0]))
+                        for one in chosen
+                        if isinstance(one.request, Forward)
+                    ]
+                    answers = [self._output(output) for output in worker.forward_all(_given(weights), asked)]
+                    samples = sum(len(x) for _, x in asked)
+                case Backward():
+                    given = [
+                        (
+                            one.request,
+                            unpack(one.request.grad, one.parts[0]),
+                            None if one.request.input is None else unpack(one.request.input, one.parts[1]),
+                        )
+                        for one in chosen
+                        if isinstance(one.request, Backward)
+                    ]
+                    answers = [self._outcome(done) for done in worker.backward_all(weights, given)]
+                    samples = sum(len(grad) for _, grad, _ in given)
+                case Step():
+                    steps = [
+                        (one.request, unpack(one.request.input, one.parts[0]), unpack(one.request.target, one.parts[1]))
+                        for one in chosen
+                        if isinstance(one.request, Step)
+                    ]
+                    answers = [self._outcome(done) for done in worker.step_all(_given(weights), steps)]
+                    samples = sum(len(x) for _, x, _ in steps)
+        kind, seconds = type(chosen[0].request).__name__, time.perf_counter() - start_s
+        self._policy.measured(kind, len(chosen) > 1, samples, seconds)
+        if len(chosen) > 1:
+            self._node.counters.add("merged", len(chosen))
+        return answers
 
-    def _worker_of(self, shard: int) -> BodyWorker:
-        return self._workers[self._cuts.of(shard)]
-
-    async def _run_forward(self, request: Forward | Infer, parts: Sequence[Buffer]) -> Answer:
-        shard = request.shard if isinstance(request, Infer) else parse_cid(request.cid).shard
-        weights, worker = await self._weights_of(shard, request.version), self._worker_of(shard)
-
-        def work() -> tuple[TensorSpec, Buffer]:
-            x = unpack(request.input, parts[0])
-            if isinstance(request, Infer):
-                return self._codec.pack("output", worker.infer(weights, x))
-            return self._codec.pack("output", worker.forward(weights, request, x))
-
-        spec, data = await self._computed(work)
+    def _output(self, output: torch.Tensor) -> Answer:
+        spec, data = self._codec.pack("output", output)
         self._node.counters.add("forwards")
         return Output(output=spec, load=self._admission.load), [data]
 
-    async def _run_backward(self, request: Backward, parts: Sequence[Buffer]) -> Answer:
-        shard = parse_cid(request.cid).shard
-        weights = None if request.input is None else await self._weights_of(shard, request.version)
-        worker = self._worker_of(shard)
+    def _outcome(self, done: Done | ZsflError) -> Answer | ZsflError:
+        return done if isinstance(done, ZsflError) else self._acknowledged(done)
 
-        def needed() -> PartWeights:
-            if weights is None:
-                raise TypeError("a recompute needs weights")
-            return weights
+    def _acknowledged(self, done: Done) -> Answer:
+        """The answer to a step whose spill is in place, and not before it is."""
+        if done.offer is not None:
+            self._member.offer(done.offer)
+        self._node.counters.add("steps")
+        spec, parts = None, list[Buffer]()
+        if done.grad is not None:
+            spec, data = self._codec.pack("grad", done.grad)
+            parts.append(data)
+        return Spilled(grad=spec, loss_sum=done.loss_sum, load=self._admission.load), parts
 
-        def work() -> Done:
-            x = None if request.input is None else unpack(request.input, parts[1])
-            return worker.backward(needed, request, unpack(request.grad, parts[0]), x)
+    def _touched(self) -> None:
+        self._news.touch()
 
-        return await self._spilled(work)
-
-    async def _run_step(self, request: Step, parts: Sequence[Buffer]) -> Answer:
-        shard = parse_cid(request.cid).shard
-        weights, worker = await self._weights_of(shard, request.version), self._worker_of(shard)
-
-        def work() -> Done:
-            x, target = unpack(request.input, parts[0]), unpack(request.target, parts[1])
-            return worker.step(weights, request, x, target)
-
-        return await self._spilled(work)
+    @contextmanager
+    def _computing(self, count: int = 1) -> Iterator[None]:
+        """Learn from how long it took, and tell the client what is wrong with its batch or with this server."""
+        start_s = time.perf_counter()
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise Unavailable(f"{self._node.name} is out of memory: {error}") from error
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise Rejected(f"the body fails on this batch: {type(error).__name__}: {error}") from error
+        self._admission.measured((time.perf_counter() - start_s) / count)
 
     # --- merged batches ---------------------------------------------------------------------------------
 
@@ -214,78 +249,50 @@ class SplitServerRole:
             self._news.touch()
 
     async def _attend_forward(self, request: Forward, parts: Sequence[Buffer]) -> Answer:
-        x = await compute(unpack, request.input, parts[0])
-        output = await self._forwards.attend(request.cid, request.merged, (request, x))
-        spec, data = await compute(self._codec.pack, "output", output)
-        self._node.counters.add("forwards")
-        return Output(output=spec, load=self._admission.load), [data]
+        x = unpack(request.input, parts[0])
+        return self._output(await self._forwards.attend(request.cid, request.merged, (request, x)))
 
     async def _attend_backward(self, request: Backward, parts: Sequence[Buffer]) -> Answer:
-        grad = await compute(unpack, request.grad, parts[0])
-        x = None if request.input is None else await compute(unpack, request.input, parts[1])
-        return await self._acknowledge(await self._backwards.attend(request.cid, request.merged, (request, grad, x)))
+        grad = unpack(request.grad, parts[0])
+        x = None if request.input is None else unpack(request.input, parts[1])
+        return self._acknowledged(await self._backwards.attend(request.cid, request.merged, (request, grad, x)))
 
     async def _attend_step(self, request: Step, parts: Sequence[Buffer]) -> Answer:
-        x, target = await compute(unpack, request.input, parts[0]), await compute(unpack, request.target, parts[1])
-        return await self._acknowledge(await self._steps.attend(request.cid, request.merged, (request, x, target)))
+        x, target = unpack(request.input, parts[0]), unpack(request.target, parts[1])
+        return self._acknowledged(await self._steps.attend(request.cid, request.merged, (request, x, target)))
 
-    async def _acknowledge(self, done: Done) -> Answer:
-        packed = None if done.grad is None else await compute(self._codec.pack, "grad", done.grad)
-        return self._spilled_reply(done, packed)
+    async def _weights_of(self, step: StepId) -> tuple[PartWeights, BodyWorker]:
+        cut = self._cuts.of(step.shard)
+        return (await self._weights.get(step.version))[cut], self._workers[cut]
 
     async def _merge_forwards(self, given: Mapping[Cid, tuple[Forward, torch.Tensor]]) -> dict[Cid, torch.Tensor]:
-        first = parse_cid(next(iter(given)))
-        weights, worker = await self._weights_of(first.shard, first.version), self._worker_of(first.shard)
-        return await self._computed(lambda: worker.forward_merged(weights, given))
+        weights, worker = await self._weights_of(parse_cid(next(iter(given))))
+        with self._computing():
+            return worker.forward_merged(weights, given)
 
     async def _merge_backwards(
         self, given: Mapping[Cid, tuple[Backward, torch.Tensor, torch.Tensor | None]]
     ) -> dict[Cid, Done]:
         first = parse_cid(next(iter(given)))
+        worker = self._workers[self._cuts.of(first.shard)]
         whole = all(x is not None for _, _, x in given.values())
-        weights = await self._weights_of(first.shard, first.version) if whole else None
-        worker = self._worker_of(first.shard)
-        return await self._computed(lambda: worker.backward_merged(weights, given))
+        weights = (await self._weights_of(first))[0] if whole else None
+        with self._computing():
+            return worker.backward_merged(weights, given)
 
     async def _merge_steps(self, given: Mapping[Cid, tuple[Step, torch.Tensor, torch.Tensor]]) -> dict[Cid, Done]:
-        first = parse_cid(next(iter(given)))
-        weights, worker = await self._weights_of(first.shard, first.version), self._worker_of(first.shard)
-        return await self._computed(lambda: worker.step_merged(weights, given))
-
-    async def _spilled(self, work: Callable[[], Done]) -> Answer:
-        """Acknowledge a step: only after its spill is in place."""
-
-        def work_and_pack() -> tuple[Done, tuple[TensorSpec, Buffer] | None]:
-            done = work()
-            return done, None if done.grad is None else self._codec.pack("grad", done.grad)
-
-        return self._spilled_reply(*await self._computed(work_and_pack))
-
-    def _spilled_reply(self, done: Done, packed: tuple[TensorSpec, Buffer] | None) -> Answer:
-        self._member.offer(done.offer)
-        self._node.counters.add("steps")
-        spec = None if packed is None else packed[0]
-        parts = [] if packed is None else [packed[1]]
-        return Spilled(grad=spec, loss_sum=done.loss_sum, load=self._admission.load), parts
-
-    async def _computed(self, work: Callable[[], _Result]) -> _Result:
-        """Run `work` in the compute thread and learn from how long it took."""
-
-        def timed() -> tuple[_Result, float]:
-            start = time.perf_counter()
-            try:
-                return work(), time.perf_counter() - start
-            except torch.OutOfMemoryError as error:
-                raise Unavailable(f"{self._node.name} is out of memory: {error}") from error
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                raise Rejected(f"the body fails on this batch: {type(error).__name__}: {error}") from error
-
-        result, seconds = await compute(timed)
-        self._admission.measured(seconds)
-        return result
+        weights, worker = await self._weights_of(parse_cid(next(iter(given))))
+        with self._computing():
+            return worker.step_merged(weights, given)
 
 
 def _only(parts: Sequence[Buffer], count: int) -> Sequence[Buffer]:
     if len(parts) != count:
         raise BadShape(f"{count} tensors belong to this request, {len(parts)} came with it")
     return parts
+
+
+def _given(weights: PartWeights | None) -> PartWeights:
+    if weights is None:
+        raise TypeError("a forward needs weights")
+    return weights

@@ -9,7 +9,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from zsfl.compute import compute
 from zsfl.errors import BadShape, NoPeer, ZsflError
 from zsfl.ids import NodeCard, Portion, Version
 from zsfl.latest import Latest
@@ -30,7 +29,7 @@ _Loaded = TypeVar("_Loaded")
 class WeightsFollower(Generic[_Loaded]):
     """The newest versions of one portion of the weights, loaded and ready to use.
 
-    `load` turns tensors by name into what the role computes with; it runs in the compute thread, once a version.
+    `load` turns tensors by name into what the role computes with, once a version.
     """
 
     def __init__(self, node: Node, portion: Portion, load: Callable[[dict[str, torch.Tensor]], _Loaded]) -> None:
@@ -41,15 +40,15 @@ class WeightsFollower(Generic[_Loaded]):
         self._connection: Connection | None = None
         self._listening: asyncio.Task[None] | None = None
         self._arriving: Callable[[], list[Weights]] = list
-        self._versions: Latest[dict[Version, asyncio.Task[_Loaded]]] = Latest({})
-        self._fetching: dict[Version, asyncio.Task[asyncio.Task[_Loaded]]] = {}
+        self._versions: Latest[dict[Version, asyncio.Future[_Loaded]]] = Latest({})
+        self._fetching: dict[Version, asyncio.Task[asyncio.Future[_Loaded]]] = {}
 
     def follow(self, aggregator: NodeCard) -> None:
         """Take versions from this aggregator from now on; those of a former one are forgotten."""
         self.unfollow()
         self._source = aggregator
         self._connection = self._node.connect(aggregator, aggregator.data_port)
-        ear = self._node.listen(aggregator, aggregator.weights_port, [self._portion.encode()], self._heard)
+        ear = self._node.listen(aggregator, [self._portion.encode()], self._heard)
         self._arriving = lambda: [body for body in ear.arriving() if isinstance(body, Weights)]
         self._listening = self._node.start(ear.run(), f"weights of {aggregator.name}")
 
@@ -63,6 +62,14 @@ class WeightsFollower(Generic[_Loaded]):
         self._fetching = {}
         self._versions.set({})
 
+    def held(self, version: Version) -> _Loaded | None:
+        """The weights of `version` if they are here already."""
+        held = self._versions.value
+        if (loaded := held.get(version)) is None:
+            return None
+        held[version] = held.pop(version)  # to the end: the one that was not asked for longest goes first
+        return loaded.result()
+
     async def get(self, version: Version) -> _Loaded:
         """The weights of `version`, waiting for them to arrive, fetching them if they do not.
 
@@ -74,7 +81,7 @@ class WeightsFollower(Generic[_Loaded]):
         loading = held.get(version) or await self._fetch_once(version)
         if version in held:
             held[version] = held.pop(version)  # to the end: the one that was not asked for longest goes first
-        return await asyncio.shield(loading)
+        return loading.result()
 
     async def _await_broadcast(self, version: Version) -> None:
         """Give the broadcast its grace, and all the time it needs once it has begun to arrive."""
@@ -86,7 +93,7 @@ class WeightsFollower(Generic[_Loaded]):
             if version not in (body.version for body in self._arriving()):
                 return
 
-    async def _fetch_once(self, version: Version) -> asyncio.Task[_Loaded]:
+    async def _fetch_once(self, version: Version) -> asyncio.Future[_Loaded]:
         fetching = self._fetching
         if version not in fetching:
             task = asyncio.create_task(self._fetch(version))
@@ -95,7 +102,7 @@ class WeightsFollower(Generic[_Loaded]):
             task.add_done_callback(lambda _: fetching.pop(version, None))
         return await asyncio.shield(fetching[version])
 
-    async def _fetch(self, version: Version) -> asyncio.Task[_Loaded]:
+    async def _fetch(self, version: Version) -> asyncio.Future[_Loaded]:
         connection = self._connection
         if connection is None:
             raise NoPeer("there is no aggregator to fetch weights from")
@@ -115,20 +122,24 @@ class WeightsFollower(Generic[_Loaded]):
             with suppress(ZsflError):
                 self._take(broadcast, parts)
 
-    def _take(self, weights: Weights, parts: Sequence[Buffer]) -> asyncio.Task[_Loaded]:
+    def _take(self, weights: Weights, parts: Sequence[Buffer]) -> asyncio.Future[_Loaded]:
         held = self._versions.value
         if weights.version in held:
             return held[weights.version]
         if len(parts) != len(weights.tensors):
             raise BadShape(f"{len(weights.tensors)} tensors are declared and {len(parts)} arrived")
         state = {spec.name: unpack(spec, part) for spec, part in zip(weights.tensors, parts, strict=True)}
-        task = asyncio.create_task(compute(self._load, state))
-        task.add_done_callback(_seen)
-        held[weights.version] = task
+        loaded: asyncio.Future[_Loaded] = asyncio.get_running_loop().create_future()
+        try:
+            loaded.set_result(self._load(state))
+        except Exception as error:  # whoever asks for this version gets it
+            loaded.set_exception(error)
+            loaded.exception()
+        held[weights.version] = loaded
         while len(held) > KEPT_VERSIONS:
             del held[next(iter(held))]
         self._versions.touch()
-        return task
+        return loaded
 
 
 def _seen(task: asyncio.Task[Any]) -> None:

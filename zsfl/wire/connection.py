@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import zmq
-import zmq.asyncio
 
 from zsfl.errors import DeadlineExceeded, LocalProtocolError, NoPeer, RemoteProtocolError, ZsflError
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
 from zsfl.wire.framing import Arrived, Assembler, Buffer, Header, NoRoom, encode, nbytes
 from zsfl.wire.messages import AnyMessage, Refusal, Request
+from zsfl.wire.pump import Pump
 from zsfl.wire.refusals import to_error
-from zsfl.wire.sockets import DATA_QUEUE, open_socket, send, send_soon
-
-FAIR_SHARE = 64
-"""Messages handled before other tasks get a turn: a hot recv loop on a ready socket never yields by itself."""
-FAIR_BYTES = 1 << 18
-"""A message of so many is a turn of its own: copying 64 chunks of a tensor would take the loop for too long."""
+from zsfl.wire.sockets import DATA_QUEUE, open_socket, send_now
 
 _serial = itertools.count()
 _Answer = TypeVar("_Answer", bound=AnyMessage)
@@ -47,7 +43,7 @@ class Connection:
 
     def __init__(
         self,
-        context: zmq.asyncio.Context,
+        context: zmq.Context[Any],
         endpoint: str,
         *,
         peer: str,
@@ -63,14 +59,16 @@ class Connection:
         self._ids = itertools.count(1)
         self._assembler = Assembler(limits, wanted=self._pending.__contains__)
         self._closed: str | None = None
+        self._waiting: deque[tuple[list[Buffer], asyncio.Future[Any]]] = deque()
+        """Multiparts that found no room, each with the future that makes it pointless, first come first sent."""
         self._socket = open_socket(context, zmq.DEALER, limits, DATA_QUEUE)
         # A routing id is never used twice: a ROUTER refuses one whose last connection it has not buried yet.
         self._socket.routing_id = f"{own_id}/{next(_serial)}".encode()
         # A request to somebody who is not there yet waits for its deadline instead of in a queue.
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         self._socket.connect(endpoint)
-        self._reader = asyncio.create_task(self._read(), name=f"read {endpoint}")
-        self._reader.add_done_callback(self._reader_ended)
+        self._pump = Pump(self._socket, self._take, counters, self._flush)
+        self._pump.ended.add_done_callback(self._reader_ended)
 
     async def request(self, body: Request, parts: Sequence[Buffer] = (), *, deadline_s: float) -> Answer:
         """The peer's answer within `deadline_s`.
@@ -84,75 +82,95 @@ class Connection:
             raise LocalProtocolError(f"over {self._limits.max_inflight} requests in flight to {self.peer}")
         request_id = next(self._ids)
         header = Header(kind="request", id=request_id, deadline_s=deadline_s, body=body)
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer] = loop.create_future()
         self._pending[request_id] = future
+        late = loop.call_later(deadline_s, self._expire, future, type(body).__name__, deadline_s)
         begun = False
         try:
-            async with asyncio.timeout(deadline_s):
-                for frames in encode(header, parts, self._limits):
-                    if future.done():  # refused before all of it was sent
-                        break
-                    await self._send(frames)
-                    begun = True
-                answer = await future
-        except TimeoutError:
-            self._cancel(request_id, begun)
-            raise DeadlineExceeded(
-                f"no answer from {self.peer} at {self._endpoint} to {type(body).__name__} within {deadline_s:.3g} s"
-            ) from None
-        except asyncio.CancelledError:
+            for frames in encode(header, parts, self._limits):
+                if future.done():  # refused before all of it was sent, or too late
+                    break
+                if self._waiting or not self._sent(frames):
+                    await self._until_sent(frames, future)
+                begun = True
+            answer = await future
+        except (DeadlineExceeded, asyncio.CancelledError):
             self._cancel(request_id, begun)
             raise
         finally:
+            late.cancel()
             self._pending.pop(request_id, None)
             self._assembler.forget(request_id)
         if isinstance(answer.body, Refusal):
             raise to_error(answer.body, self.peer)
         return answer
 
+    def _expire(self, future: asyncio.Future[Answer], what: str, deadline_s: float) -> None:
+        # An answer that is here by now counts, however long this loop was held up.
+        self._pump.drain()
+        if not future.done():
+            said = f"no answer from {self.peer} at {self._endpoint} to {what} within {deadline_s:.3g} s"
+            future.set_exception(DeadlineExceeded(said))
+            future.exception()
+
     def close(self, reason: str = "was closed") -> None:
         """Fail what is in flight with NoPeer and close the socket; may be called again."""
         if self._closed is not None:
             return
         self._closed = reason
-        self._reader.cancel()
         self._fail(None, NoPeer(f"{self.peer} at {self._endpoint} {reason}"))
+        self._pump.close()
         self._socket.close(linger=0)
 
-    async def _send(self, frames: list[Buffer]) -> None:
-        size = sum(nbytes(frame) for frame in frames)
+    def _sent(self, frames: list[Buffer]) -> bool:
         if self._closed is not None:
             raise NoPeer(f"{self.peer} at {self._endpoint} {self._closed}")
-        try:
-            await send(self._socket, frames, copy=size < self._limits.copy_below_bytes)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self._closed is None or (task is not None and task.cancelling()):
-                raise
-            # Closing a socket cancels what waits to be sent on it.
-            raise NoPeer(f"{self.peer} at {self._endpoint} {self._closed}") from None
+        size = sum(map(nbytes, frames))
+        if not send_now(self._socket, frames, copy=size < self._limits.copy_below_bytes):
+            return False
         self._counters.add("bytes_sent", size)
+        self._pump.sent()
+        return True
+
+    async def _until_sent(self, frames: list[Buffer], future: asyncio.Future[Answer]) -> None:
+        """Returns when this is sent, or the request has come to its end."""
+        sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((frames, sent))
+        self._pump.wants_room()
+        try:
+            await asyncio.wait({sent, future}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            sent.cancel()
+
+    def _flush(self) -> None:
+        """There is room for some of those that wait."""
+        while self._waiting and self._closed is None:
+            frames, sent = self._waiting[0]
+            if not sent.done():
+                if not self._sent(frames):
+                    self._pump.wants_room()
+                    return
+                sent.set_result(None)
+            self._waiting.popleft()
 
     def _cancel(self, request_id: int, begun: bool) -> None:
+        """Tell the peer as soon as there is room for it."""
         if begun and self._closed is None:
-            send_soon(self._socket, next(encode(Header(kind="cancel", id=request_id), (), self._limits)))
+            frames = next(encode(Header(kind="cancel", id=request_id), (), self._limits))
+            if self._waiting or not self._sent(frames):
+                self._waiting.append((frames, asyncio.get_running_loop().create_future()))
+                self._pump.wants_room()
 
-    async def _read(self) -> None:
-        for turn in itertools.count():
-            frames = await self._socket.recv_multipart(copy=False)
-            views = [frame.buffer for frame in frames]
-            size = sum(view.nbytes for view in views)
-            self._counters.add("bytes_received", size)
-            try:
-                if arrived := self._assembler.feed(views):
-                    self._answered(arrived)
-            except RemoteProtocolError as error:
-                self._counters.add("protocol_errors")
-                self._fail(error.message_id, NoPeer(f"{self.peer} sent what cannot be read: {error}"))
-            except NoRoom as error:
-                self._fail(error.message_id, error)
-            if turn % FAIR_SHARE == 0 or size >= FAIR_BYTES:
-                await asyncio.sleep(0)
+    def _take(self, frames: list[zmq.Frame], _size: int) -> None:
+        try:
+            if arrived := self._assembler.feed([frame.buffer for frame in frames]):
+                self._answered(arrived)
+        except RemoteProtocolError as error:
+            self._counters.add("protocol_errors")
+            self._fail(error.message_id, NoPeer(f"{self.peer} sent what cannot be read: {error}"))
+        except NoRoom as error:
+            self._fail(error.message_id, error)
 
     def _answered(self, arrived: Arrived) -> None:
         if arrived.kind != "reply" or arrived.body is None:
@@ -168,7 +186,7 @@ class Connection:
                 future.set_exception(error)
                 future.exception()  # whoever waits gets it; nobody waiting is no fault
 
-    def _reader_ended(self, reader: asyncio.Task[None]) -> None:
+    def _reader_ended(self, ended: asyncio.Future[None]) -> None:
         """Nothing more can be heard of whoever is still asking."""
-        error = None if reader.cancelled() else reader.exception()
+        error = ended.exception()
         self.close("was closed" if error is None else f"can no longer be read: {error!r}")

@@ -15,22 +15,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
-import msgpack  # pyright: ignore[reportMissingTypeStubs]
 import msgspec
 from msgspec import Meta
 
 from zsfl.errors import Busy, LocalProtocolError, RemoteProtocolError
 from zsfl.settings import WireLimits
+from zsfl.wire.memory import memory
 from zsfl.wire.messages import AnyMessage
 
 Buffer = bytes | bytearray | memoryview
 Kind = Literal["request", "reply", "publish", "chunk", "cancel"]
+MessageId = Annotated[int, Meta(ge=0, le=1 << 62)]
 
 STALLED_S = 2.0
 """A message that nothing more came of for so long is not counted on."""
+AHEAD = 16
+"""Memory for a message in chunks is taken for so many times what has arrived of it, as far as it goes."""
 RETRY_AFTER_S = 0.1
 """When to come back with a message that found no room."""
 
@@ -39,7 +41,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """First frame of every multipart."""
 
     kind: Kind
-    id: Annotated[int, Meta(ge=0, le=1 << 62)]
+    id: MessageId
     """Chosen by whoever asks; a reply and its chunks carry the same."""
     deadline_s: Annotated[float, Meta(ge=0, le=86_400)] = 0.0
     """How long the asker will wait from now on; of requests only."""
@@ -48,8 +50,18 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     body: AnyMessage | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
+class _Named(msgspec.Struct, frozen=True):
+    """What is looked for in a header that is wrong elsewhere; all else is skipped, and takes no memory."""
+
+    id: MessageId
+
+
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder(Header).decode
+_unpack_id = msgspec.msgpack.Decoder(_Named).decode
+
+
+class Arrived(msgspec.Struct, frozen=True):
     """One whole message."""
 
     kind: Kind
@@ -61,20 +73,21 @@ class Arrived:
 
 def encode(header: Header, parts: Sequence[Buffer], limits: WireLimits) -> Iterator[list[Buffer]]:
     """The multiparts of one message, in order; LocalProtocolError when it breaks a limit."""
-    sizes = tuple(nbytes(part) for part in parts)
-    if sum(sizes) > limits.max_message_bytes or len(sizes) > limits.max_parts:
+    sizes = tuple(map(nbytes, parts))
+    total = sum(sizes)
+    if total > limits.max_message_bytes or len(sizes) > limits.max_parts:
         raise LocalProtocolError(
-            f"message of {sum(sizes)} bytes in {len(sizes)} parts is over the limit of "
+            f"message of {total} bytes in {len(sizes)} parts is over the limit of "
             f"{limits.max_message_bytes} bytes in {limits.max_parts} parts; raise max_message_bytes or max_parts"
         )
-    head = msgspec.msgpack.encode(msgspec.structs.replace(header, sizes=sizes) if sizes else header)
+    head = _pack(msgspec.structs.replace(header, sizes=sizes) if sizes else header)
     if len(head) > limits.max_header_bytes:
         raise LocalProtocolError(f"header of {len(head)} bytes is over the limit of {limits.max_header_bytes}")
-    if sum(sizes) <= limits.frame_bytes:
+    if total <= limits.frame_bytes:
         yield [head, *parts]
         return
     yield [head]
-    chunk_head = msgspec.msgpack.encode(Header(kind="chunk", id=header.id))
+    chunk_head = _pack(Header(kind="chunk", id=header.id))
     for frames in _chunks(parts, limits.frame_bytes):
         yield [chunk_head, *frames]
 
@@ -105,18 +118,18 @@ def decode_header(frame: Buffer, limits: WireLimits) -> Header:
     """The checked header in `frame`; RemoteProtocolError when it is not one."""
     if nbytes(frame) > limits.max_header_bytes:
         raise RemoteProtocolError(f"header of {nbytes(frame)} bytes, at most {limits.max_header_bytes} allowed")
-    fields: object = None
     try:
-        fields = cast(object, msgpack.unpackb(frame, strict_map_key=True))  # pyright: ignore[reportUnknownMemberType]
-        return msgspec.convert(fields, Header)
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException, msgspec.ValidationError) as error:
-        raise RemoteProtocolError(f"not a zsfl message: {error}", _id_in(fields)) from error
+        return _unpack(frame)
+    except (ValueError, RecursionError) as error:
+        raise RemoteProtocolError(f"not a zsfl message: {error}", _id_in(frame)) from error
 
 
-def _id_in(fields: object) -> int | None:
+def _id_in(frame: Buffer) -> int | None:
     """The id of a message that is wrong elsewhere."""
-    found = cast("dict[object, object]", fields).get("id") if isinstance(fields, dict) else None
-    return found if type(found) is int and 0 <= found < 1 << 62 else None
+    try:
+        return _unpack_id(frame).id
+    except (ValueError, RecursionError):
+        return None
 
 
 class NoRoom(Busy):
@@ -136,20 +149,40 @@ class Room:
 
 
 class _Half:
-    """A message whose chunks are still arriving."""
+    """A message whose chunks are still arriving.
+
+    Each is copied once, as it comes, into memory that is taken ahead of it, but never for more than `AHEAD` times what
+    has arrived: so what a header declares costs nothing, and what has arrived is rarely moved. Taken memory that
+    nothing was written to yet is an address range to the operating system, and no more.
+    """
 
     def __init__(self, header: Header, now_s: float, due_s: float) -> None:
         self.header = header
         self.total = sum(header.sizes)
-        self.buffer = bytearray()  # grows as bytes arrive: what a header declares costs the sender nothing
+        self.arrived_bytes = 0
+        self.buffer = memoryview(b"")
         self.heard_s = now_s
         self.due_s = due_s
 
+    def add(self, frames: Sequence[Buffer], more: int) -> None:
+        """Take in frames, `more` bytes together; MemoryError when there is no memory for them."""
+        start = self.arrived_bytes
+        self.arrived_bytes += more
+        if self.arrived_bytes > len(self.buffer):
+            taken = memory(min(self.total, AHEAD * self.arrived_bytes), rather=self.total)
+            taken[:start] = self.buffer[:start]
+            self.buffer = taken
+        for frame in frames:
+            end = start + nbytes(frame)
+            self.buffer[start:end] = frame
+            start = end
+
     def parts(self) -> list[Buffer]:
-        view, start = memoryview(self.buffer), 0
+        """The parts of a whole message, as slices of one writable buffer."""
+        start = 0
         parts: list[Buffer] = []
         for size in self.header.sizes:
-            parts.append(view[start : start + size])
+            parts.append(self.buffer[start : start + size])
             start += size
         return parts
 
@@ -203,7 +236,7 @@ class Assembler:
     def forget(self, message_id: int) -> None:
         """Drop a half-finished message."""
         if half := self._halves.pop(message_id, None):
-            self._room.used_bytes -= len(half.buffer)
+            self._room.used_bytes -= half.arrived_bytes
 
     def forget_all(self) -> None:
         """Drop all half-finished messages."""
@@ -236,7 +269,7 @@ class Assembler:
                 header.id,
             )
         if parts or total == 0:
-            if tuple(nbytes(part) for part in parts) != header.sizes:
+            if tuple(map(nbytes, parts)) != header.sizes:
                 raise RemoteProtocolError("parts do not have the sizes that the header declares", header.id)
             return _arrived(header, parts)
         self.forget(header.id)
@@ -251,8 +284,8 @@ class Assembler:
         half = self._halves.get(header.id)
         if half is None:
             return None  # a chunk of a message that was cancelled or refused
-        more = sum(nbytes(frame) for frame in frames)
-        if len(half.buffer) + more > half.total:
+        more = sum(map(nbytes, frames))
+        if half.arrived_bytes + more > half.total:
             self.forget(header.id)
             raise RemoteProtocolError("more bytes arrived than the header declares", header.id)
         if self._room.used_bytes + more > self._room.limit_bytes:
@@ -260,9 +293,12 @@ class Assembler:
             raise NoRoom(f"{self._room.used_bytes} bytes of messages are arriving, no room for more", header.id)
         self._room.used_bytes += more
         half.heard_s = self._clock()
-        for frame in frames:
-            half.buffer += frame
-        if len(half.buffer) < half.total:
+        try:
+            half.add(frames, more)
+        except MemoryError:
+            self.forget(header.id)
+            raise NoRoom(f"no memory for {half.total} bytes; ask for less at once", header.id) from None
+        if half.arrived_bytes < half.total:
             return None
         self.forget(header.id)
         return _arrived(half.header, half.parts())

@@ -6,18 +6,23 @@ Requests and their replies stand together; what is broadcast stands last.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-from zsfl.ids import CID_PATTERN, Address, Cid, NodeCard, NodeId, PartName, Portion, Role, RunId, Version
+from zsfl.ids import CID_PATTERN, Address, Cid, NodeCard, NodeId, PartName, Portion, Role, RunId, SpillKind, Version
 from zsfl.tensors.spec import TensorSpec
 
 MAX_PEERS_EXCHANGED = 256
 """Addresses in one peer exchange: enough for a LAN, small enough for a heartbeat."""
 MAX_OFFERS = 256
 """Spills in one message: a heartbeat stays small; the rest follows in the next."""
+MAX_CARRIED_BYTES = 64 << 10
+"""Spills that are longer do not travel with their offer."""
+MAX_MEMBERS = 64
+"""Steps in one merged spill."""
 MAX_SETTLED = 4096
 """Cids in one announcement; there are several where a version settles more."""
 MAX_TENSORS = 4000
@@ -146,6 +151,8 @@ class Forward(Message, frozen=True, kw_only=True, tag="forward"):
     version: VersionNumber
     seed: Count
     input: TensorSpec
+    want_grad: bool = True
+    """As in Backward."""
     merged: Count = 0
     """With more than 0, the forward runs on the merged batch of so many steps with this version and k."""
 
@@ -184,6 +191,8 @@ class Backward(Message, frozen=True, kw_only=True, tag="backward"):
     """Whether the client needs the gradient of the input (not when its head is frozen)."""
     provenance: ShortText
     """Name of the client, for the record."""
+    again: bool = False
+    """Whether a contribution of this step may be in place already: then this one stands for itself."""
     merged: Count = 0
     """As in Forward."""
 
@@ -200,6 +209,8 @@ class Step(Message, frozen=True, kw_only=True, tag="step"):
     target: TensorSpec
     want_grad: bool
     provenance: ShortText
+    again: bool = False
+    """As in Backward."""
     merged: Count = 0
     """As in Forward."""
     shift: Annotated[tuple[float, ...], Meta(max_length=MAX_CLASSES)] = ()
@@ -224,18 +235,25 @@ class SpillOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     part: PartName
     version: VersionNumber
     size_bytes: Count
+    members: Annotated[tuple[CidText, ...], Meta(max_length=MAX_MEMBERS)] = ()
+    """Of a merged spill, all steps whose body parts it sums up, its own cid first."""
+
+    @property
+    def kind(self) -> SpillKind:
+        """What it is to be asked for as."""
+        return "merged" if self.members else self.part
 
 
 class FetchSpills(Message, frozen=True, kw_only=True, tag="fetch-spills"):
     """Asks a holder for spills; answered by Spills."""
 
-    wanted: Annotated[tuple[tuple[CidText, PartName], ...], Meta(max_length=MAX_OFFERS)]
+    wanted: Annotated[tuple[tuple[CidText, SpillKind], ...], Meta(max_length=MAX_OFFERS)]
 
 
 class Spills(Message, frozen=True, kw_only=True, tag="spills"):
     """Stored bytes of those spills asked for that the holder still has, one part each, in this order."""
 
-    found: Annotated[tuple[tuple[CidText, PartName], ...], Meta(max_length=MAX_OFFERS)]
+    found: Annotated[tuple[tuple[CidText, SpillKind], ...], Meta(max_length=MAX_OFFERS)]
 
 
 class ReleaseSpills(Message, frozen=True, kw_only=True, tag="release-spills"):
@@ -310,11 +328,15 @@ class Beat(Message, frozen=True, kw_only=True, tag="beat"):
 
 
 class Offers(Message, frozen=True, kw_only=True, tag="offers"):
-    """Gossip digest: spills that just came into place at this node."""
+    """Gossip digest: spills that just came into place at this node.
+
+    Parts, if any: the stored bytes of each, so that they need not be asked for; empty for those that are long.
+    """
 
     node: NodeId
     offers: Annotated[tuple[SpillOffer, ...], Meta(max_length=MAX_OFFERS)]
-    counters: Annotated[dict[ShortText, float], Meta(max_length=64)]
+    counters: Annotated[dict[ShortText, float], Meta(max_length=64)] = {}
+    """Empty where they were told a moment ago."""
 
 
 class Announcement(Message, frozen=True, kw_only=True, tag="announcement"):
@@ -324,6 +346,14 @@ class Announcement(Message, frozen=True, kw_only=True, tag="announcement"):
     state: RunState
     counted: Annotated[tuple[CidText, ...], Meta(max_length=MAX_SETTLED)] = ()
     dropped: Annotated[tuple[CidText, ...], Meta(max_length=MAX_SETTLED)] = ()
+
+
+def in_pieces(announcement: Announcement) -> Iterator[Announcement]:
+    """The announcement as it is, or several of the same state where its cids are too many for one."""
+    counted, dropped = announcement.counted, announcement.dropped
+    for first in range(0, max(len(counted), len(dropped), 1), MAX_SETTLED):
+        piece = slice(first, first + MAX_SETTLED)
+        yield msgspec.structs.replace(announcement, counted=counted[piece], dropped=dropped[piece])
 
 
 SAID_GOODBYE = "it said goodbye"

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import zmq
-import zmq.asyncio
 
 from zsfl.errors import LocalProtocolError, RemoteProtocolError
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
-from zsfl.wire.connection import FAIR_BYTES, FAIR_SHARE
 from zsfl.wire.framing import Assembler, Buffer, Header, NoRoom, encode, nbytes
 from zsfl.wire.messages import AnyMessage, Broadcast
+from zsfl.wire.pump import Pump
 from zsfl.wire.sockets import bind, open_socket, send_now
 
 BROADCAST_QUEUE = 1000
@@ -29,7 +28,7 @@ class Publisher:
 
     def __init__(
         self,
-        context: zmq.asyncio.Context,
+        context: zmq.Context[Any],
         host: str,
         *,
         limits: WireLimits,
@@ -72,7 +71,7 @@ class Subscriber:
 
     def __init__(
         self,
-        context: zmq.asyncio.Context,
+        context: zmq.Context[Any],
         endpoint: str,
         topics: Sequence[bytes],
         heard: Heard,
@@ -95,24 +94,19 @@ class Subscriber:
 
     async def run(self) -> None:
         """Listen until cancelled."""
+        pump = Pump(self._socket, self._take, self._counters)
         try:
-            await self._read()
+            await pump.until_ended()
         finally:
+            pump.close()
             self._socket.close(linger=0)
 
-    async def _read(self) -> None:
-        for turn in itertools.count():
-            _topic, *frames = await self._socket.recv_multipart(copy=False)
-            views = [frame.buffer for frame in frames]
-            size = sum(view.nbytes for view in views)
-            self._counters.add("bytes_received", size)
-            try:
-                arrived = self._assembler.feed(views)
-                if arrived is not None:
-                    if arrived.kind != "publish" or not isinstance(arrived.body, Broadcast):
-                        raise RemoteProtocolError(f"a {arrived.kind} where a broadcast was due")
-                    self._heard(arrived.body, arrived.parts)
-            except (RemoteProtocolError, NoRoom):
-                self._counters.add("protocol_errors")
-            if turn % FAIR_SHARE == 0 or size >= FAIR_BYTES:
-                await asyncio.sleep(0)
+    def _take(self, frames: list[zmq.Frame], _size: int) -> None:
+        try:
+            arrived = self._assembler.feed([frame.buffer for frame in frames[1:]])
+            if arrived is not None:
+                if arrived.kind != "publish" or not isinstance(arrived.body, Broadcast):
+                    raise RemoteProtocolError(f"a {arrived.kind} where a broadcast was due")
+                self._heard(arrived.body, arrived.parts)
+        except (RemoteProtocolError, NoRoom):
+            self._counters.add("protocol_errors")

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import zmq
-import zmq.asyncio
 
 from zsfl.errors import Busy, DeadlineExceeded, RemoteProtocolError
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
-from zsfl.wire.connection import FAIR_BYTES, FAIR_SHARE
 from zsfl.wire.framing import RETRY_AFTER_S, Arrived, Assembler, Buffer, Header, NoRoom, Room, encode, nbytes
 from zsfl.wire.messages import Reply, Request
+from zsfl.wire.pump import Pump
 from zsfl.wire.refusals import refusal
 from zsfl.wire.sockets import DATA_QUEUE, bind, open_socket, send_now
 
@@ -26,7 +25,9 @@ RETRY_SEND_S = 0.002
 SWEEP_S = 5.0
 """How often to look for half-finished messages of peers that gave up or vanished."""
 
-Handler = Callable[[Request, Sequence[Buffer]], Awaitable[tuple[Reply, Sequence[Buffer]]]]
+Answered = tuple[Reply, Sequence[Buffer]]
+Handler = Callable[[Request, Sequence[Buffer]], Answered | Awaitable[Answered]]
+"""Gives the reply and its parts, or a future of them, or what has to be awaited and is worth a task."""
 
 
 class _Caller:
@@ -34,7 +35,7 @@ class _Caller:
 
     def __init__(self, limits: WireLimits, room: Room) -> None:
         self.assembler = Assembler(limits, room)
-        self.tasks: dict[int, asyncio.Task[None]] = {}
+        self.tasks: dict[int, asyncio.Future[Any]] = {}
         self.outbox: deque[list[Buffer]] = deque()
 
     @property
@@ -50,7 +51,7 @@ class _Caller:
 
 
 class Server:
-    """Answers requests, each in a task of its own, within the deadline the asker set.
+    """Answers requests: at once where the handler can, else when it has, within the deadline the asker set.
 
     Surplus requests are refused with Busy. A reply that its asker does not take waits in a queue of that asker
     alone; one that finds no room among all that wait is dropped, and the asker is told to ask again.
@@ -58,7 +59,7 @@ class Server:
 
     def __init__(
         self,
-        context: zmq.asyncio.Context,
+        context: zmq.Context[Any],
         host: str,
         port: int,
         handler: Handler,
@@ -76,39 +77,45 @@ class Server:
         """Of all callers together."""
         self._full: set[bytes] = set()
         self._kick = asyncio.Event()
+        self._closed = False
+        self._tasks: asyncio.TaskGroup
+        self._pump: Pump
         self._socket = open_socket(context, zmq.ROUTER, limits, DATA_QUEUE)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.port = bind(self._socket, host, port)
 
+    def close(self) -> None:
+        """Close the socket of a server that may never have run."""
+        self._closed = True
+        self._socket.close(linger=0)
+
     async def run(self) -> None:
         """Serve until cancelled."""
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._flush_outboxes())
-                tasks.create_task(self._sweep())
-                await self._read(tasks)
+            async with asyncio.TaskGroup() as self._tasks:
+                self._tasks.create_task(self._flush_outboxes())
+                self._tasks.create_task(self._sweep())
+                self._pump = Pump(self._socket, self._take, self._counters)
+                try:
+                    await self._pump.until_ended()
+                finally:
+                    self._pump.close()
         finally:
-            self._socket.close(linger=0)
+            self.close()
 
-    async def _read(self, tasks: asyncio.TaskGroup) -> None:
-        for turn in itertools.count():
-            identity, *frames = await self._socket.recv_multipart(copy=False)
-            views = [frame.buffer for frame in frames]
-            size = sum(view.nbytes for view in views)
-            self._counters.add("bytes_received", size)
-            caller = self._caller(identity.bytes)
-            try:
-                if arrived := caller.assembler.feed(views):
-                    self._arrived(tasks, identity.bytes, caller, arrived)
-            except RemoteProtocolError as error:
-                self._counters.add("protocol_errors")
-                if error.message_id is not None:  # somebody of another version, perhaps, who waits for an answer
-                    self._send(identity.bytes, caller, self._encoded(error.message_id, refusal(error)))
-            except NoRoom as error:
-                self._counters.add("busy")
-                self._send(identity.bytes, caller, self._encoded(error.message_id, refusal(error)))
-            if turn % FAIR_SHARE == 0 or size >= FAIR_BYTES:
-                await asyncio.sleep(0)
+    def _take(self, frames: list[zmq.Frame], _size: int) -> None:
+        identity = frames[0].bytes
+        caller = self._caller(identity)
+        try:
+            if arrived := caller.assembler.feed([frame.buffer for frame in frames[1:]]):
+                self._arrived(identity, caller, arrived)
+        except RemoteProtocolError as error:
+            self._counters.add("protocol_errors")
+            if error.message_id is not None:  # somebody of another version, perhaps, who waits for an answer
+                self._send(identity, caller, self._encoded(error.message_id, refusal(error)))
+        except NoRoom as error:
+            self._counters.add("busy")
+            self._send(identity, caller, self._encoded(error.message_id, refusal(error)))
 
     def _caller(self, identity: bytes) -> _Caller:
         caller = self._callers.pop(identity, None)
@@ -127,44 +134,82 @@ class Server:
             for caller in self._callers.values():
                 caller.assembler.forget_overdue()
 
-    def _arrived(self, tasks: asyncio.TaskGroup, identity: bytes, caller: _Caller, arrived: Arrived) -> None:
+    def _arrived(self, identity: bytes, caller: _Caller, arrived: Arrived) -> None:
         match arrived.kind:
             case "cancel":
                 if task := caller.tasks.get(arrived.id):
                     task.cancel()
             case "request" if isinstance(arrived.body, Request):
-                if self._running >= self._limits.max_inflight:
-                    self._counters.add("busy")
-                    busy = refusal(Busy(f"{self._running} requests are being served, no room for more", 0.05))
-                    self._send(identity, caller, self._encoded(arrived.id, busy))
-                    return
-                if arrived.id in caller.tasks:
-                    raise RemoteProtocolError(f"request {arrived.id} is being served already", arrived.id)
-                task = tasks.create_task(self._serve(identity, caller, arrived, arrived.body))
+                self._asked(identity, caller, arrived, arrived.body)
+            case _:
+                raise RemoteProtocolError(f"a {arrived.kind} where a request was due", arrived.id)
+
+    def _asked(self, identity: bytes, caller: _Caller, arrived: Arrived, body: Request) -> None:
+        """Answer at once where the handler does, else in a task."""
+        if self._running >= self._limits.max_inflight:
+            self._counters.add("busy")
+            busy = refusal(Busy(f"{self._running} requests are being served, no room for more", 0.05))
+            self._send(identity, caller, self._encoded(arrived.id, busy))
+            return
+        if arrived.id in caller.tasks:
+            raise RemoteProtocolError(f"request {arrived.id} is being served already", arrived.id)
+        try:
+            answer = self._handler(body, arrived.parts)
+            if isinstance(answer, asyncio.Future):
+                self._await(identity, caller, arrived.id, answer)
+                return
+            if not isinstance(answer, tuple):
+                task = self._tasks.create_task(self._serve(identity, caller, arrived, type(body).__name__, answer))
                 caller.tasks[arrived.id] = task
                 self._running += 1
                 task.add_done_callback(lambda _: self._served(caller, arrived.id))
-            case _:
-                raise RemoteProtocolError(f"a {arrived.kind} where a request was due", arrived.id)
+                return
+            frames = self._encoded(arrived.id, *answer)
+        except Exception as error:  # whatever goes wrong in a handler is the answer, not the end of the node
+            self._counters.add("refused")
+            frames = self._encoded(arrived.id, refusal(error))
+        self._reply(identity, caller, arrived.id, frames)
+
+    def _await(self, identity: bytes, caller: _Caller, request_id: int, answer: asyncio.Future[Answered]) -> None:
+        """Reply when the answer is there: for that alone no task is needed."""
+        caller.tasks[request_id] = answer
+        self._running += 1
+
+        def answered(_: asyncio.Future[Answered]) -> None:
+            self._served(caller, request_id)
+            if answer.cancelled() or self._closed:
+                return
+            try:
+                frames = self._encoded(request_id, *answer.result())
+            except Exception as error:  # whatever goes wrong in a handler is the answer, not the end of the node
+                self._counters.add("refused")
+                frames = self._encoded(request_id, refusal(error))
+            self._reply(identity, caller, request_id, frames)
+
+        answer.add_done_callback(answered)
 
     def _served(self, caller: _Caller, request_id: int) -> None:
         self._running -= 1
         caller.tasks.pop(request_id, None)
 
-    async def _serve(self, identity: bytes, caller: _Caller, arrived: Arrived, body: Request) -> None:
+    async def _serve(
+        self, identity: bytes, caller: _Caller, arrived: Arrived, what: str, answer: Awaitable[Answered]
+    ) -> None:
         try:
             async with asyncio.timeout(arrived.deadline_s or self._limits.default_deadline_s):
-                reply, parts = await self._handler(body, arrived.parts)
+                reply, parts = await answer
             frames = self._encoded(arrived.id, reply, parts)
         except TimeoutError:
-            late = DeadlineExceeded(f"{type(body).__name__} took longer than its deadline")
-            frames = self._encoded(arrived.id, refusal(late))
+            frames = self._encoded(arrived.id, refusal(DeadlineExceeded(f"{what} took longer than its deadline")))
         except Exception as error:  # whatever goes wrong in a handler is the answer, not the end of the node
             self._counters.add("refused")
             frames = self._encoded(arrived.id, refusal(error))
+        self._reply(identity, caller, arrived.id, frames)
+
+    def _reply(self, identity: bytes, caller: _Caller, request_id: int, frames: list[list[Buffer]]) -> None:
         if not self._send(identity, caller, frames):
             full = Busy(f"{self._outbox_bytes} bytes of replies wait to be read, no room for another", RETRY_AFTER_S)
-            self._send(identity, caller, self._encoded(arrived.id, refusal(full)))
+            self._send(identity, caller, self._encoded(request_id, refusal(full)))
 
     def _encoded(self, request_id: int, reply: Reply, parts: Sequence[Buffer] = ()) -> list[list[Buffer]]:
         return list(encode(Header(kind="reply", id=request_id, body=reply), parts, self._limits))
@@ -197,6 +242,7 @@ class Server:
             self._counters.add("replies_unroutable")
             return True
         self._counters.add("bytes_sent", size)
+        self._pump.sent()
         return True
 
     async def _flush_outboxes(self) -> None:

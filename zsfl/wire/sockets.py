@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any, cast
 
 import zmq
-import zmq.asyncio
 
 from zsfl.errors import ConfigError
 from zsfl.settings import WireLimits
@@ -17,9 +15,9 @@ DATA_QUEUE = 64
 """Multiparts that ZeroMQ holds for one peer, either way: it counts messages, and each may be one frame size long."""
 
 
-def open_socket(context: zmq.asyncio.Context, kind: int, limits: WireLimits, queue: int) -> zmq.asyncio.Socket:
+def open_socket(context: zmq.Context[Any], kind: int, limits: WireLimits, queue: int) -> zmq.Socket[bytes]:
     """A socket whose queues and frames are bounded; nothing is worth waiting for when it closes."""
-    socket = context.socket(kind)
+    socket = context.socket(kind, socket_class=zmq.Socket)  # a plain one, whatever the context makes by itself
     socket.linger = 0
     socket.set_hwm(queue)
     # A peer that sends larger frames is cut off by ZeroMQ before they take any memory.
@@ -27,7 +25,7 @@ def open_socket(context: zmq.asyncio.Context, kind: int, limits: WireLimits, que
     return socket
 
 
-def bind(socket: zmq.asyncio.Socket, host: str, port: int) -> int:
+def bind(socket: zmq.Socket[bytes], host: str, port: int) -> int:
     """Bind to `port`, or any free one for 0; the port. ConfigError when it is taken or not ours."""
     try:
         if port == 0:
@@ -43,25 +41,10 @@ def bind(socket: zmq.asyncio.Socket, host: str, port: int) -> int:
     return port
 
 
-async def send(socket: zmq.asyncio.Socket, frames: Sequence[Buffer], *, copy: bool) -> None:
-    """Send one multipart, waiting for room."""
-    await cast(Any, socket).send_multipart(frames, copy=copy)
-
-
-def send_soon(socket: zmq.asyncio.Socket, frames: Sequence[Buffer]) -> None:
-    """Send one multipart as soon as there is room; whether there ever is, nobody asks."""
-    done = cast("asyncio.Future[Any]", cast(Any, socket).send_multipart(frames))
-    done.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-
-
-def send_now(socket: zmq.asyncio.Socket, frames: Sequence[Buffer], *, copy: bool) -> bool:
-    """Send one multipart if there is room; whether there was.
-
-    Raises zmq.ZMQError, EHOSTUNREACH among them. Never waits: on a ROUTER one awaited send would hold up all peers.
-    """
-    done = cast("asyncio.Future[Any]", cast(Any, socket).send_multipart(frames, flags=zmq.DONTWAIT, copy=copy))
+def send_now(socket: zmq.Socket[bytes], frames: Sequence[Buffer], *, copy: bool) -> bool:
+    """Send one multipart if there is room; whether there was. Raises zmq.ZMQError, EHOSTUNREACH among them."""
     try:
-        done.result()
+        cast(Any, socket).send_multipart(frames, zmq.DONTWAIT, copy)
     except zmq.Again:
         return False
     return True

@@ -1,19 +1,26 @@
-"""What the collector says of spills that do not come."""
+"""What the collector takes of what is offered, and what it says of spills that do not come."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+import torch
 from helpers.waiting import eventually
 
 from zsfl.aggregator.collector import Collector
 from zsfl.aggregator.gathering import Gathering
-from zsfl.errors import NoPeer, Unavailable, ZsflError
-from zsfl.ids import Cid, NodeCard, NodeId, Role, RunId, Version, step_cid
-from zsfl.wire.messages import FetchSpills, SpillOffer
+from zsfl.aggregator.spool import Spool
+from zsfl.errors import NoPeer, RemoteProtocolError, Unavailable, ZsflError
+from zsfl.ids import Cid, NodeCard, NodeId, PartName, Role, RunId, Version, step_cid
+from zsfl.learning.averaging import Contribution, StepShare
+from zsfl.metrics import Counters
+from zsfl.spill.layout import SpillMeta, encode
+from zsfl.wire.messages import MAX_CARRIED_BYTES, FetchSpills, SpillOffer
 
 CARD = NodeCard(id=NodeId("1"), name="server", role=Role.SPLIT_SERVER, host="127.0.0.1", control_port=1, data_port=2)
 
@@ -30,6 +37,7 @@ class Refusing:
         self.asked: list[FetchSpills] = []
         self.notes: list[str] = []
         self.settings = SimpleNamespace(request_s=1.0)
+        self.counters = Counters()
         self.tasks: list[asyncio.Task[None]] = []
 
     def connect(self, *_: object) -> Refusing:
@@ -55,7 +63,7 @@ async def said_of(error: ZsflError) -> list[str]:
     """What is noted when two spills are offered three times each, and then one of the next version."""
     node = Refusing(error)
     gathering = Gathering(RunId("3fa9c1"), max_staleness=0, steps_per_version=1, shards=2)
-    collector = Collector(cast(Any, node), gathering, lambda _: None)
+    collector = Collector(cast(Any, node), gathering, Spool(Path()), lambda _: None)
     collector.joined(CARD)
     for version, shard in [(4, 0), (4, 1), (4, 0), (4, 1), (4, 0), (4, 1), (5, 0)]:
         gathering.begin(Version(version), {cid(version, shard) for shard in (0, 1)})
@@ -80,3 +88,83 @@ async def test_why_a_spill_does_not_come_is_said_once() -> None:
 
 async def test_a_holder_that_is_gone_is_left_to_presence() -> None:
     assert await said_of(NoPeer("server is gone")) == []
+
+
+# --- spills that come with their offers ------------------------------------------------------------------
+
+
+def spill(version: int, shards: tuple[int, ...], part: PartName = "body") -> tuple[SpillOffer, bytes]:
+    """A spill of a step, or of several merged, and what its holder offers."""
+    shares = tuple(StepShare(cid=cid(version, shard), n=2.0, samples=2, client=f"c{shard}") for shard in shards)
+    meta = SpillMeta(
+        cid=shares[0].cid,
+        part=part,
+        version=Version(version),
+        n=2.0 * len(shards),
+        samples=2 * len(shards),
+        loss_sum=None,
+        client="c",
+        node="server",
+        members=shares if len(shares) > 1 else (),
+    )
+    data = encode(meta, {"grad/a": torch.ones(3)})
+    members = tuple(share.cid for share in meta.members)
+    offer = SpillOffer(cid=meta.cid, part=part, version=meta.version, size_bytes=len(data), members=members)
+    return offer, data
+
+
+class Collecting:
+    """A collector at version 4 of two shards."""
+
+    def __init__(self) -> None:
+        self.node = Refusing(Unavailable("not now"))
+        self.gathering = Gathering(RunId("3fa9c1"), max_staleness=0, steps_per_version=1, shards=2)
+        self.gathering.begin(Version(4), [cid(4, 0), cid(4, 1)])
+        self.took: list[Contribution] = []
+        self.collector = Collector(cast(Any, self.node), self.gathering, Spool(Path()), self.took.append)
+        self.collector.joined(CARD)
+
+    async def ends(self) -> None:
+        self.collector.lost(CARD)
+        await asyncio.gather(*self.node.tasks, return_exceptions=True)
+
+
+async def test_a_spill_that_came_along_is_taken_without_being_asked_for() -> None:
+    at = Collecting()
+    (merged, data), (client, its) = spill(4, (0, 1)), spill(4, (1,), "client")
+    at.collector.offered(CARD.id, [merged, client], [data, its])
+    at.collector.offered(CARD.id, [merged, client], [data, its])  # is no news
+    assert [(one.cid, one.part, len(one.members)) for one in at.took] == [
+        (cid(4, 0), "body", 2),
+        (cid(4, 1), "client", 0),
+    ]
+    await asyncio.sleep(0)
+    assert at.node.asked == []
+    await at.ends()
+
+
+async def test_one_that_came_along_damaged_is_asked_for() -> None:
+    at = Collecting()
+    offer, data = spill(4, (0, 1))
+    at.collector.offered(CARD.id, [offer], [data[:-1] + b"x"])
+    await eventually(lambda: bool(at.node.asked), 5)
+    assert at.node.asked[0].wanted == ((cid(4, 0), "merged"),)
+    assert at.took == []
+    assert at.node.notes[0].startswith("server handed over a corrupt spill")
+    await at.ends()
+
+
+async def test_one_that_is_not_what_was_offered_is_not_taken() -> None:
+    at = Collecting()
+    (offer, _), (_, other) = spill(4, (0,)), spill(4, (1,))
+    at.collector.offered(CARD.id, [offer], [other])
+    assert at.took == []
+    await at.ends()
+
+
+@pytest.mark.parametrize("carried", [[b""] * 2, [bytes(MAX_CARRIED_BYTES + 1)]], ids=["too many", "too long"])
+async def test_what_comes_along_must_fit_the_offers(carried: list[bytes]) -> None:
+    at = Collecting()
+    with pytest.raises(RemoteProtocolError):
+        at.collector.offered(CARD.id, [spill(4, (0,))[0]], carried)
+    await at.ends()

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from zsfl.aggregator.fates import StepSet
-from zsfl.aggregator.gathering import PARTS, Gathering, Key
+from zsfl.aggregator.gathering import PARTS, Gathering
 from zsfl.ids import Cid, NodeId, PartName, RunId, StepId, Version, parse_cid, step_cid
 from zsfl.learning.averaging import Contribution
 from zsfl.wire.messages import SpillOffer
 
+Key = tuple[Cid, PartName]
 RUN, FOREIGN = RunId("3fa9c1"), RunId("000000")
 SHARDS = range(3)
 NODES = [NodeId("a"), NodeId("b"), NodeId("c")]
@@ -277,7 +278,7 @@ class Collecting(RuleBasedStateMachine):
         assert verdict.release == [one] * len(offered) * is_settled
         wanted = [key for key in offered if key not in self.asked and key[1] not in self.held.get(one, ())]
         assert verdict.fetch == (wanted if self.may_count(one) else [])
-        self.asked |= dict.fromkeys(verdict.fetch, node)
+        self.asked |= {(one, part): node for one, part in verdict.fetch if part != "merged"}
         if self.is_ours(one) and self.is_too_late(one) and not is_settled:
             self.known.add(one)
             self.doom([one])

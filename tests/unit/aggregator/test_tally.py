@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,6 @@ from hypothesis import strategies as st
 from zsfl.aggregator.tally import WINDOW_REPORT_S, PeerCounters, Tally, pooled
 from zsfl.ids import NodeId, PartName, RunId, Version, step_cid
 from zsfl.learning.averaging import Contribution
-from zsfl.spill.layout import SpillMeta
 from zsfl.wire.messages import Evaluated
 
 RUN = RunId("3fa9c1")
@@ -34,9 +35,8 @@ def contribution(part: PartName, n: float, loss_sum: float | None, samples: int)
     )
 
 
-def meta(part: PartName, client: str, node: str) -> SpillMeta:
-    cid = step_cid(RUN, 0, Version(0))
-    return SpillMeta(cid=cid, part=part, version=Version(0), n=1.0, samples=1, loss_sum=None, client=client, node=node)
+def meta(part: PartName, client: str, node: str) -> Contribution:
+    return replace(contribution(part, 1.0, None, 1), client=client, node=node)
 
 
 def evaluated(samples: int, weight: float, correct: float | None, loss_sum: float) -> Evaluated:

@@ -14,6 +14,7 @@ from zsfl.learning.model import SplitModel
 from zsfl.learning.part import Backward, Part, PartWeights, loss_sum
 
 CPU = torch.device("cpu")
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def network(*, tail: bool, dropout: float = 0.0, norm: bool = False) -> SplitModel:
@@ -259,7 +260,7 @@ def test_batch_norm_is_warned_about_by_name() -> None:
     assert "tail;" in Part(nn.BatchNorm1d(2), "tail", CPU).warnings()[0]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@NEEDS_CUDA
 def test_on_cuda_dropout_replays_and_the_generators_are_restored() -> None:
     model = network(tail=True, dropout=0.5)
     part = Part(model.body, "body", torch.device("cuda"))
@@ -270,3 +271,24 @@ def test_on_cuda_dropout_replays_and_the_generators_are_restored() -> None:
     assert one.is_cuda
     assert torch.equal(one, again)
     assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_autocast_computes_in_bfloat16_and_keeps_the_types_of_all_that_goes_in_and_out(device: str) -> None:
+    module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    state = {f"body.{name}": tensor for name, tensor in module.state_dict().items()}
+    x, grad = torch.randn(5, 6), torch.randn(5, 4)
+    found: list[tuple[Tensor, Backward]] = []
+    for autocast in (False, True):
+        part = Part(module, "body", torch.device(device), autocast=autocast)
+        weights = part.load(state)
+        forward = part.forward(weights, x, seed=1, train=True)
+        found.append((forward.output.detach().cpu(), part.backward(weights, forward, grad)))
+        assert part.infer(weights, x).dtype == torch.float32
+    (exact, one), (near, other) = found
+    assert near.dtype == torch.float32
+    assert not torch.equal(exact, near)
+    torch.testing.assert_close(near, exact, rtol=0.05, atol=0.05)
+    for name, tensor in one.grads.items():
+        assert other.grads[name].dtype == torch.float32
+        torch.testing.assert_close(other.grads[name], tensor, rtol=0.05, atol=0.1)

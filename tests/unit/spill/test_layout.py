@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import zlib
 
 import msgspec
 import pytest
@@ -12,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from zsfl.errors import SpillCorrupt
+from zsfl.errors import BadShape, SpillCorrupt
 from zsfl.ids import Cid, RunId, Version, step_cid
-from zsfl.spill.layout import MAX_HEADER_BYTES, SpillMeta, decode, encode
+from zsfl.learning.averaging import StepShare
+from zsfl.spill.layout import MAX_HEADER_BYTES, SpillMeta, decode, decode_meta, encode, header_bytes
 
 META = SpillMeta(
     cid=step_cid(RunId("3fa9c1"), 3, Version(12)),
@@ -132,11 +135,93 @@ def test_what_is_no_spill_is_said_so(data: bytes) -> None:
         decode(data)
 
 
+def resealed(data: bytes, old: str, new: str) -> bytes:
+    """A spill with something else in its header, and the checksum of that."""
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].decode()
+    assert old in header
+    header = re.sub(r'"crc32":"\w+"', '"crc32":"00000000"', header.replace(old, new)).encode()
+    altered = len(header).to_bytes(8, "little") + header + data[8 + size :]
+    return altered.replace(b"00000000", b"%08x" % zlib.crc32(altered), 1)
+
+
+def test_one_that_is_sealed_anew_is_one() -> None:
+    assert decode(resealed(DATA, '"server-0"', '"server-1"'))[0].node == "server-1"
+
+
 @pytest.mark.parametrize(
-    "change",
-    [{"cid": Cid("../../x")}, {"version": Version(13)}, {"n": -1.0}, {"n": math.nan}, {"samples": -1}],
-    ids=str,
+    ("old", "new"),
+    [
+        (META.cid, "../../x"),
+        ('"version":"12"', '"version":"13"'),
+        ('"n":"17.5"', '"n":"-1.0"'),
+        ('"n":"17.5"', '"n":"nan"'),
+        ('"samples":"17"', '"samples":"-1"'),
+        ('"samples":"17"', '"samples":"seventeen"'),
+        ('"part":"body"', '"part":"tail"'),
+        ('"node":', '"edon":'),
+        ('"shape":[3,5]', '"shape":[3,6]'),
+        ('"shape":[3,5]', '"shape":[-3,-5]'),
+        ('"dtype":"F32","shape":[3,5]', '"dtype":"F99","shape":[3,5]'),
+        ('"grad/body.0.weight"', '"grad/body.0.bias"'),
+    ],
 )
-def test_metadata_that_makes_no_sense_is_refused(change: dict[str, object]) -> None:
+def test_a_header_that_makes_no_sense_is_refused(old: str, new: str) -> None:
     with pytest.raises(SpillCorrupt):
-        decode(encode(msgspec.structs.replace(META, **change), TENSORS))
+        decode(resealed(DATA, old, new))
+
+
+@pytest.mark.parametrize("change", [{"cid": Cid("../../x")}, {"version": Version(13)}], ids=str)
+def test_metadata_that_makes_no_sense_is_not_written(change: dict[str, object]) -> None:
+    with pytest.raises(BadShape):
+        encode(msgspec.structs.replace(META, **change), TENSORS)
+
+
+def test_a_tensor_that_no_spill_can_hold_is_said_so() -> None:
+    with pytest.raises(BadShape, match=r"grad/a is of torch.complex64"):
+        encode(META, {"grad/a": torch.zeros(2, dtype=torch.complex64)})
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_names_come_back_whatever_they_are(client: str, node: str) -> None:
+    meta = msgspec.structs.replace(META, client=client, node=node)
+    assert decode(encode(meta, TENSORS))[0] == meta
+    assert decode(encode(meta, {}))[0] == meta
+
+
+# --- merged ones -----------------------------------------------------------------------------------------
+
+
+def share(shard: int, version: int = 12, k: int = 0, samples: int = 17) -> StepShare:
+    cid = step_cid(RunId("3fa9c1"), shard, Version(version), k)
+    return StepShare(cid=cid, n=float(samples), samples=samples, client=f'client "{shard}"}},"')
+
+
+def merged(*shares: StepShare, samples: int | None = None) -> SpillMeta:
+    total = sum(one.samples for one in shares)
+    whole = total if samples is None else samples
+    return msgspec.structs.replace(META, cid=shares[0].cid, n=float(total), samples=whole, members=shares)
+
+
+def test_a_merged_one_names_its_steps() -> None:
+    meta = merged(share(3), share(1), share(8))
+    data = encode(meta, TENSORS)
+    found, tensors = decode(data)
+    assert found == meta == decode_meta(data[: header_bytes(data[:8])])
+    assert (found.kind, META.kind) == ("merged", "body")
+    assert tensors.keys() == TENSORS.keys()
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        merged(share(3), share(3)),
+        merged(share(3), share(4, version=13)),
+        merged(share(3), share(4), samples=17),
+        msgspec.structs.replace(merged(share(3), share(4)), cid=share(4).cid),
+        msgspec.structs.replace(merged(share(3), share(4)), part="client"),
+    ],
+)
+def test_a_merged_one_that_does_not_add_up_is_not_written(meta: SpillMeta) -> None:
+    with pytest.raises(BadShape):
+        encode(meta, TENSORS)

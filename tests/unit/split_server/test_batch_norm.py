@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import zsfl
 from zsfl.client.local import LocalParts, StepInHand
-from zsfl.errors import InputNeeded
+from zsfl.errors import InputNeeded, ZsflError
 from zsfl.ids import Cid, RunId, Version, step_cid
 from zsfl.learning.averaging import Contribution, average
 from zsfl.learning.norms import norm_rules, pool_buffers
@@ -151,6 +151,12 @@ class Asked:
         return kind(cid=step.cid, version=step.version, seed=step.seed + 1, merged=self.merged, **fields)
 
 
+def done(outcome: Done | ZsflError) -> Done:
+    if isinstance(outcome, ZsflError):
+        raise outcome
+    return outcome
+
+
 class Server:
     """A body on a server of its own."""
 
@@ -167,19 +173,19 @@ class Server:
         requests = self.asked(steps).forward()
         if self._merges:
             return self._worker.forward_merged(weights, requests)
-        return {cid: self._worker.forward(weights, *given) for cid, given in requests.items()}
+        return {cid: self._worker.forward_all(weights, [given])[0] for cid, given in requests.items()}
 
     def backward(self, weights: PartWeights, steps: Steps, inputs_of: set[Cid]) -> dict[Cid, Done]:
         requests = self.asked(steps).backward(inputs_of)
         if self._merges:
             return self._worker.backward_merged(weights if len(inputs_of) == len(steps) else None, requests)
-        return {cid: self._worker.backward(lambda: weights, *given) for cid, given in requests.items()}
+        return {cid: done(self._worker.backward_all(weights, [given])[0]) for cid, given in requests.items()}
 
     def step(self, weights: PartWeights, steps: Steps) -> dict[Cid, Done]:
         requests = self.asked(steps).step()
         if self._merges:
             return self._worker.step_merged(weights, requests)
-        return {cid: self._worker.step(weights, *given) for cid, given in requests.items()}
+        return {cid: self._worker.step_all(weights, [given])[0] for cid, given in requests.items()}
 
     def spilled(self, cid: Cid) -> tuple[SpillMeta, State]:
         data = self._spills.read((cid, "body"))

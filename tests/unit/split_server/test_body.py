@@ -25,7 +25,7 @@ def test_graphs_of_settled_versions_are_forgotten_also_when_a_run_goes_back(tmp_
 
     def forward(version: int, shard: int) -> int:
         cid = step_cid(RunId("abcdef"), shard, Version(version))
-        worker.forward(weights, Forward(cid=cid, version=Version(version), seed=1, input=spec), x)
+        worker.forward_all(weights, [(Forward(cid=cid, version=Version(version), seed=1, input=spec), x)])
         return worker.cached
 
     assert [forward(7, 0), forward(7, 1), forward(8, 0), forward(9, 0), forward(10, 0)] == [1, 2, 3, 4, 5]

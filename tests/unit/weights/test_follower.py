@@ -69,8 +69,8 @@ class Following:
         weights, parts = self.answer(body.version or 0)
         return SimpleNamespace(expect=lambda _: weights, parts=parts)
 
-    def listen(self, card: NodeCard, port: int, topics: Sequence[bytes], hear: Callable[..., None]) -> Any:
-        assert (card, port, topics) == (CARD, CARD.weights_port, [b"body"])
+    def listen(self, card: NodeCard, topics: Sequence[bytes], hear: Callable[..., None]) -> Any:
+        assert (card, topics) == (CARD, [b"body"])
         self.hear = hear
         return SimpleNamespace(arriving=lambda: self.begun, run=asyncio.Event().wait)
 

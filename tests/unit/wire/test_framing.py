@@ -15,6 +15,7 @@ from zsfl import ids
 from zsfl.errors import LocalProtocolError, RemoteProtocolError
 from zsfl.ids import Version
 from zsfl.settings import WireLimits
+from zsfl.wire import framing
 from zsfl.wire.framing import STALLED_S, Arrived, Assembler, Buffer, Header, NoRoom, Room, decode_header, encode, nbytes
 from zsfl.wire.messages import FetchWeights, Ok, Train
 
@@ -199,11 +200,26 @@ def test_the_id_of_a_message_of_another_version_is_found() -> None:
     assert refused([head(kind="request", id="7", body=OK)]).message_id is None
 
 
+@pytest.mark.parametrize(
+    "more", [b"\x91" * 400_000 + b"\x01", b"\xdc\xff\xff" * 60_000, b"\x81\x01" * 400_000 + b"\x01"]
+)
+def test_a_body_of_another_version_costs_no_memory_however_it_is_nested(more: bytes) -> None:
+    packed = b"\x83\xa4kind\xa7request\xa2id\x07\xa4body\x82\xa1t\xa2ok\xa1x" + more
+    tracemalloc.start()
+    try:
+        error = refused([packed], WireLimits())
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert error.message_id is None  # the rest of the header cannot be skipped to see whether it is whole
+
+
 def test_an_oversized_header_is_refused_before_it_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     def unpack(*_: object, **__: object) -> None:
         raise AssertionError("unpacked")
 
-    monkeypatch.setattr(msgpack, "unpackb", unpack)
+    monkeypatch.setattr(framing, "_unpack", unpack)
+    monkeypatch.setattr(framing, "_unpack_id", unpack)
     assert "header of 513 bytes" in str(refused([bytes(LIMITS.max_header_bytes + 1)]))
 
 
@@ -264,6 +280,66 @@ def test_declared_bytes_cost_the_declarer_nothing() -> None:
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_arriving_bytes_take_no_more_than_their_multiple_however_many_are_declared() -> None:
+    limits = WireLimits()
+    assembler = Assembler(limits)
+    assembler.feed(begin(1, limits.max_message_bytes))
+    tracemalloc.start()
+    try:
+        for _ in range(10):
+            assembler.feed([head(kind="chunk", id=1), bytes(1000)])
+        assert tracemalloc.get_traced_memory()[0] < (framing.AHEAD + 1) * 10_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_where_there_is_no_memory_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object, **__: object) -> memoryview:
+        raise MemoryError
+
+    room = Room(1000)
+    assembler = Assembler(LIMITS, room)
+    assembler.feed(begin(1, 100))
+    monkeypatch.setattr(framing, "memory", none)
+    with pytest.raises(NoRoom, match="no memory for 100 bytes") as caught:
+        assembler.feed([head(kind="chunk", id=1), bytes(60)])
+    assert caught.value.message_id == 1
+    assert assembler.idle
+    assert room.used_bytes == 0
+
+
+def test_bytes_that_arrive_one_by_one_take_little_more_than_their_number() -> None:
+    assembler, size = Assembler(WireLimits(frame_bytes=64)), 100_000
+    assembler.feed(begin(1, size))
+    chunk = head(kind="chunk", id=1)
+    tracemalloc.start()
+    try:
+        for number in range(size - 1):
+            assembler.feed([chunk, bytes([number % 256])])
+        assert tracemalloc.get_traced_memory()[1] < 3 * size
+    finally:
+        tracemalloc.stop()
+    arrived = assembler.feed([chunk, b"!"])
+    assert arrived is not None
+    assert bytes(arrived.parts[0]) == bytes(number % 256 for number in range(size - 1)) + b"!"
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1000, 1 << 17])
+def test_parts_that_came_in_chunks_are_whole_writable_and_their_own(chunk_bytes: int) -> None:
+    limits = WireLimits(frame_bytes=chunk_bytes)
+    parts = [bytearray(Random(number).randbytes(size)) for number, size in enumerate((1 << 14, 3, 1 << 17, 70_000))]
+    assembler = Assembler(limits)
+    frames = [[bytearray(frame) for frame in multipart] for multipart in frames_of(list(map(bytes, parts)), 1, limits)]
+    arrived = [assembler.feed(multipart) for multipart in frames][-1]
+    assert whole(arrived) == (1, list(map(bytes, parts)))
+    assert arrived is not None
+    for multipart in frames:
+        for frame in multipart:
+            frame[:] = bytes(len(frame))
+    assert whole(arrived) == (1, list(map(bytes, parts)))
+    assert not any(memoryview(part).readonly for part in arrived.parts)
 
 
 def test_peers_share_one_room_and_what_overflows_is_dropped() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 from helpers.wires import HOST, wires
 
+from zsfl.front import in_turn
 from zsfl.ids import Address, Cid, NodeCard, NodeId, PartName, Portion, Role, RunId, Version
-from zsfl.node import in_pieces, in_turn
 from zsfl.settings import WireLimits
 from zsfl.tensors.spec import MAX_NDIM, MAX_TENSOR_BYTES, TensorSpec
 from zsfl.wire.framing import Header, decode_header, encode
@@ -38,6 +38,7 @@ from zsfl.wire.messages import (
     Spills,
     Weights,
     Welcome,
+    in_pieces,
 )
 from zsfl.wire.pubsub import Publisher
 
@@ -52,7 +53,7 @@ CARD = NodeCard(
     control_port=65535,
     data_port=65535,
     pub_port=65535,
-    weights_port=65535,
+    news_port=65535,
 )
 HINTS = (PeerHint(id=CARD.id, role=CARD.role, address=Address(CARD.address)),) * MAX_PEERS_EXCHANGED
 TEXTS = {f"{number:02}" + WIDE * 198: WIDE * 200 for number in range(64)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zsfl.compute import compute
+from zsfl.lane import compute
 
 
 async def test_results_and_errors_come_back_stop_iteration_too() -> None:

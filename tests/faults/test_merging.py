@@ -1,0 +1,47 @@
+"""Servers that are killed in the middle of merged passes: every step counts once all the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.nn.functional as F
+from helpers import reference
+from helpers.exact import OPTIMIZERS, Case, assert_close, spills_left
+from helpers.ledger import counted, ledger
+from safetensors.torch import load_file
+
+import zsfl
+
+CASE = Case(merge=True, copies=3, sizes=(13, 7, 20), steps=2, rounds=30, optimizer="momentum")
+KILLED_AT = {5: "split-server-0", 14: "split-server-1"}
+
+
+async def test_killed_servers_change_nothing_and_no_step_counts_twice(tmp_path: Path) -> None:
+    cluster = zsfl.LocalCluster(CASE.job_file(tmp_path), mdns=False, split_servers=3, runs=tmp_path)
+    reports: list[zsfl.RoundReport] = []
+    async with cluster:
+        async for report in cluster.train():
+            reports.append(report)
+            if report.round in KILLED_AT:
+                await cluster.kill(KILLED_AT[report.round])
+    assert cluster.result is not None
+    folder = Path(cluster.result.folder)
+    expected = reference.train(
+        CASE.parts,
+        [CASE.samples(shard) for shard in range(CASE.clients)],
+        F.cross_entropy,
+        OPTIMIZERS[CASE.optimizer],
+        seed=CASE.seed,
+        rounds=CASE.rounds,
+        batch_size=CASE.batch_size,
+        shuffle=CASE.shuffle,
+        steps=CASE.steps,
+    )
+    assert_close(load_file(folder / "model.safetensors"), expected)
+    assert sum(peer.get("merged", 0.0) for report in reports for peer in report.peers.values()) > 0
+    records = ledger(folder)
+    assert not any(record["dropped"] for record in records)
+    per_round = sum(-(-size // CASE.batch_size) for size in CASE.sizes) * CASE.copies
+    assert sum(1 for _ in counted(records)) == per_round * CASE.rounds
+    killed = set(KILLED_AT.values())
+    assert [path for path in spills_left(tmp_path) if path.parent.name not in killed] == []

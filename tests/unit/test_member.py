@@ -1,0 +1,66 @@
+"""Spills are offered together, and the small ones along with their offers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+
+from zsfl.ids import NodeId, RunId, Version, step_cid
+from zsfl.member import OFFERS_BYTES, Member
+from zsfl.spill.layout import SpillMeta
+from zsfl.wire.framing import Buffer
+from zsfl.wire.messages import MAX_CARRIED_BYTES, MAX_OFFERS, Offers, SpillOffer
+
+
+class Said:
+    """A node that only listens to itself."""
+
+    def __init__(self) -> None:
+        self.card = SimpleNamespace(id=NodeId("me"))
+        self.digests: list[tuple[Offers, list[Buffer]]] = []
+
+    def counted(self) -> dict[str, float]:
+        return {"steps": 1.0}
+
+    def publish(self, digest: Offers, parts: Sequence[Buffer] = ()) -> None:
+        self.digests.append((digest, list(parts)))
+
+
+def put(member: Member, shard: int, numbers: int) -> SpillOffer:
+    cid = step_cid(RunId("3fa9c1"), shard, Version(1))
+    meta = SpillMeta(cid=cid, part="body", version=Version(1), n=1.0, samples=1, loss_sum=None, client="c", node="s")
+    return member.spills.put(meta, {"grad/a": torch.zeros(numbers)})
+
+
+async def offered(folder: Path, sizes: Sequence[int]) -> tuple[Member, list[SpillOffer], Said]:
+    """What a member says of spills of so many numbers, all put in one turn of its loop."""
+    node = Said()
+    member = Member(cast(Any, node), [], folder)
+    offers = [put(member, shard, size) for shard, size in enumerate(sizes)]
+    for offer in offers:
+        member.offer(offer)
+    assert node.digests == []
+    await asyncio.sleep(0)
+    return member, offers, node
+
+
+async def test_spills_of_one_turn_are_offered_together_with_their_bytes(tmp_path: Path) -> None:
+    member, offers, node = await offered(tmp_path, [10, 1000, MAX_CARRIED_BYTES // 4, 3])
+    [(digest, parts)] = node.digests
+    assert list(digest.offers) == offers
+    stored = [member.spills.read((offer.cid, "body")) for offer in offers]
+    assert parts == [stored[0], stored[1], b"", stored[3]]
+    assert digest.counters == {"steps": 1.0}
+
+
+async def test_a_digest_is_bounded(tmp_path: Path) -> None:
+    _, offers, node = await offered(tmp_path, [10] * (MAX_OFFERS + 10) + [10_000] * 20)
+    assert [offer for digest, _ in node.digests for offer in digest.offers] == offers
+    assert all(len(digest.offers) <= MAX_OFFERS for digest, _ in node.digests)
+    assert all(sum(map(len, parts)) <= OFFERS_BYTES for _, parts in node.digests)
+    assert len(node.digests) > 3

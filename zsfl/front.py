@@ -1,0 +1,278 @@
+"""A node's face to its peers: control socket, heartbeat, discovery, presence. Lives in the main loop, where nothing
+ever takes long, so that a node whose role computes for minutes still says that it is there."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import secrets
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+from weakref import WeakSet
+
+import msgspec
+import zmq.asyncio
+
+from zsfl.errors import ZsflError
+from zsfl.ids import NodeCard, NodeId, Role
+from zsfl.lane import soon_in_lane, to_lane
+from zsfl.metrics import Counters
+from zsfl.node import Node, RoleShell
+from zsfl.peers import Peers
+from zsfl.reports import AnyReport, Failed, Note, Ready, Waiting
+from zsfl.settings import NodeSettings, WireLimits
+from zsfl.waits import Overdue
+from zsfl.wire.connection import Connection
+from zsfl.wire.framing import Buffer
+from zsfl.wire.messages import MAX_OFFERS, SAID_GOODBYE, Beat, Broadcast, Goodbye, Hello, Reply, Request, SpillOffer
+from zsfl.wire.pubsub import Publisher, Subscriber
+from zsfl.wire.server import Server
+
+GOODBYE_LINGER_S = 0.2
+"""What the last broadcast may take to leave."""
+DRAIN_S = 2.0
+"""What finishing and handing over may take once a node is asked to leave."""
+BUSY_S = 30.0
+"""How much longer a node that is asked to leave waits for its lane to end what it computes."""
+TOPIC = b"node"
+"""What every peer hears: heartbeats and goodbyes."""
+
+
+class Front:
+    """One node of one job, as its peers see it."""
+
+    def __init__(
+        self,
+        role: Role,
+        *,
+        name: str,
+        settings: NodeSettings,
+        facts: Mapping[str, str],
+        codecs: tuple[str, ...],
+        report: Callable[[AnyReport], None],
+        context: zmq.asyncio.Context,
+        limits: WireLimits | None = None,
+        stopping: asyncio.Event | None = None,
+    ) -> None:
+        """Opens the control sockets; `stopping`, once set, asks the node to drain and leave."""
+        self.name = name
+        self.settings = settings
+        self.facts = facts
+        self._limits = limits or WireLimits()
+        self.counters = Counters()
+        self._report = report
+        self._context = context
+        self._codecs = codecs
+        self._loop = asyncio.get_running_loop()
+        self._stopping = stopping or asyncio.Event()
+        self._connections: WeakSet[Connection] = WeakSet()
+        self._started: set[asyncio.Task[None]] = set()
+        self._leaving = False
+        self._tasks: asyncio.TaskGroup
+        self._peers: Peers
+        self._node: Node
+        self._role: RoleShell
+        host = settings.host
+        self._control = Server(context, host, settings.port, self._answer, limits=self._limits, counters=self.counters)
+        self._publisher = Publisher(
+            context,
+            host,
+            limits=self._limits,
+            counters=self.counters,
+            note=lambda message: self.note(message, "warning"),
+        )
+        self.card = NodeCard(
+            id=NodeId(secrets.token_hex(6)),
+            name=name,
+            role=role,
+            host=host,
+            control_port=self._control.port,
+            pub_port=self._publisher.port,
+        )
+
+    # --- life -------------------------------------------------------------------------------------------
+
+    async def run(self, make: Callable[[Node], Awaitable[RoleShell]]) -> None:
+        """Live until the role ends, the node is asked to leave (it drains first), or something fails.
+
+        `make` builds the role in the lane, around the node that it is given.
+        """
+        try:
+            self._node, self._role = await to_lane(self._made(make))
+            self.card = msgspec.structs.replace(
+                self.card, data_port=self._role.data_port, news_port=self._node.publisher.port
+            )
+            self._peers = Peers(self, self.card, self.settings, self.facts, self._codecs, self.start)
+            async with asyncio.TaskGroup() as self._tasks:
+                await self._live()
+        except BaseExceptionGroup as group:
+            raise root_cause(group) from group
+        finally:
+            self._leave()
+
+    async def _made(self, make: Callable[[Node], Awaitable[RoleShell]]) -> tuple[Node, RoleShell]:
+        node = Node(
+            self,
+            self.card,
+            settings=self.settings,
+            facts=self.facts,
+            context=self._context,
+            limits=self._limits,
+        )
+        try:
+            return node, await make(node)
+        except BaseException:
+            node.close()
+            raise
+
+    async def _live(self) -> None:
+        running = asyncio.Event()
+        acting = self.start(to_lane(self._node.run(self._role, lambda: self._soon(running.set))), "role")
+        begun = asyncio.ensure_future(running.wait())
+        await asyncio.wait({acting, begun}, return_when=asyncio.FIRST_COMPLETED)
+        begun.cancel()
+        self.start(self._control.run(), "control")
+        self.start(self._beat(), "beat")
+        self.start(self._peers.watch_presence(), "presence")
+        self.start(self._peers.discover(), "discover")
+        asked = self.start(self._until_asked(), "asked")
+        self._report(Ready(node=self.name, role=str(self.card.role), address=self.card.address, pid=os.getpid()))
+        await asyncio.wait({acting, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if not acting.done():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_S + BUSY_S):
+                    await to_lane(self._role.drain(DRAIN_S))
+        self._leaving = True
+        for task in list(self._started):
+            task.cancel()
+
+    async def _until_asked(self) -> None:
+        await self._stopping.wait()
+
+    def _leave(self) -> None:
+        with suppress(ZsflError):
+            self._publisher.publish(TOPIC, Goodbye(node=self.card.id, reason=SAID_GOODBYE))
+        for connection in list(self._connections):
+            connection.close()
+        self._control.close()
+        self._publisher.close(GOODBYE_LINGER_S)
+
+    def start(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[None]:
+        """Run something for as long as the node lives; its failure ends the node."""
+        task: asyncio.Task[None] = self._tasks.create_task(work, name=name)
+        self._started.add(task)
+        task.add_done_callback(self._started.discard)
+        if self._leaving:
+            task.cancel()
+        return task
+
+    async def _beat(self) -> None:
+        for turn in itertools.count():
+            extras = self._role.beat()
+            beat = Beat(
+                card=self.card,
+                peers=self._peers.hints(),
+                counters=self._node.counted(),
+                load=extras.load,
+                offers=in_turn(extras.offers, turn),
+                state=extras.state,
+            )
+            self._publisher.publish(TOPIC, beat)
+            await asyncio.sleep(self.settings.beat_s)
+
+    # --- what the role says -----------------------------------------------------------------------------
+
+    def _soon(self, call: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(call)
+
+    def say(self, report: AnyReport) -> None:
+        """Report something; may be called from the lane."""
+        self._soon(lambda: self._report(report))
+
+    def say_wait(self, wait: Overdue) -> None:
+        """Report a wait, with what to check if it is a lonely one; may be called from the lane."""
+
+        def say() -> None:
+            hints = self._peers.advice() if wait.lonely else ()
+            self._report(Waiting(node=self.name, what=wait.what, seconds=wait.seconds, hints=hints))
+
+        self._soon(say)
+
+    def note(self, message: str, level: str = "info") -> None:
+        """One line in the log."""
+        self._report(Note(node=self.name, message=message, level=level))
+
+    # --- what peers and the wire ask --------------------------------------------------------------------
+
+    def connect(self, card: NodeCard, port: int) -> Connection:
+        """A new connection to one of a node's ports; open until the caller, or at the end the node, closes it."""
+        connection = Connection(
+            self._context,
+            card.endpoint(port),
+            peer=card.name,
+            own_id=self.card.id,
+            limits=self._limits,
+            counters=self.counters,
+        )
+        self._connections.add(connection)
+        return connection
+
+    def ear(self, card: NodeCard, heard: Callable[[Broadcast], None]) -> Subscriber:
+        """A subscription to what a peer says."""
+        return Subscriber(
+            self._context,
+            card.endpoint(card.pub_port),
+            [TOPIC],
+            lambda broadcast, _: heard(broadcast),
+            limits=self._limits,
+            counters=self.counters,
+        )
+
+    def peer_joined(self, card: NodeCard, codecs: tuple[str, ...]) -> None:
+        """A peer is there."""
+        soon_in_lane(lambda: self._node.peer_joined(card, codecs))
+
+    def peer_lost(self, card: NodeCard, reason: str) -> None:
+        """A peer is gone."""
+        soon_in_lane(lambda: self._node.peer_lost(card, reason))
+
+    def peer_said(self, broadcast: Broadcast) -> None:
+        """A verified peer said something."""
+        if not isinstance(broadcast, Beat) or broadcast.card.role in self._role.hears:
+            soon_in_lane(lambda: self._node.peer_said(broadcast))
+
+    async def _answer(self, request: Request, _parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
+        if isinstance(request, Hello):
+            return self._peers.answer(request), ()
+        return await to_lane(self._role.control(request)), ()
+
+
+def in_turn(offers: tuple[SpillOffer, ...], turn: int) -> tuple[SpillOffer, ...]:
+    """As many offers as a heartbeat holds: the oldest first, the next ones in the next turn, and all over again."""
+    turns = max(1, -(-len(offers) // MAX_OFFERS))
+    first = turn % turns * MAX_OFFERS
+    return offers[first : first + MAX_OFFERS]
+
+
+def root_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error in a group that says most: one of zsfl's before any other."""
+    leaves = list(_leaves(group))
+    ours = [leaf for leaf in leaves if isinstance(leaf, ZsflError)]
+    return (ours or leaves)[0]
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+def failed(name: str, error: BaseException) -> Failed:
+    """The report of a node that ends with an error."""
+    said = str(error) if isinstance(error, ZsflError) else f"{type(error).__name__}: {error}; its log has the traceback"
+    return Failed(node=name, kind=type(error).__name__, message=said)

@@ -1,0 +1,180 @@
+"""The requests that wait for the body, and the server's one turn after another at them.
+
+The socket is emptied between two turns, so that what waits is here and not there: it is known how much it is, what is
+too much is refused at once, and steps that wait together can go through the body together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from zsfl.errors import BadShape, Unavailable, ZsflError
+from zsfl.ids import Version, parse_cid
+from zsfl.learning.cuts import Cuts
+from zsfl.learning.part import PartWeights
+from zsfl.split_server.admission import Admission
+from zsfl.split_server.merging import MOST_MERGED, MOST_MERGED_BYTES
+from zsfl.weights.follower import WeightsFollower
+from zsfl.wire.framing import Buffer, nbytes
+from zsfl.wire.messages import Backward, Forward, Infer, Reply, Step
+
+Weights = Mapping[str, PartWeights]
+"""Of one version, by cut."""
+Asked = Forward | Backward | Step | Infer
+Answer = tuple[Reply, Sequence[Buffer]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Waiting:
+    """One request, and the future that its answer is put in."""
+
+    request: Asked
+    parts: Sequence[Buffer]
+    cut: str
+    answer: asyncio.Future[Answer]
+
+    @property
+    def version(self) -> Version:
+        """Of the weights that it is made with."""
+        return self.request.version
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether what is remembered of a forward is not enough."""
+        return not isinstance(self.request, Backward) or self.request.input is not None
+
+    @property
+    def alike(self) -> tuple[object, ...] | None:
+        """What it has in common with those that it may be merged with; None where it goes alone."""
+        match self.request:
+            case Forward():
+                spec, again = self.request.input, False
+            case Step():
+                spec, again = self.request.input, self.request.again
+            case Backward() if self.request.input is None:
+                spec, again = self.request.grad, self.request.again
+            case _:
+                return None
+        return None if again else (type(self.request), self.version, self.cut, spec.dtype, spec.shape[1:])
+
+
+Work = Callable[[Sequence[Waiting], PartWeights | None], list[Answer | ZsflError]]
+
+
+class WorkQueue:
+    """Takes requests, as many as are admitted, and has them worked on in the order in which they came."""
+
+    def __init__(
+        self,
+        cuts: Cuts,
+        weights: WeightsFollower[Weights],
+        admission: Admission,
+        work: Work,
+        *,
+        merges: Callable[[str, str, int], bool],
+        left: Callable[[], None],
+        same_k: bool,
+    ) -> None:
+        """`work` does one turn. `merges` says whether so many requests of a kind are to be taken at once, at a cut.
+
+        `left` is called whenever a request has come to its end. With `same_k` only steps of one k are merged.
+        """
+        self._cuts = cuts
+        self._weights = weights
+        self._admission = admission
+        self._work = work
+        self._merges = merges
+        self._ended = left
+        self._same_k = same_k
+        self._waiting: list[Waiting] = []
+        self._late: set[asyncio.Task[None]] = set()
+        self._turn_is_due = False
+
+    def put(self, request: Asked, parts: Sequence[Buffer]) -> asyncio.Future[Answer]:
+        """What comes of the request; raises what it is refused with. Cancelling it takes it back."""
+        shard = request.shard if isinstance(request, Infer) else parse_cid(request.cid).shard
+        count = 2 if isinstance(request, Step) or (isinstance(request, Backward) and request.input is not None) else 1
+        if len(parts) != count:
+            raise BadShape(f"{count} tensors belong to this request, {len(parts)} came with it")
+        size_bytes = sum(map(nbytes, parts))
+        self._admission.enter(size_bytes)
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        answer.add_done_callback(lambda _: self._left(size_bytes))
+        waiting = Waiting(request, parts, self._cuts.of(shard), answer)
+        if not waiting.needs_weights or self._weights.held(waiting.version) is not None:
+            self._enqueue(waiting)
+        else:
+            late = asyncio.ensure_future(self._await_weights(waiting))
+            self._late.add(late)
+            late.add_done_callback(self._late.discard)
+        return answer
+
+    def _left(self, size_bytes: int) -> None:
+        self._admission.leave(size_bytes)
+        self._ended()
+
+    async def _await_weights(self, waiting: Waiting) -> None:
+        try:
+            await self._weights.get(waiting.version)
+        except Exception as error:
+            if not waiting.answer.done():
+                waiting.answer.set_exception(error)
+        else:
+            self._enqueue(waiting)
+
+    def _enqueue(self, waiting: Waiting) -> None:
+        self._waiting.append(waiting)
+        self._call_for_turn()
+
+    def _call_for_turn(self) -> None:
+        if not self._turn_is_due and self._waiting:
+            self._turn_is_due = True
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _turn(self) -> None:
+        """Work on what waits longest, and on what can go along with it."""
+        self._turn_is_due = False
+        self._waiting = [one for one in self._waiting if not one.answer.done()]
+        if not self._waiting:
+            return
+        chosen = self._together(self._waiting[0])
+        taken = set(map(id, chosen))
+        self._waiting = [one for one in self._waiting if id(one) not in taken]
+        try:
+            weights = self._weights.held(chosen[0].version) if chosen[0].needs_weights else None
+            if weights is None and chosen[0].needs_weights:  # they went while it waited
+                raise Unavailable(f"version {chosen[0].version} is not held any more; ask once more")
+            answers = self._work(chosen, None if weights is None else weights[chosen[0].cut])
+        except Exception as error:
+            for one in chosen:
+                if not one.answer.done():
+                    one.answer.set_exception(error)
+        else:
+            for one, answer in zip(chosen, answers, strict=True):
+                if one.answer.done():
+                    continue
+                if isinstance(answer, ZsflError):
+                    one.answer.set_exception(answer)
+                else:
+                    one.answer.set_result(answer)
+        self._call_for_turn()
+
+    def _together(self, first: Waiting) -> list[Waiting]:
+        alike = first.alike
+        if alike is None:
+            return [first]
+        room, found = MOST_MERGED_BYTES, list[Waiting]()
+        for one in self._waiting:
+            if one.alike == alike and (not self._same_k or _k(one) == _k(first)):
+                room -= sum(map(nbytes, one.parts))
+                if found and (room < 0 or len(found) == MOST_MERGED):
+                    break
+                found.append(one)
+        return found if self._merges(first.cut, type(first.request).__name__, len(found)) else [first]
+
+
+def _k(waiting: Waiting) -> int:
+    assert not isinstance(waiting.request, Infer)
+    return parse_cid(waiting.request.cid).k

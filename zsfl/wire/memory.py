@@ -1,0 +1,54 @@
+"""Memory for what is long and comes again and again, like weights: used anew once nobody looks at it any more.
+
+Pages that a process gets for the first time are cleared by the system, which takes four times as long as to copy into
+pages that it has. What `memory` hands out is free again when the last view of it is gone, by counting references.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+KEPT_BYTES = 256 << 20
+"""Of memory that nobody looks at, no more than this is kept for later."""
+RECYCLED_BYTES = 1 << 20
+"""Shorter pieces are left to the system, which keeps them by itself."""
+_UNUSED = 2
+"""References to something that only a list has: the list's, and that of asking."""
+
+_lock = threading.Lock()
+_pieces: list[np.ndarray[Any, Any]] = []
+
+
+def memory(size: int, rather: int = 0) -> memoryview:
+    """So many bytes, writable; what they hold is anybody's guess. `rather` as many, where they are at hand."""
+    import numpy as np  # not at the top: it takes a tenth of a second, and only long messages need it
+
+    if max(size, rather) < RECYCLED_BYTES:
+        return np.empty(size, np.uint8).data
+    with _lock:
+        found = _idle(rather) if rather else None
+        if found is None:
+            found = _idle(size)
+        if found is None:
+            found = np.empty(size, np.uint8)
+            _pieces.append(found)
+        return found.data
+
+
+def _idle(size: int) -> np.ndarray[Any, Any] | None:
+    """A piece of this size that nobody looks at; those of other sizes go where there are too many."""
+    idle_bytes = 0
+    for number in range(len(_pieces) - 1, -1, -1):
+        if sys.getrefcount(_pieces[number]) != _UNUSED:
+            continue
+        if _pieces[number].nbytes == size:
+            return _pieces[number]
+        idle_bytes += _pieces[number].nbytes
+        if idle_bytes > KEPT_BYTES:
+            del _pieces[number]
+    return None
