@@ -87,11 +87,9 @@ class _Link:
 
 
 class CodecChooser:
-    """Chooses among `candidates` for each link and role, and learns from what it is told of every use."""
+    """Chooses for each link and role, and learns from what it is told of every use."""
 
-    def __init__(self, candidates: Sequence[Codec]) -> None:
-        """The first candidate is used until something is known."""
-        self._candidates = tuple(candidates)
+    def __init__(self) -> None:
         self._work: dict[tuple[Role, Codec], _Work] = {}
         self._links: dict[Hashable, _Link] = {}
 
@@ -123,18 +121,22 @@ class CodecChooser:
         """That link is no more."""
         self._links.pop(link, None)
 
-    def choose(self, link: Hashable, role: Role) -> Codec:
-        """What to pack the next tensor of this role with."""
+    def choose(self, link: Hashable, role: Role, candidates: Sequence[Codec]) -> Codec:
+        """What to pack the next tensor of this role with: the first candidate until something is known."""
+        if len(candidates) == 1:
+            return candidates[0]
         held = self._links.setdefault(link, _Link())
-        use = held.uses.setdefault(role, _Use(self._candidates[0]))
+        use = held.uses.get(role)
+        if use is None or use.codec not in candidates:
+            use = held.uses[role] = _Use(candidates[0])
         use.choices += 1
         if use.trial_left:
             use.trial_left -= 1
             return use.trial or use.codec
-        if use.choices % LOOK_EVERY == 0 and len(self._candidates) > 1:
+        if use.choices % LOOK_EVERY == 0:
             per_byte = self.s_per_byte(link)
             if per_byte is not None:
-                costs = {codec: self._cost(role, codec, per_byte) for codec in self._candidates}
+                costs = {codec: self._cost(role, codec, per_byte) for codec in candidates}
                 self._consider(use, min(costs, key=lambda codec: costs[codec]), costs)
                 use.trial = self._trial(use, role, costs)
                 use.trial_left = 0 if use.trial is None else TRIAL
@@ -170,9 +172,9 @@ class CodecChooser:
     def _trial(self, use: _Use, role: Role, costs: dict[Codec, float]) -> Codec | None:
         """Now and then another codec: one that may be as good, those never tried first, or the one that sends most."""
         if use.choices % PROBE_EVERY == 0:
-            return max(self._candidates, key=lambda codec: self._ratio(role, codec))
+            return max(costs, key=lambda codec: self._ratio(role, codec))
         limit = TRY_BELOW * min(costs.values())
-        others = [codec for codec in self._candidates if codec != use.codec and costs[codec] <= limit]
+        others = [codec for codec in costs if codec != use.codec and costs[codec] <= limit]
         new = [codec for codec in others if (role, codec) not in self._work]
         if not others or use.choices % (TRY_NEW_EVERY if new else TRY_EVERY):
             return None

@@ -118,16 +118,17 @@ class Codec:
         )
 
 
-_CODECS: dict[str, Codec] = {
+SPELLINGS: dict[str, Codec] = {
     str(codec): codec
     for codec in (Codec(base=b, shuffle=s, lz4=z) for b, s, z in product(BASES, (False, True), (False, True)))
 }
+"""Every codec by its canonical spelling."""
 
 
 @cache
 def _applied(codec: str, dtype: str) -> str:
     """`codec` without the steps that do nothing to `dtype`; both are known words, so the cache is small."""
-    asked = _CODECS[codec]
+    asked = SPELLINGS[codec]
     base = applied_base(asked.base, dtype)
     return str(Codec(base=base, shuffle=asked.shuffle and element_bytes(base, dtype) > 1, lz4=asked.lz4))
 
@@ -140,7 +141,7 @@ def _packing(codec: Codec, name: str, of: torch.dtype, size: torch.Size) -> tupl
     nbytes = payload_bytes(name, base, dtype, shape, MAX_TENSOR_BYTES)
     if not nbytes:
         return TensorSpec(name, dtype, shape, "raw", 0), Codec()
-    return TensorSpec(name, dtype, shape, base, nbytes), _CODECS[_applied(str(codec), dtype)]
+    return TensorSpec(name, dtype, shape, base, nbytes), SPELLINGS[_applied(str(codec), dtype)]
 
 
 def _encode(base: Base, values: Tensor) -> memoryview:
@@ -195,9 +196,9 @@ def _unpacking(
 
     Without the name, so that a peer that names its tensors anew each time finds nothing remembered of them.
     """
-    known = _CODECS.get(codec)
+    known = SPELLINGS.get(codec)
     if known is None:
-        raise bad_shape(name, f"codec {codec[:80]!r} is not one of {', '.join(_CODECS)}")
+        raise bad_shape(name, f"codec {codec[:80]!r} is not one of {', '.join(SPELLINGS)}")
     nbytes = payload_bytes(name, known.base, dtype, shape, max_bytes)
     applied = _applied(codec, dtype) if nbytes else "raw"
     if codec != applied:

@@ -75,6 +75,12 @@ class CodecPlan:
         """Whether what is measured decides on anything."""
         return any(len(choice) > 1 for choice in (self.activation, self.output, self.gradient, self.test))
 
+    @property
+    def loses_by_chance(self) -> bool:
+        """Whether it depends on what is measured, or on who does which step, what is lost."""
+        chosen = (choice for choice in (self.activation, self.output, self.gradient) if len(choice) > 1)
+        return self.feedback or any(codec.base != "raw" for choice in chosen for codec in choice)
+
     def agreed(self, offered: Sequence[str]) -> CodecPlan:
         """The plan with a peer that offers these words; ConfigError when it lacks what is wanted for sure."""
         kinds = ("activation", "output", "gradient", "test")
