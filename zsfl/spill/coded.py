@@ -21,7 +21,9 @@ from zsfl.tensors.spec import TensorSpec
 if TYPE_CHECKING:
     from zsfl.spill.layout import SpillMeta
 
-_GRAD, _CODED = "grad/", "coded/"
+_GRAD = "grad/"
+CODED = "coded/"
+"""What the names of packed tensors begin with."""
 
 
 class SpillCoder:
@@ -55,11 +57,11 @@ class SpillCoder:
 
 def uncoded(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors that a coder was given, as far as it kept them; SpillCorrupt where a name or bytes say nothing."""
-    if not any(name.startswith(_CODED) for name in tensors):
+    if not any(name.startswith(CODED) for name in tensors):
         return tensors
     found: dict[str, torch.Tensor] = {}
     for stored, tensor in tensors.items():
-        if not stored.startswith(_CODED):
+        if not stored.startswith(CODED):
             found[stored] = tensor
             continue
         try:
@@ -76,7 +78,7 @@ def uncoded(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @lru_cache(1024)
 def _name(spec: TensorSpec) -> str:
-    return f"{_CODED}{spec.codec}/{spec.dtype}/{'x'.join(map(str, spec.shape))}/{spec.name}"
+    return f"{CODED}{spec.codec}/{spec.dtype}/{'x'.join(map(str, spec.shape))}/{spec.name}"
 
 
 @lru_cache(1024)
