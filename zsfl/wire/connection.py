@@ -14,6 +14,7 @@ import zmq
 from zsfl.errors import DeadlineExceeded, LocalProtocolError, NoPeer, RemoteProtocolError, ZsflError
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
+from zsfl.wire.batch import Batch, is_small
 from zsfl.wire.framing import Arrived, Assembler, Buffer, Header, NoRoom, encode, nbytes
 from zsfl.wire.messages import AnyMessage, Refusal, Request
 from zsfl.wire.pump import Pump
@@ -67,6 +68,7 @@ class Connection:
         # A request to somebody who is not there yet waits for its deadline instead of in a queue.
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         self._socket.connect(endpoint)
+        self._batch = Batch(limits, self._send_batch)
         self._pump = Pump(self._socket, self._take, counters, self._flush)
         self._pump.ended.add_done_callback(self._reader_ended)
 
@@ -88,12 +90,16 @@ class Connection:
         late = loop.call_later(deadline_s, self._expire, future, type(body).__name__, deadline_s)
         begun = False
         try:
-            for frames in encode(header, parts, self._limits):
-                if future.done():  # refused before all of it was sent, or too late
-                    break
-                if self._waiting or not self._sent(frames):
-                    await self._until_sent(frames, future)
-                begun = True
+            if self._closed is None and self._batch.takes(parts):
+                self._batch.add(next(encode(header, parts, self._limits)))
+            else:
+                for frames in encode(header, parts, self._limits):
+                    if future.done():  # refused before all of it was sent, or too late
+                        break
+                    if self._waiting or not self._sent(frames):
+                        await self._until_sent(frames, future)
+                    begun = True
+            begun = True
             answer = await future
         except (DeadlineExceeded, asyncio.CancelledError):
             self._cancel(request_id, begun)
@@ -127,7 +133,7 @@ class Connection:
         if self._closed is not None:
             raise NoPeer(f"{self.peer} at {self._endpoint} {self._closed}")
         size = sum(map(nbytes, frames))
-        if not send_now(self._socket, frames, copy=size < self._limits.copy_below_bytes):
+        if not send_now(self._socket, frames, copy=is_small(frames, self._limits.copy_below_bytes)):
             return False
         self._counters.add("bytes_sent", size)
         self._pump.sent()
@@ -157,14 +163,17 @@ class Connection:
     def _cancel(self, request_id: int, begun: bool) -> None:
         """Tell the peer as soon as there is room for it."""
         if begun and self._closed is None:
-            frames = next(encode(Header(kind="cancel", id=request_id), (), self._limits))
-            if self._waiting or not self._sent(frames):
-                self._waiting.append((frames, asyncio.get_running_loop().create_future()))
-                self._pump.wants_room()
+            self._batch.add(next(encode(Header(kind="cancel", id=request_id), (), self._limits)))
+
+    def _send_batch(self, frames: list[Buffer]) -> None:
+        """Send small messages as one, as soon as there is room."""
+        if self._closed is None and (self._waiting or not self._sent(frames)):
+            self._waiting.append((frames, asyncio.get_running_loop().create_future()))
+            self._pump.wants_room()
 
     def _take(self, frames: list[zmq.Frame], _size: int) -> None:
         try:
-            if arrived := self._assembler.feed([frame.buffer for frame in frames]):
+            for arrived in self._assembler.feed([frame.buffer for frame in frames]):
                 self._answered(arrived)
         except RemoteProtocolError as error:
             self._counters.add("protocol_errors")

@@ -2,7 +2,8 @@
 
 On the wire a message is one multipart of frames::
 
-    header | part 0 | part 1 | ...                      when the parts fit one frame size together
+    header | part 0 | part 1 | ...                      when the parts fit one frame size together; several such
+                                                        messages may follow one another in one multipart
     header                                              otherwise, followed by any number of
     chunk header | bytes | bytes | ...                  which continue the concatenated parts
 
@@ -38,7 +39,7 @@ RETRY_AFTER_S = 0.1
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """First frame of every multipart."""
+    """First frame of every message."""
 
     kind: Kind
     id: MessageId
@@ -211,22 +212,29 @@ class Assembler:
         self._clock = clock
         self._halves: dict[int, _Half] = {}
 
-    def feed(self, frames: Sequence[Buffer]) -> Arrived | None:
-        """The message that these frames complete, if any.
+    def feed(self, frames: Sequence[Buffer]) -> Iterator[Arrived]:
+        """The messages that the frames of one multipart complete.
 
-        RemoteProtocolError when they break the protocol; NoRoom when their message had to be dropped.
+        RemoteProtocolError when they break the protocol; NoRoom when their message had to be dropped. What follows in
+        the same multipart is then lost, too.
         """
         if not frames:
             raise RemoteProtocolError("empty multipart")
-        header = decode_header(frames[0], self._limits)
-        match header.kind:
-            case "chunk":
-                return self._continue(header, frames[1:])
-            case "cancel":
-                self.forget(header.id)
-                return _arrived(header, [])
-            case _:
-                return self._begin(header, list(frames[1:]))
+        place = 0
+        while place < len(frames):
+            header = decode_header(frames[place], self._limits)
+            place += 1
+            match header.kind:
+                case "chunk":
+                    arrived, place = self._continue(header, frames[place:]), len(frames)
+                case "cancel":
+                    self.forget(header.id)
+                    arrived = _arrived(header, [])
+                case _:
+                    end = place + len(header.sizes)
+                    arrived, place = self._begin(header, list(frames[place:end])), end
+            if arrived is not None:
+                yield arrived
 
     @property
     def idle(self) -> bool:

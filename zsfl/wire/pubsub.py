@@ -103,8 +103,7 @@ class Subscriber:
 
     def _take(self, frames: list[zmq.Frame], _size: int) -> None:
         try:
-            arrived = self._assembler.feed([frame.buffer for frame in frames[1:]])
-            if arrived is not None:
+            for arrived in self._assembler.feed([frame.buffer for frame in frames[1:]]):
                 if arrived.kind != "publish" or not isinstance(arrived.body, Broadcast):
                     raise RemoteProtocolError(f"a {arrived.kind} where a broadcast was due")
                 self._heard(arrived.body, arrived.parts)

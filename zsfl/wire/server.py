@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import zmq
@@ -12,6 +13,7 @@ import zmq
 from zsfl.errors import Busy, DeadlineExceeded, RemoteProtocolError
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
+from zsfl.wire.batch import Batch, is_small
 from zsfl.wire.framing import RETRY_AFTER_S, Arrived, Assembler, Buffer, Header, NoRoom, Room, encode, nbytes
 from zsfl.wire.messages import Reply, Request
 from zsfl.wire.pump import Pump
@@ -33,8 +35,9 @@ Handler = Callable[[Request, Sequence[Buffer]], Answered | Awaitable[Answered]]
 class _Caller:
     """What the server keeps of one connection."""
 
-    def __init__(self, limits: WireLimits, room: Room) -> None:
+    def __init__(self, limits: WireLimits, room: Room, send_batch: Callable[[list[Buffer]], None]) -> None:
         self.assembler = Assembler(limits, room)
+        self.batch = Batch(limits, send_batch)
         self.tasks: dict[int, asyncio.Future[Any]] = {}
         self.outbox: deque[list[Buffer]] = deque()
 
@@ -107,7 +110,7 @@ class Server:
         identity = frames[0].bytes
         caller = self._caller(identity)
         try:
-            if arrived := caller.assembler.feed([frame.buffer for frame in frames[1:]]):
+            for arrived in caller.assembler.feed([frame.buffer for frame in frames[1:]]):
                 self._arrived(identity, caller, arrived)
         except RemoteProtocolError as error:
             self._counters.add("protocol_errors")
@@ -124,7 +127,7 @@ class Server:
                 oldest = next((name for name, other in self._callers.items() if other.idle), next(iter(self._callers)))
                 self._outbox_bytes -= sum(map(_size, self._callers[oldest].outbox))
                 self._callers.pop(oldest).end()
-            caller = _Caller(self._limits, self._room)
+            caller = _Caller(self._limits, self._room, partial(self._send_batch, identity))
         self._callers[identity] = caller  # youngest last
         return caller
 
@@ -216,6 +219,15 @@ class Server:
 
     def _send(self, identity: bytes, caller: _Caller, frames: list[list[Buffer]]) -> bool:
         """Hand a reply to ZeroMQ, or what it does not take to the caller's outbox; whether there was room for it."""
+        if len(frames) == 1 and not caller.outbox and caller.batch.takes(frames[0]):
+            size = sum(map(nbytes, frames[0]))
+            if self._outbox_bytes + size <= self._limits.max_outbox_bytes:
+                self._outbox_bytes += size  # so that there is room should ZeroMQ have none
+                caller.batch.add(frames[0])
+                return True
+        return self._send_now(identity, caller, frames)
+
+    def _send_now(self, identity: bytes, caller: _Caller, frames: list[list[Buffer]]) -> bool:
         rest = deque[list[Buffer]]([identity, *multipart] for multipart in frames)
         while rest and not caller.outbox and self._sent(rest[0]):
             rest.popleft()
@@ -230,11 +242,17 @@ class Server:
             self._kick.set()
         return True
 
+    def _send_batch(self, identity: bytes, frames: list[Buffer]) -> None:
+        self._outbox_bytes -= sum(map(nbytes, frames))
+        caller = self._callers.get(identity)
+        if caller is not None and not self._closed:
+            self._send_now(identity, caller, [frames])
+
     def _sent(self, multipart: list[Buffer]) -> bool:
         """Whether ZeroMQ took it, or there is nobody left to send it to; False: the peer's queue is full."""
         size = _size(multipart)
         try:
-            if not send_now(self._socket, multipart, copy=size < self._limits.copy_below_bytes):
+            if not send_now(self._socket, multipart, copy=is_small(multipart, self._limits.copy_below_bytes)):
                 return False
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
