@@ -13,6 +13,7 @@ from zsfl.errors import NoPeer, RemoteProtocolError, RunFailed, StorageError
 from zsfl.ids import Cid, NodeCard, Role, RunId, parse_cid
 from zsfl.latest import Latest
 from zsfl.node import STATE_TOPIC, Node
+from zsfl.spill.coded import SpillCoder
 from zsfl.spill.store import SpillStore
 from zsfl.weights.follower import WeightsFollower
 from zsfl.wire.framing import Buffer
@@ -42,14 +43,20 @@ COUNTERS_S = 0.05
 class Member:
     """Membership in a run: its state, its weights, and what this node contributes to it."""
 
-    def __init__(self, node: Node, weights: Collection[WeightsFollower[Any]], spills: Path) -> None:
-        """`weights` follow the same aggregator."""
+    def __init__(
+        self,
+        node: Node,
+        weights: Collection[WeightsFollower[Any]],
+        spills: Path,
+        coder: SpillCoder | None = None,
+    ) -> None:
+        """`weights` follow the same aggregator; `coder` packs what is spilled."""
         self._node = node
         self.state: Latest[RunState | None] = Latest(None)
         self.aggregator: Latest[NodeCard | None] = Latest(None)
         self._weights = weights
         self._listening: asyncio.Task[None] | None = None
-        self.spills = SpillStore(spills)
+        self.spills = SpillStore(spills, coder)
         self.followed = 0
         """How often this node began to follow an aggregator: what an earlier one asked for is asked anew."""
         self._run: RunId | None = None

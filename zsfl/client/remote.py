@@ -12,47 +12,36 @@ from contextlib import nullcontext, suppress
 import torch
 
 from zsfl.client.line import Line
+from zsfl.client.packing import AtCut, Outgoing, Packing
 from zsfl.client.routing import MAX_SHUN_S, ServerChooser
-from zsfl.errors import BadShape, Busy, DeadlineExceeded, InputNeeded, NoPeer, SpillFull, Unavailable
+from zsfl.errors import Busy, DeadlineExceeded, InputNeeded, NoPeer, SpillFull, Unavailable
 from zsfl.ids import Cid, NodeCard, NodeId, Version
 from zsfl.latest import Latest
 from zsfl.node import Node
-from zsfl.tensors.codec import Codec, negotiate, unpack
+from zsfl.tensors.choice import CodecChooser
+from zsfl.tensors.codec import Codec
+from zsfl.tensors.plan import CodecPlan
 from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.connection import Answer, Connection
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Backward, Forward, Infer, Load, Output, Request, Spilled, Step
 
 Made = tuple[Request, Sequence[Buffer]]
-Make = Callable[[Codec], Made]
-Packed = tuple[TensorSpec, Buffer]
+Make = Callable[[Packing], Made]
+_RAW = Codec()
 AGAIN_S, MAX_AGAIN_S = 0.05, 1.0
 """How long to wait before the one server that may be asked is asked again; twice as long after each failure."""
-
-
-class _Outgoing:
-    """A tensor that is packed at most once a codec."""
-
-    def __init__(self, name: str, tensor: torch.Tensor) -> None:
-        self._name = name
-        self._tensor = tensor
-        self._packed: dict[Codec, Packed] = {}
-
-    def packed(self, codec: Codec) -> Packed:
-        """What to send to a peer of this codec."""
-        if codec not in self._packed:
-            self._packed[codec] = codec.pack(self._name, self._tensor)
-        return self._packed[codec]
 
 
 class RemoteBody:
     """Runs the body on split servers. Every method lasts `patience_s` at most, then raises Unavailable."""
 
-    def __init__(self, node: Node, codec: str, rng: random.Random) -> None:
+    def __init__(self, node: Node, plan: CodecPlan, rng: random.Random) -> None:
         self._node = node
-        self._codec = codec
+        self._plan = plan
+        self._codecs = CodecChooser()
         self._chooser = ServerChooser(rng)
-        self._connections: dict[NodeId, tuple[Connection, Codec]] = {}
+        self._connections: dict[NodeId, tuple[Connection, Packing]] = {}
         self._servers = Latest(None)
         self._answers = Latest(None)
         """Touched at every answer, and whatever else may make room at a server."""
@@ -60,8 +49,9 @@ class RemoteBody:
 
     def joined(self, card: NodeCard) -> None:
         """A split server is there."""
-        codec = negotiate(self._codec, self._node.peer_codecs.get(card.id, ()))
-        self._connections[card.id] = self._node.connect(card, card.data_port), codec
+        plan = self._plan.agreed(self._node.peer_codecs.get(card.id, ()))
+        packing = Packing(card.id, plan, self._codecs)
+        self._connections[card.id] = self._node.connect(card, card.data_port), packing
         self._chooser.joined(card.id)
         self._changed()
 
@@ -69,6 +59,7 @@ class RemoteBody:
         """A split server is gone: what it was asked fails, and is asked of another."""
         if held := self._connections.pop(card.id, None):
             held[0].close(f"is gone ({reason})")
+        self._codecs.lost(card.id)
         self._chooser.lost(card.id)
         self._changed()
 
@@ -94,14 +85,15 @@ class RemoteBody:
     async def infer(self, shard: int, version: Version, x: torch.Tensor) -> torch.Tensor:
         """The body's output in evaluation mode."""
 
-        sent = _Outgoing("input", x)
+        sent = Outgoing("input", x, test=True)
 
-        def make(codec: Codec) -> Made:
-            spec, data = sent.packed(codec)
-            return Infer(shard=shard, version=version, input=spec), [data]
+        def make(packing: Packing) -> Made:
+            spec, data = sent.packed(packing)
+            reply_codec = sent.reply_codec(packing, "output")
+            return Infer(shard=shard, version=version, input=spec, reply_codec=reply_codec), [data]
 
-        _, answer = await self._ask(make)
-        return _unpacked(answer.expect(Output).output, answer)
+        server, answer = await self._ask(make)
+        return self._unpacked("output", sent, server, answer.expect(Output).output, answer)
 
     async def forward(
         self,
@@ -115,15 +107,23 @@ class RemoteBody:
         merged: int = 0,
     ) -> tuple[NodeId, torch.Tensor]:
         """The body's output in training mode, and who holds its graph; with `at` only that server is asked."""
-        sent = _Outgoing("input", x)
+        sent = Outgoing("input", x)
 
-        def make(codec: Codec) -> Made:
-            spec, data = sent.packed(codec)
-            request = Forward(cid=cid, version=version, seed=seed, input=spec, want_grad=want_grad, merged=merged)
+        def make(packing: Packing) -> Made:
+            spec, data = sent.packed(packing)
+            request = Forward(
+                cid=cid,
+                version=version,
+                seed=seed,
+                input=spec,
+                want_grad=want_grad,
+                reply_codec=sent.reply_codec(packing, "output"),
+                merged=merged,
+            )
             return request, [data]
 
         server, answer = await self._ask(make, at)
-        return server, _unpacked(answer.expect(Output).output, answer)
+        return server, self._unpacked("output", sent, server, answer.expect(Output).output, answer)
 
     async def backward(
         self,
@@ -138,44 +138,46 @@ class RemoteBody:
         The holder of the graph is asked first; anybody else (with `at` only that server) gets the input again and
         recomputes.
         """
-        sent_grad, sent_input = _Outgoing("grad", grad), _Outgoing("input", x)
+        sent_grad, sent_input = Outgoing("grad", grad, "gradient"), Outgoing("input", x)
 
-        def make_short(codec: Codec) -> Made:
-            spec, data = sent_grad.packed(codec)
-            return request(grad=spec, input=None), [data]
+        def make_short(packing: Packing) -> Made:
+            spec, data = sent_grad.packed(packing)
+            return request(grad=spec, input=None, reply_codec=sent_grad.reply_codec(packing, "gradient")), [data]
 
-        def make(codec: Codec) -> Made:
-            (grad_spec, grad_data), (spec, data) = sent_grad.packed(codec), sent_input.packed(codec)
-            return request(grad=grad_spec, input=spec, again=True), [grad_data, data]
+        def make(packing: Packing) -> Made:
+            (grad_spec, grad_data), (spec, data) = sent_grad.packed(packing), sent_input.packed(packing)
+            reply_codec = sent_grad.reply_codec(packing, "gradient")
+            return request(grad=grad_spec, input=spec, reply_codec=reply_codec, again=True), [grad_data, data]
 
         if at is not None:
             for make_one in (make_short, make, make):  # others of the merged batch may have sent no input
                 with suppress(InputNeeded):
                     server, answer = await self._ask(make_one, at)
-                    return server, _grad_of(answer)
+                    return server, self._grad_of(sent_grad, server, answer)
         elif holder is not None and holder in self._connections:
             with suppress(InputNeeded, Unavailable, SpillFull):
                 await self._until_room_at(holder)
-                return holder, _grad_of(await self._ask_one(holder, make_short))
+                return holder, self._grad_of(sent_grad, holder, await self._ask_one(holder, make_short))
             self._node.counters.add("recomputed")
         server, answer = await self._ask(make, at)
-        return server, _grad_of(answer)
+        return server, self._grad_of(sent_grad, server, answer)
 
     async def step(
         self, request: Callable[..., Step], x: torch.Tensor, target: torch.Tensor, at: NodeId | None = None
     ) -> tuple[NodeId, torch.Tensor | None, float]:
         """Label sharing: who spilled the contribution, the gradient of the input if wanted, the loss sum."""
-        sent_input, sent_target = _Outgoing("input", x), _Outgoing("target", target)
+        sent_input, sent_target = Outgoing("input", x), _RAW.pack("target", target)
         tried: dict[str, bool] = {}
 
-        def make(codec: Codec) -> Made:
-            (spec, data), (target_spec, target_data) = sent_input.packed(codec), sent_target.packed(codec)
-            body = request(input=spec, target=target_spec, **tried)
+        def make(packing: Packing) -> Made:
+            (spec, data), (target_spec, target_data) = sent_input.packed(packing), sent_target
+            reply_codec = sent_input.reply_codec(packing, "gradient")
+            body = request(input=spec, target=target_spec, reply_codec=reply_codec, **tried)
             tried["again"] = True
             return body, [data, target_data]
 
         server, answer = await self._ask(make, at)
-        return server, _grad_of(answer), answer.expect(Spilled).loss_sum or 0.0
+        return server, self._grad_of(sent_input, server, answer), answer.expect(Spilled).loss_sum or 0.0
 
     async def _ask_at(self, server: NodeId, make: Make) -> tuple[NodeId, Answer]:
         """Ask this server, once it is known, until it answers; Unavailable as soon as it is gone.
@@ -249,11 +251,13 @@ class RemoteBody:
         held = self._connections.get(server)
         if held is None:
             raise NoPeer("that split server is gone")
-        connection, codec = held
-        body, parts = make(codec)
+        connection, packing = held
+        body, parts = make(packing)
+        begun_s = time.perf_counter()
         answer = await connection.request(body, parts, deadline_s=self._node.settings.request_s)
         if isinstance(answer.body, Output | Spilled):
             self._chooser.heard(server, answer.body.load)
+            packing.answered(parts, answer, time.perf_counter() - begun_s - answer.body.took_s)
         return answer
 
     async def _until_room_at(self, server: NodeId) -> None:
@@ -272,13 +276,11 @@ class RemoteBody:
                 await self._line.wait()
         return deadline + (time.monotonic() - start if behind else 0.0)
 
+    def _grad_of(self, sent: Outgoing, server: NodeId, answer: Answer) -> torch.Tensor | None:
+        spec = answer.expect(Spilled).grad
+        return None if spec is None else self._unpacked("gradient", sent, server, spec, answer)
 
-def _grad_of(answer: Answer) -> torch.Tensor | None:
-    spec = answer.expect(Spilled).grad
-    return None if spec is None else _unpacked(spec, answer)
-
-
-def _unpacked(spec: TensorSpec, answer: Answer) -> torch.Tensor:
-    if len(answer.parts) != 1:
-        raise BadShape(f"one tensor belongs to this reply, {len(answer.parts)} came with it")
-    return unpack(spec, answer.parts[0])
+    def _unpacked(self, role: AtCut, sent: Outgoing, server: NodeId, spec: TensorSpec, answer: Answer) -> torch.Tensor:
+        held = self._connections.get(server)
+        packing = Packing(server, self._plan, self._codecs) if held is None else held[1]
+        return packing.unpack(role, sent.asked, spec, answer)

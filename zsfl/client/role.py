@@ -25,6 +25,8 @@ from zsfl.learning.modes import Async, max_staleness
 from zsfl.learning.skew import logit_shift
 from zsfl.member import Member
 from zsfl.node import BeatExtras, Node
+from zsfl.spill.coded import SpillCoder
+from zsfl.tensors.plan import CodecPlan
 from zsfl.weights.follower import WeightsFollower
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import MAX_JOINED, Beat, Broadcast, Evaluated, Join, Ok, Reply, Request, RunState
@@ -62,13 +64,14 @@ class ClientRole:
         self._job = job
         self._cuts = cuts
         self._shards = shards
-        self._remote = RemoteBody(node, node.settings.codec or job.codec, random.Random(node.card.id))
+        plan = CodecPlan.parse(node.settings.codec or job.codec)
+        self._remote = RemoteBody(node, plan, random.Random(node.card.id))
         parts = {
             cut: LocalParts(job, cuts.model(cut), device, cuts.names(cut))
             for cut in sorted({cuts.of(shard) for shard in shards})
         }
         weights = {cut: WeightsFollower(node, cuts.portion(cut), local.load) for cut, local in parts.items()}
-        self._member = Member(node, weights.values(), spills)
+        self._member = Member(node, weights.values(), spills, SpillCoder(plan.spill[0], feedback=plan.feedback))
         self._drivers = {
             cut: StepDriver(node, local, weights[cut], self._remote, self._member) for cut, local in parts.items()
         }

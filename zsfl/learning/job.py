@@ -24,7 +24,7 @@ from zsfl.learning.batches import BySpeed, batch_place, is_number
 from zsfl.learning.model import JOB_MODULE_PREFIX
 from zsfl.learning.modes import Async, Elastic, Exact, Mode, ModeName, mode_named
 from zsfl.learning.optim import OptimizerSpec
-from zsfl.tensors.codec import Codec
+from zsfl.tensors.plan import CodecPlan
 
 if TYPE_CHECKING:
     from zsfl.learning.cuts import Cuts
@@ -89,7 +89,8 @@ class Job:
     seed: int = 0
     """Of initial weights, of the order of samples, and of what is random in a forward."""
     codec: str = "raw"
-    """How tensors travel; `raw` changes no bit."""
+    """How tensors travel; `raw` changes no bit. `auto-lossless`, `auto-half`, `auto`: as is quickest on each link, by
+    what loses nothing, down to half precision, down to int8. Kinds of tensors may differ: see `CodecPlan.parse`."""
     mode: ModeName | Mode = "exact"
     """`exact`, `elastic` or `async`, or one of these with settings of its own: `zsfl.Elastic(quorum=0.5)`."""
     batch_norm: Literal["per-client", "merged", "frozen"] = "per-client"
@@ -170,7 +171,7 @@ class Job:
             raise self._wrong("in mode='async' fast clients step more often already: use batches='proportional'")
         if not isinstance(cast(object, self.shuffle), bool):
             raise self._wrong(f"shuffle is {self.shuffle!r}: use True or False")
-        Codec.parse(self.codec)
+        CodecPlan.parse(self.codec)
         if self.local_lr is not None and not (
             self.steps > 1 and is_number(self.local_lr) and 0 < self.local_lr < math.inf
         ):
@@ -259,6 +260,11 @@ class Job:
         if isinstance(self.batches, BySpeed) and isinstance(self.how, Exact):
             found.append(
                 "batch sizes follow measured speeds, so no two runs are equal; batches='proportional' would do"
+            )
+        if isinstance(self.how, Exact) and CodecPlan.parse(self.codec).loses_by_chance:
+            found.append(
+                f"codec={self.codec!r} loses what measured speeds, or the choice of servers, say, so no two runs are "
+                "equal bit for bit; one fixed codec without feedback would do"
             )
         if self.local_lr is not None:
             options = {name: value for name, value in self.optimizer.options.items() if value and name != "lr"}

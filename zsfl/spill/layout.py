@@ -24,6 +24,7 @@ from zsfl.errors import BadShape, SpillCorrupt
 from zsfl.ids import Cid, SpillKind, Version, parse_cid
 from zsfl.learning.averaging import Contribution, StepShare
 from zsfl.learning.flat import FlatLayout, FlatTensors
+from zsfl.spill.coded import CODED, uncoded
 from zsfl.wire.messages import MAX_MEMBERS
 
 MAX_HEADER_BYTES = 1 << 20
@@ -133,7 +134,7 @@ def decode(data: Buffer) -> tuple[SpillMeta, dict[str, torch.Tensor]]:
     The tensors share the memory of `data`, where that may be written to.
     """
     meta, plan, numbers = _verified(data)
-    return meta, _tensors(plan.places, numbers)
+    return meta, uncoded(_tensors(plan.places, numbers))
 
 
 def decode_contribution(data: Buffer) -> Contribution:
@@ -147,7 +148,7 @@ def decode_contribution(data: Buffer) -> Contribution:
         rest = [place for place in plan.places if not place[0].startswith(_GRAD)]
         tensors = _copies(rest, numbers)
     else:
-        tensors = _tensors(plan.places, numbers)
+        tensors = uncoded(_tensors(plan.places, numbers))
         grads = {name[len(_GRAD) :]: tensor for name, tensor in tensors.items() if name.startswith(_GRAD)}
     buffers = {name[len(_BUFFER) :]: tensor for name, tensor in tensors.items() if name.startswith(_BUFFER)}
     return Contribution(
@@ -300,7 +301,7 @@ def _plan(described: bytes) -> _Plan:
 def _flat(places: Sequence[_Place]) -> tuple[FlatLayout | None, slice]:
     """Where all gradients are, if they are of one dtype and follow one another, as `encode` writes them."""
     grads = [place for place in places if place[0].startswith(_GRAD)]
-    if len({dtype for _, dtype, *_ in grads}) != 1:
+    if len({dtype for _, dtype, *_ in grads}) != 1 or any(place[0].startswith(CODED) for place in places):
         return None, slice(0)
     dtype, first, count = grads[0][1], grads[0][3], sum(place[4] for place in grads)
     piece = slice(first, first + count * dtype.itemsize)

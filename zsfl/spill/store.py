@@ -14,6 +14,7 @@ import torch
 
 from zsfl.errors import BadShape, SpillCorrupt, SpillFull, StorageError
 from zsfl.ids import Cid, RunId, SpillKind, parse_cid
+from zsfl.spill.coded import SpillCoder
 from zsfl.spill.layout import Buffer, SpillMeta, decode_meta, header_bytes, pieces
 from zsfl.spill.segments import SUFFIX as SEGMENT_SUFFIX
 from zsfl.spill.segments import Segment
@@ -46,8 +47,10 @@ class SpillStore:
     former process left in the folder counts as held. A merged one is held until all its steps are released.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, coder: SpillCoder | None = None) -> None:
+        """`coder` packs the gradients of what is put; without one they are stored as they are."""
         self.folder = folder
+        self._coder = coder
         self._lock = threading.Lock()
         self._held: dict[Key, _Held] = {}
         self._keys: dict[Cid, list[Key]] = {}
@@ -80,6 +83,8 @@ class SpillStore:
         offers: list[SpillOffer] = []
         small: list[tuple[SpillOffer, list[Buffer]]] = []
         for meta, tensors in spills:
+            if self._coder is not None:
+                tensors = self._coder.coded(meta, tensors)
             found = pieces(meta, tensors)
             size = sum(memoryview(piece).nbytes for piece in found)
             offers.append(_offer(meta, size))

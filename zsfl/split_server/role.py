@@ -19,12 +19,14 @@ from zsfl.learning.job import Job
 from zsfl.learning.part import Part, PartWeights
 from zsfl.member import Member
 from zsfl.node import BeatExtras, Node
+from zsfl.spill.coded import SpillCoder
 from zsfl.split_server.admission import Admission
 from zsfl.split_server.body import BodyWorker, Done
 from zsfl.split_server.meeting import Meetings
 from zsfl.split_server.merging import MergePolicy
 from zsfl.split_server.queue import Answer, Waiting, Weights, WorkQueue
-from zsfl.tensors.codec import Codec, unpack
+from zsfl.tensors.codec import SPELLINGS, unpack
+from zsfl.tensors.plan import CodecPlan
 from zsfl.weights.follower import WeightsFollower
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Backward, Broadcast, Forward, Infer, Output, Reply, Request, Spilled, Step
@@ -51,8 +53,8 @@ class SplitServerRole:
         self._weights: WeightsFollower[Weights] = WeightsFollower(
             node, BODY, lambda state: {cut: part.load(state) for cut, part in parts.items()}
         )
-        self._member = Member(node, [self._weights], spills)
-        self._codec = Codec.parse(node.settings.codec or job.codec)
+        plan = CodecPlan.parse(node.settings.codec or job.codec)
+        self._member = Member(node, [self._weights], spills, SpillCoder(plan.spill[0], feedback=plan.feedback))
         self._admission = Admission(node.settings.slots)
         self._workers = {
             cut: BodyWorker(job, part, self._member.spills, node=node.name, slots=node.settings.slots)
@@ -143,6 +145,8 @@ class SplitServerRole:
 
     def _answer(self, request: Request, parts: Sequence[Buffer]) -> Answer | Awaitable[Answer]:
         match request:
+            case Forward() | Backward() | Step() | Infer() if request.reply_codec not in SPELLINGS:
+                raise BadShape(f"a reply is wanted as {request.reply_codec!r}, which {self._node.name} does not know")
             case Forward() | Backward() | Step() if request.merged:
                 return self._answer_merged(request, parts)
             case Forward() | Backward() | Step() | Infer():
@@ -158,14 +162,18 @@ class SplitServerRole:
             match chosen[0].request:
                 case Infer() as request:
                     x = unpack(request.input, chosen[0].parts[0])
-                    answers = [self._output(worker.infer(_given(weights), x))]
+                    answers = [self._output(worker.infer(_given(weights), x), request, chosen[0].since_s)]
                 case Forward():
                     asked = [
                         (one.request, unpack(one.request.input, one.parts[0]))
                         for one in chosen
                         if isinstance(one.request, Forward)
                     ]
-                    answers = [self._output(output) for output in worker.forward_all(_given(weights), asked)]
+                    outputs = worker.forward_all(_given(weights), asked)
+                    answers = [
+                        self._output(output, one, waiting.since_s)
+                        for output, (one, _), waiting in zip(outputs, asked, chosen, strict=True)
+                    ]
                     samples = sum(len(x) for _, x in asked)
                 case Backward():
                     given = [
@@ -177,7 +185,7 @@ class SplitServerRole:
                         for one in chosen
                         if isinstance(one.request, Backward)
                     ]
-                    answers = [self._outcome(done) for done in worker.backward_all(weights, given)]
+                    answers = self._outcomes(worker.backward_all(weights, given), chosen)
                     samples = sum(len(grad) for _, grad, _ in given)
                 case Step():
                     steps = [
@@ -185,7 +193,7 @@ class SplitServerRole:
                         for one in chosen
                         if isinstance(one.request, Step)
                     ]
-                    answers = [self._outcome(done) for done in worker.step_all(_given(weights), steps)]
+                    answers = self._outcomes(worker.step_all(_given(weights), steps), chosen)
                     samples = sum(len(x) for _, x, _ in steps)
         kind, seconds = type(chosen[0].request).__name__, time.perf_counter() - start_s
         self._policy.measured(kind, len(chosen) > 1, samples, seconds)
@@ -193,24 +201,28 @@ class SplitServerRole:
             self._node.counters.add("merged", len(chosen))
         return answers
 
-    def _output(self, output: torch.Tensor) -> Answer:
-        spec, data = self._codec.pack("output", output)
+    def _output(self, output: torch.Tensor, request: Forward | Infer, since_s: float) -> Answer:
+        spec, data = SPELLINGS[request.reply_codec].pack("output", output)
         self._node.counters.add("forwards")
-        return Output(output=spec, load=self._admission.load), [data]
+        return Output(output=spec, load=self._admission.load, took_s=time.perf_counter() - since_s), [data]
 
-    def _outcome(self, done: Done | ZsflError) -> Answer | ZsflError:
-        return done if isinstance(done, ZsflError) else self._acknowledged(done)
+    def _outcomes(self, results: Sequence[Done | ZsflError], chosen: Sequence[Waiting]) -> list[Answer | ZsflError]:
+        return [
+            done if isinstance(done, ZsflError) else self._acknowledged(done, one.request.reply_codec, one.since_s)
+            for done, one in zip(results, chosen, strict=True)
+        ]
 
-    def _acknowledged(self, done: Done) -> Answer:
+    def _acknowledged(self, done: Done, reply_codec: str, since_s: float) -> Answer:
         """The answer to a step whose spill is in place, and not before it is."""
         if done.offer is not None:
             self._member.offer(done.offer)
         self._node.counters.add("steps")
         spec, parts = None, list[Buffer]()
         if done.grad is not None:
-            spec, data = self._codec.pack("grad", done.grad)
+            spec, data = SPELLINGS[reply_codec].pack("grad", done.grad)
             parts.append(data)
-        return Spilled(grad=spec, loss_sum=done.loss_sum, load=self._admission.load), parts
+        took_s = time.perf_counter() - since_s
+        return Spilled(grad=spec, loss_sum=done.loss_sum, load=self._admission.load, took_s=took_s), parts
 
     def _touched(self) -> None:
         self._news.touch()
@@ -247,17 +259,20 @@ class SplitServerRole:
             self._news.touch()
 
     async def _attend_forward(self, request: Forward, parts: Sequence[Buffer]) -> Answer:
-        x = unpack(request.input, parts[0])
-        return self._output(await self._forwards.attend(request.cid, request.merged, (request, x)))
+        since_s, x = time.perf_counter(), unpack(request.input, parts[0])
+        return self._output(await self._forwards.attend(request.cid, request.merged, (request, x)), request, since_s)
 
     async def _attend_backward(self, request: Backward, parts: Sequence[Buffer]) -> Answer:
-        grad = unpack(request.grad, parts[0])
+        since_s, grad = time.perf_counter(), unpack(request.grad, parts[0])
         x = None if request.input is None else unpack(request.input, parts[1])
-        return self._acknowledged(await self._backwards.attend(request.cid, request.merged, (request, grad, x)))
+        done = await self._backwards.attend(request.cid, request.merged, (request, grad, x))
+        return self._acknowledged(done, request.reply_codec, since_s)
 
     async def _attend_step(self, request: Step, parts: Sequence[Buffer]) -> Answer:
+        since_s = time.perf_counter()
         x, target = unpack(request.input, parts[0]), unpack(request.target, parts[1])
-        return self._acknowledged(await self._steps.attend(request.cid, request.merged, (request, x, target)))
+        done = await self._steps.attend(request.cid, request.merged, (request, x, target))
+        return self._acknowledged(done, request.reply_codec, since_s)
 
     async def _weights_of(self, step: StepId) -> tuple[PartWeights, BodyWorker]:
         cut = self._cuts.of(step.shard)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 from typing import TypeVar
 
@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zsfl.errors import ConfigError
+from zsfl.errors import BadShape, ConfigError
 from zsfl.tensors.compress import Bytes, expand, shuffle, squeeze, unshuffle
+from zsfl.tensors.lowbit import LOW_BASES, from_low, to_low
 from zsfl.tensors.quantize import from_int8, narrow, to_int8
 from zsfl.tensors.spec import (
     BASES,
@@ -62,9 +63,9 @@ class Cost:
 class Codec:
     """How tensors become bytes; `str` gives the canonical spelling, such as `fp16+shuffle+lz4`.
 
-    `fp16`, `bf16` and `int8` apply to floats that they make smaller, everything else travels raw. Finite
-    values beyond the 16-bit range are clamped to it, never turned into inf; inf and NaN stay non-finite
-    (int8: the whole sample becomes NaN).
+    The lossy ones apply to floats that they make smaller, everything else travels raw. Finite values beyond the
+    16-bit range are clamped to it, never turned into inf; inf and NaN stay non-finite (from int8 on down: the whole
+    sample becomes NaN). `zsfl.tensors.lowbit` says what those below int8 are.
     """
 
     base: Base = "raw"
@@ -73,7 +74,7 @@ class Codec:
 
     @classmethod
     def parse(cls, text: str) -> Codec:
-        """`raw`, `fp16`, `bf16` or `int8`, then optionally `+shuffle` and `+lz4`; otherwise ConfigError."""
+        """One of BASES, then optionally `+shuffle` and `+lz4`; otherwise ConfigError."""
         first, *steps = text.split("+")
         if first not in BASES or sorted(steps) not in ([], ["lz4"], ["shuffle"], ["lz4", "shuffle"]):
             known = f"one of {', '.join(BASES)}, then optionally +shuffle and +lz4"
@@ -85,18 +86,14 @@ class Codec:
 
     def pack(self, name: str, tensor: Tensor) -> tuple[TensorSpec, bytes | memoryview]:
         """The tensor as read-only bytes, its own if it need not change; BadShape if it is out of bounds."""
-        dtype = _NAMES.get(tensor.dtype) or str(tensor.dtype)
-        shape = tuple(tensor.shape)
-        base = applied_base(self.base, dtype)
-        nbytes = payload_bytes(name, base, dtype, shape, MAX_TENSOR_BYTES)
-        if not nbytes:
-            return TensorSpec(name, dtype, shape, "raw", 0), b""
-        payload = _encode(base, tensor.detach())
-        if not (self.shuffle or self.lz4):
-            return TensorSpec(name, dtype, shape, base, nbytes), payload
-        applied = _CODECS[_applied(str(self), dtype)]
-        done, buffer = applied._lossless(np.frombuffer(payload, np.uint8), dtype)
-        return TensorSpec(name, dtype, shape, str(done), len(buffer)), buffer
+        spec, lossless = _packing(self, name, tensor.dtype, tensor.shape)
+        if not spec.nbytes:
+            return spec, b""
+        payload = _encode(lossless.base, tensor.detach())
+        if not (lossless.shuffle or lossless.lz4):
+            return spec, payload
+        done, buffer = lossless._lossless(np.frombuffer(payload, np.uint8), spec.dtype)
+        return TensorSpec(name, spec.dtype, spec.shape, str(done), len(buffer)), buffer
 
     def _lossless(self, payload: Bytes, dtype: str) -> tuple[Codec, bytes | memoryview]:
         """The payload shuffled and compressed, and the codec that says so; as is where lz4 does not pay."""
@@ -121,27 +118,47 @@ class Codec:
         )
 
 
-_CODECS: dict[str, Codec] = {
+SPELLINGS: dict[str, Codec] = {
     str(codec): codec
     for codec in (Codec(base=b, shuffle=s, lz4=z) for b, s, z in product(BASES, (False, True), (False, True)))
 }
+"""Every codec by its canonical spelling."""
 
 
 @cache
 def _applied(codec: str, dtype: str) -> str:
     """`codec` without the steps that do nothing to `dtype`; both are known words, so the cache is small."""
-    asked = _CODECS[codec]
+    asked = SPELLINGS[codec]
     base = applied_base(asked.base, dtype)
     return str(Codec(base=base, shuffle=asked.shuffle and element_bytes(base, dtype) > 1, lz4=asked.lz4))
 
 
+@lru_cache(4096)  # the same few tensors travel thousands of times a second
+def _packing(codec: Codec, name: str, of: torch.dtype, size: torch.Size) -> tuple[TensorSpec, Codec]:
+    """What the packed tensor is called unless lz4 makes it smaller, and the steps that apply to it."""
+    dtype, shape = _NAMES.get(of) or str(of), tuple(size)
+    base = applied_base(codec.base, dtype)
+    nbytes = payload_bytes(name, base, dtype, shape, MAX_TENSOR_BYTES)
+    if not nbytes:
+        return TensorSpec(name, dtype, shape, "raw", 0), Codec()
+    return TensorSpec(name, dtype, shape, base, nbytes), SPELLINGS[_applied(str(codec), dtype)]
+
+
 def _encode(base: Base, values: Tensor) -> memoryview:
     """The payload before shuffling and lz4, read-only."""
+    if base in LOW_BASES:
+        return to_low(base, values).data.toreadonly()
     if base == "int8":
-        values = to_int8(values)
+        encoded = to_int8(values)
+        if not isinstance(encoded, Tensor):
+            return encoded.data.toreadonly()
+        values = encoded
     elif base != "raw":
         values = narrow(values, _HALF[base])
-    values = values.cpu().contiguous()
+    if not values.is_cpu:
+        values = values.cpu()
+    if not values.is_contiguous():
+        values = values.contiguous()
     if values.dtype is torch.bfloat16:  # which numpy lacks
         values = values.view(torch.int16)
     return values.numpy().data.cast("B").toreadonly()
@@ -154,38 +171,44 @@ def unpack(spec: TensorSpec, buffer: Buffer, *, max_bytes: int = MAX_TENSOR_BYTE
     copied, so the tensor may always be written.
     """
     view = memoryview(buffer)
-    codec = _CODECS.get(spec.codec)
-    if codec is None:
-        raise bad_shape(spec.name, f"codec {spec.codec[:80]!r} is not one of {', '.join(_CODECS)}")
-    nbytes = payload_bytes(spec.name, codec.base, spec.dtype, spec.shape, max_bytes)
-    _check(spec, codec, view, nbytes)
+    try:
+        codec, dtype, nbytes = _unpacking(spec.codec, spec.dtype, spec.shape, spec.nbytes, max_bytes)
+    except BadShape:
+        _unpacking.__wrapped__(spec.codec, spec.dtype, spec.shape, spec.nbytes, max_bytes, spec.name)
+        raise
+    if not view.c_contiguous or view.nbytes != spec.nbytes:
+        raise bad_shape(spec.name, f"{view.nbytes} bytes came, {spec.nbytes} were announced")
     if not nbytes:
-        return torch.empty(spec.shape, dtype=_TORCH[spec.dtype])
+        return torch.empty(spec.shape, dtype=dtype)
     payload: Buffer | Bytes = view
     if codec.lz4:
         payload = _expanded(spec, view, nbytes)
     if codec.shuffle:
         payload = unshuffle(np.frombuffer(payload, np.uint8), element_bytes(codec.base, spec.dtype))
-    elif payload is view and view.readonly:
-        payload = bytearray(view)  # torch warns of read-only memory, and in-place modules would write it
-    return _decode(spec, codec.base, payload)
+    return _decode(spec, codec.base, dtype, payload)
 
 
-def _check(spec: TensorSpec, codec: Codec, view: memoryview, nbytes: int) -> None:
-    """BadShape unless the codec fits dtype and shape, and the bytes received fit both."""
-    applied = _applied(spec.codec, spec.dtype) if nbytes else "raw"
-    if spec.codec != applied:
-        what = f"codec {spec.codec} does not apply to {spec.dtype} {spec.shape}, {applied} does"
-        raise bad_shape(spec.name, what)
-    if not view.c_contiguous or view.nbytes != spec.nbytes:
-        raise bad_shape(spec.name, f"{view.nbytes} bytes came, {spec.nbytes} were announced")
-    if codec.lz4:
-        if not spec.nbytes < nbytes <= MAX_LZ4_RATIO * spec.nbytes:
-            what = f"{spec.nbytes} bytes of lz4 cannot stand for the {nbytes} of {spec.dtype} {spec.shape}"
-            raise bad_shape(spec.name, what)
-    elif spec.nbytes != nbytes:
-        what = f"{spec.dtype} {spec.shape} as {spec.codec} takes {nbytes} bytes, {spec.nbytes} came"
-        raise bad_shape(spec.name, what)
+@lru_cache(4096)
+def _unpacking(
+    codec: str, dtype: str, shape: tuple[int, ...], size: int, max_bytes: int, name: str = ""
+) -> tuple[Codec, torch.dtype, int]:
+    """How to unpack, and how many bytes are to be there before lz4; BadShape where what a peer says does not agree.
+
+    Without the name, so that a peer that names its tensors anew each time finds nothing remembered of them.
+    """
+    known = SPELLINGS.get(codec)
+    if known is None:
+        raise bad_shape(name, f"codec {codec[:80]!r} is not one of {', '.join(SPELLINGS)}")
+    nbytes = payload_bytes(name, known.base, dtype, shape, max_bytes)
+    applied = _applied(codec, dtype) if nbytes else "raw"
+    if codec != applied:
+        raise bad_shape(name, f"codec {codec} does not apply to {dtype} {shape}, {applied} does")
+    if known.lz4:
+        if not size < nbytes <= MAX_LZ4_RATIO * size:
+            raise bad_shape(name, f"{size} bytes of lz4 cannot stand for the {nbytes} of {dtype} {shape}")
+    elif size != nbytes:
+        raise bad_shape(name, f"{dtype} {shape} as {codec} takes {nbytes} bytes, {size} were announced")
+    return known, _TORCH[dtype], nbytes
 
 
 def _expanded(spec: TensorSpec, view: memoryview, nbytes: int) -> bytearray:
@@ -195,11 +218,17 @@ def _expanded(spec: TensorSpec, view: memoryview, nbytes: int) -> bytearray:
     return payload
 
 
-def _decode(spec: TensorSpec, base: Base, payload: Buffer | Bytes) -> Tensor:
+def _decode(spec: TensorSpec, base: Base, dtype: torch.dtype, payload: Buffer | Bytes) -> Tensor:
     """The inverse of `_encode`."""
-    dtype = _TORCH[spec.dtype]
     if base == "int8":
-        return from_int8(_tensor(payload, torch.uint8), spec.shape, dtype)
+        return from_int8(np.frombuffer(payload, np.uint8), spec.shape, dtype)
+    if base in LOW_BASES:
+        values = from_low(base, np.frombuffer(payload, np.uint8), spec.shape, dtype)
+        if values is None:
+            raise bad_shape(spec.name, f"it does not say which elements of {spec.shape} it kept")
+        return values
+    if isinstance(payload, memoryview) and payload.readonly:
+        payload = bytearray(payload)  # torch warns of read-only memory, and in-place modules would write it
     if base != "raw":
         return _tensor(payload, _HALF[base]).to(dtype).view(spec.shape)
     if dtype is torch.bool:

@@ -9,7 +9,7 @@ import msgspec
 
 from zsfl.errors import BadShape
 
-Base = Literal["raw", "fp16", "bf16", "int8"]
+Base = Literal["raw", "fp16", "bf16", "int8", "int4", "int2", "rand2", "topk4", "topk8", "topk16", "rank4"]
 BASES: tuple[Base, ...] = get_args(Base)
 SUPPORTED: tuple[str, ...] = (*BASES, "shuffle", "lz4")
 """The codec words this node offers its peers."""
@@ -21,13 +21,19 @@ MAX_TENSOR_BYTES = 1 << 30
 MAX_LZ4_RATIO = 255
 """A byte of an lz4 block stands for at most 255 bytes (lz4 block format, length extension)."""
 SCALE_BYTES = 4
-"""An int8 scale is a float32."""
+"""An int8 scale is a float32, and so is the one that the row scales of the smaller bases are shares of."""
 
 FLOATS: dict[str, int] = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes per element of what the lossy codecs apply to."""
 DTYPES: dict[str, int] = {**FLOATS, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
 """Bytes per element of every dtype that may travel."""
-_NARROW: dict[Base, int] = {"fp16": 2, "bf16": 2, "int8": 1}
+_NARROW: dict[Base, int] = {"fp16": 2, "bf16": 2}
+STEPS_PER_BYTE: dict[Base, int] = {"int4": 2, "int2": 4, "rand2": 4}
+"""Elements of these that share a byte."""
+ONE_OF: dict[Base, int] = {"topk4": 4, "topk8": 8, "topk16": 16}
+"""Of how many elements of a sample these keep one."""
+RANK = 4
+"""Of the two factors that rank4 sends."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,17 +57,37 @@ def bad_shape(name: str, what: str) -> BadShape:
 
 def applied_base(base: Base, dtype: str) -> Base:
     """What `base` does to `dtype`: itself where it makes floats smaller, otherwise `raw`."""
-    return base if base != "raw" and _NARROW[base] < FLOATS.get(dtype, 0) else "raw"
+    return base if base != "raw" and _NARROW.get(base, 1) < FLOATS.get(dtype, 0) else "raw"
 
 
 def element_bytes(base: Base, dtype: str) -> int:
-    """Bytes of one element of `dtype` in the payload of `base`."""
-    return DTYPES[dtype] if base == "raw" else _NARROW[base]
+    """Bytes of one element of `dtype` in the payload of `base`; 1 where elements share a byte or are left out."""
+    return DTYPES[dtype] if base == "raw" else _NARROW.get(base, 1)
 
 
-def int8_rows(shape: tuple[int, ...]) -> int:
-    """How many int8 scales `shape` has: one per sample (first dimension), one in all below two dimensions."""
+def scaled_rows(shape: tuple[int, ...]) -> int:
+    """How many scales `shape` has: one per sample (first dimension), one in all below two dimensions."""
     return shape[0] if len(shape) > 1 else 1
+
+
+def kept_of(base: Base, width: int) -> int:
+    """How many of the `width` elements of a sample a top-k base keeps."""
+    return -(-width // ONE_OF[base])
+
+
+def rank_of(shape: tuple[int, ...]) -> int:
+    """Of the factors of a tensor of this shape, no dimension of which is 0."""
+    rows = scaled_rows(shape)
+    return min(RANK, rows, math.prod(shape) // rows)
+
+
+def place_bytes(base: Base, width: int) -> tuple[int, bool]:
+    """Bytes that say which elements of a sample a top-k base kept; whether they are a bit for each of `width`.
+
+    Otherwise a byte is the place of one of them.
+    """
+    bits, kept = -(-width // 8), kept_of(base, width)
+    return (kept, False) if width <= 256 and kept < bits else (bits, True)
 
 
 def payload_bytes(name: str, base: Base, dtype: str, shape: tuple[int, ...], max_bytes: int) -> int:
@@ -76,9 +102,17 @@ def payload_bytes(name: str, base: Base, dtype: str, shape: tuple[int, ...], max
     if 0 in shape:  # in its strides torch counts 0 as 1, and those must not overflow either
         _bound(name, math.prod(d or 1 for d in shape), shape, limit)
         return 0
-    elements = math.prod(shape)
-    scales = SCALE_BYTES * int8_rows(shape) if base == "int8" else 0
-    nbytes = elements * element_bytes(base, dtype) + scales
+    elements, rows = math.prod(shape), scaled_rows(shape)
+    if base in STEPS_PER_BYTE:
+        nbytes = SCALE_BYTES + rows - (-elements // STEPS_PER_BYTE[base])
+    elif base in ONE_OF:
+        width = elements // rows
+        nbytes = SCALE_BYTES + rows * (1 + place_bytes(base, width)[0] + kept_of(base, width))
+    elif base == "rank4":
+        rank, width = rank_of(shape), elements // rows
+        nbytes = SCALE_BYTES + rank * (2 + rows + width)
+    else:
+        nbytes = elements * element_bytes(base, dtype) + (SCALE_BYTES * rows if base == "int8" else 0)
     _bound(name, max(nbytes, elements * DTYPES[dtype]), shape, limit)
     return nbytes
 

@@ -153,6 +153,8 @@ class Forward(Message, frozen=True, kw_only=True, tag="forward"):
     input: TensorSpec
     want_grad: bool = True
     """As in Backward."""
+    reply_codec: ShortText = "raw"
+    """How the tensor of the reply is to be packed: it is the client that knows the link."""
     merged: Count = 0
     """With more than 0, the forward runs on the merged batch of so many steps with this version and k."""
 
@@ -164,6 +166,8 @@ class Infer(Message, frozen=True, kw_only=True, tag="infer"):
     """Whose input it is: where a job has several cuts, that says which body is meant."""
     version: VersionNumber
     input: TensorSpec
+    reply_codec: ShortText = "raw"
+    """As in Forward."""
 
 
 class Output(Message, frozen=True, kw_only=True, tag="output"):
@@ -171,6 +175,8 @@ class Output(Message, frozen=True, kw_only=True, tag="output"):
 
     output: TensorSpec
     load: Load
+    took_s: Seconds = 0.0
+    """From the arrival of the request until this reply was made; what else it took is the network's."""
 
 
 class Backward(Message, frozen=True, kw_only=True, tag="backward"):
@@ -191,6 +197,8 @@ class Backward(Message, frozen=True, kw_only=True, tag="backward"):
     """Whether the client needs the gradient of the input (not when its head is frozen)."""
     provenance: ShortText
     """Name of the client, for the record."""
+    reply_codec: ShortText = "raw"
+    """As in Forward."""
     again: bool = False
     """Whether a contribution of this step may be in place already: then this one stands for itself."""
     merged: Count = 0
@@ -209,6 +217,8 @@ class Step(Message, frozen=True, kw_only=True, tag="step"):
     target: TensorSpec
     want_grad: bool
     provenance: ShortText
+    reply_codec: ShortText = "raw"
+    """As in Forward."""
     again: bool = False
     """As in Backward."""
     merged: Count = 0
@@ -223,6 +233,8 @@ class Spilled(Message, frozen=True, kw_only=True, tag="spilled"):
     grad: TensorSpec | None
     loss_sum: float | None
     load: Load
+    took_s: Seconds = 0.0
+    """As in Output."""
 
 
 # --- data: spills and weights -----------------------------------------------------------------------------

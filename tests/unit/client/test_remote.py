@@ -21,6 +21,7 @@ from zsfl.metrics import Counters
 from zsfl.node import Node
 from zsfl.settings import NodeSettings
 from zsfl.tensors.codec import Codec
+from zsfl.tensors.plan import CodecPlan
 from zsfl.wire.connection import Answer
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Backward, Forward, Infer, Load, Output, Request, Spilled
@@ -72,7 +73,7 @@ class Net:
         self.settings = NodeSettings(patience_s=patience_s)
         self.peer_codecs: dict[NodeId, tuple[str, ...]] = {MERGER: ("raw",), OTHER: ("raw",)}
         self.counters = Counters()
-        self.body = RemoteBody(cast("Node", self), "raw", random.Random(0))
+        self.body = RemoteBody(cast("Node", self), CodecPlan(), random.Random(0))
 
     def connect(self, card: NodeCard, port: int) -> Line:
         return self.lines[card.id]
