@@ -17,7 +17,7 @@ import zsfl
 
 class Slow(nn.Module):
     def forward(self, x):
-        time.sleep(2.5)
+        time.sleep(1.2)
         return x
 
 
@@ -47,7 +47,7 @@ async def test_who_computes_for_longer_than_silence_may_last_is_not_given_up(tmp
             said.append(report.message)
 
     cluster = zsfl.LocalCluster(
-        job, split_servers=1, runs=tmp_path, mdns=False, on_report=on, beat_s=0.2, lost_after_s=0.8
+        job, split_servers=1, runs=tmp_path, mdns=False, on_report=on, beat_s=0.1, lost_after_s=0.5
     )
     async with cluster:
         (report,) = [report async for report in cluster.train()]

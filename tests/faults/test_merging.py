@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import zsfl
 
-CASE = Case(merge=True, copies=3, sizes=(13, 7, 20), steps=2, rounds=30, optimizer="momentum")
-KILLED_AT = {5: "split-server-0", 14: "split-server-1"}
+CASE = Case(merge=True, copies=3, sizes=(13, 7, 20), steps=2, rounds=20, optimizer="momentum")
+KILLED_AT = {4: "split-server-0", 11: "split-server-1"}
 
 
 async def test_killed_servers_change_nothing_and_no_step_counts_twice(tmp_path: Path) -> None:
