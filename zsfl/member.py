@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,8 @@ class Member:
         self._new: list[SpillOffer] = []
         """Put in this turn of the event loop."""
         self._told_s = 0.0
-        self._deletions = Latest(None)
-        """Touched whenever spills were deleted."""
+        self.deleted: list[Callable[[], None]] = []
+        """To be called whenever spills were deleted."""
 
     def joined(self, card: NodeCard) -> None:
         """Follow the first aggregator there is."""
@@ -208,11 +208,8 @@ class Member:
             yield
         except StorageError as error:
             self._node.note(f"spills that are settled could not be deleted: {error}", "warning")
-        self._deletions.touch()
-
-    async def until_settled(self, cid: Cid) -> None:
-        """Returns when nothing of this step is held here any more: a commit named it, or its run is over."""
-        await self._deletions.wait_for(lambda _: not self.spills.holds(cid))
+        for call in self.deleted:
+            call()
 
     def check(self, state: RunState) -> bool:
         """Whether the run is over; RunFailed when it failed."""

@@ -17,7 +17,7 @@ from zsfl.member import Member
 from zsfl.node import Node
 from zsfl.spill.layout import SpillMeta
 from zsfl.weights.follower import WeightsFollower
-from zsfl.wire.messages import Backward, RunState, SpillOffer, Step
+from zsfl.wire.messages import Backward, RunState, Step
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -39,6 +39,10 @@ class StepDriver:
         """Of this cut's head and tail."""
         self._remote = remote
         self._member = member
+        member.deleted.append(self._drop_settled)
+        self._held: dict[Cid, tuple[StepInHand, NodeId]] = {}
+        """Steps that no version has settled, and who spilled their body part."""
+        self._driven_again: dict[Cid, asyncio.Task[None]] = {}
 
     async def make(
         self,
@@ -60,9 +64,12 @@ class StepDriver:
         at, merged = state.merger, state.merged[k] if k < len(state.merged) else 0
         drive = self._drive_u_shaped if self.local.u_shaped else self._drive_label_sharing
         server, grad = await drive(weights, step, at, merged)
-        await self._spill(weights, step, grad)
+        self._spill(weights, step, grad)
         self._node.counters.add("steps")
-        self._node.start(self._see_it_settled(step, server, merged), f"hold {cid}")
+        if not merged:  # of a merged batch no single step can be driven again: all of them are asked for anew
+            self._held[cid] = step, server
+            if not self._remote.has(server):
+                self.lost(server)
         return step
 
     async def _drive_u_shaped(
@@ -110,7 +117,7 @@ class StepDriver:
             "merged": merged,
         }
 
-    async def _spill(self, weights: ClientWeights, step: StepInHand, grad: torch.Tensor | None) -> None:
+    def _spill(self, weights: ClientWeights, step: StepInHand, grad: torch.Tensor | None) -> None:
         meta = SpillMeta(
             cid=step.cid,
             part="client",
@@ -122,45 +129,42 @@ class StepDriver:
             node=self._node.name,
         )
 
-        def finish() -> SpillOffer:
-            self.local.finish(weights, step, grad)
-            tensors = {f"grad/{name}": tensor for name, tensor in step.grads.items()}
-            tensors |= {f"buffer/{name}": tensor for name, tensor in step.buffers.items()}
-            return self._member.spills.put(meta, tensors)
+        self.local.finish(weights, step, grad)
+        tensors = {f"grad/{name}": tensor for name, tensor in step.grads.items()}
+        tensors |= {f"buffer/{name}": tensor for name, tensor in step.buffers.items()}
+        self._member.offer(self._member.spills.put(meta, tensors))
 
-        self._member.offer(finish())
+    def lost(self, server: NodeId) -> None:
+        """A server is gone, and with it what it spilled: drive those steps again."""
+        for step, by in list(self._held.values()):
+            if by == server and step.cid not in self._driven_again:
+                self._node.note(f"the server that spilled {step.cid} is gone; driving it again")
+                again = self._node.start(self._drive_again(step), f"drive {step.cid} again")
+                self._driven_again[step.cid] = again
 
-    async def _see_it_settled(self, step: StepInHand, server: NodeId, merged: int) -> None:
-        """Until a version settles the step, drive its body part again whenever the server that spilled it is gone.
-
-        Of a merged batch no single step can be driven again: the aggregator has all of them made anew.
-        """
-        settled = asyncio.ensure_future(self._member.until_settled(step.cid))
-        if merged:
-            await settled
-            return
-        driving = asyncio.ensure_future(self._keep_spilled(step, server))
+    async def _drive_again(self, step: StepInHand) -> None:
+        """Drive the body part until a server that is there has spilled it, or a version has settled the step."""
+        step.again = True
         try:
-            await asyncio.wait({settled, driving}, return_when=asyncio.FIRST_COMPLETED)
-            if not settled.done():
-                await driving
-        finally:
-            settled.cancel()
-            driving.cancel()
-            await asyncio.gather(settled, driving, return_exceptions=True)
-
-    async def _keep_spilled(self, step: StepInHand, server: NodeId) -> None:
-        while True:
-            await self._remote.until_lost(server)
-            self._node.note(f"the server that spilled {step.cid} is gone; driving it again")
-            step.again = True
-            try:
+            server: NodeId | None = None
+            while server is None or not self._remote.has(server):
                 if self.local.u_shaped:
                     server, _ = await self._backward(step, None, None, 0)
                 else:
                     server, _ = await self._drive_label_sharing(None, step, None, 0)
-            except StaleWeights:
-                return
+            if step.cid in self._held:
+                self._held[step.cid] = step, server
+        except StaleWeights:
+            self._held.pop(step.cid, None)
+        finally:
+            self._driven_again.pop(step.cid, None)
+
+    def _drop_settled(self) -> None:
+        """Spills were deleted: steps that a version settled need no care any more."""
+        for cid in [cid for cid in self._held if not self._member.spills.holds(cid)]:
+            del self._held[cid]
+            if again := self._driven_again.pop(cid, None):
+                again.cancel()
 
     async def test(
         self, shard: int, version: Version, batches: Iterator[Batch]

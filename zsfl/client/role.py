@@ -130,6 +130,8 @@ class ClientRole:
         self._member.lost(card, reason)
         if card.role is Role.SPLIT_SERVER:
             self._remote.lost(card, reason)
+            for driver in self._drivers.values():
+                driver.lost(card.id)
 
     def heard(self, broadcast: Broadcast) -> None:
         """A peer said something."""

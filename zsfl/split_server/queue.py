@@ -75,19 +75,23 @@ class WorkQueue:
         admission: Admission,
         work: Work,
         *,
-        merges: Callable[[str, str, int], bool],
+        may_merge: Callable[[str], bool],
+        pays: Callable[[str, int], bool],
         left: Callable[[], None],
         same_k: bool,
     ) -> None:
-        """`work` does one turn. `merges` says whether so many requests of a kind are to be taken at once, at a cut.
+        """`work` does one turn.
 
-        `left` is called whenever a request has come to its end. With `same_k` only steps of one k are merged.
+        `may_merge` says of a cut whether its requests may be taken together, `pays` of a kind of request whether so
+        many of them had better be. `left` is called whenever a request has come to its end. With `same_k` only steps of
+        one k are merged.
         """
         self._cuts = cuts
         self._weights = weights
         self._admission = admission
         self._work = work
-        self._merges = merges
+        self._may_merge = may_merge
+        self._pays = pays
         self._ended = left
         self._same_k = same_k
         self._waiting: list[Waiting] = []
@@ -164,7 +168,7 @@ class WorkQueue:
         self._call_for_turn()
 
     def _together(self, first: Waiting) -> list[Waiting]:
-        alike = first.alike
+        alike = first.alike if self._may_merge(first.cut) else None
         if alike is None:
             return [first]
         room, found = MOST_MERGED_BYTES, list[Waiting]()
@@ -174,7 +178,7 @@ class WorkQueue:
                 if found and (room < 0 or len(found) == MOST_MERGED):
                     break
                 found.append(one)
-        return found if self._merges(first.cut, type(first.request).__name__, len(found)) else [first]
+        return found if self._pays(type(first.request).__name__, len(found)) else [first]
 
 
 def _k(waiting: Waiting) -> int:

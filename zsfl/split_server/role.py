@@ -66,7 +66,8 @@ class SplitServerRole:
             self._weights,
             self._admission,
             self._work,
-            merges=self._merges,
+            may_merge=lambda cut: self._workers[cut].merges,
+            pays=self._policy.pays,
             left=self._touched,
             same_k=job.local_lr is not None,
         )
@@ -152,9 +153,6 @@ class SplitServerRole:
                 return self._queue.put(request, parts)
             case _:
                 return self._member.answer(request)
-
-    def _merges(self, cut: str, kind: str, count: int) -> bool:
-        return self._workers[cut].merges and self._policy.pays(kind, count)
 
     def _work(self, chosen: Sequence[Waiting], weights: PartWeights | None) -> list[Answer | ZsflError]:
         """The answers to requests of one kind, made in one pass where there are several."""

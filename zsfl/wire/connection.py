@@ -136,7 +136,7 @@ class Connection:
         if not send_now(self._socket, frames, copy=is_small(frames, self._limits.copy_below_bytes)):
             return False
         self._counters.add("bytes_sent", size)
-        self._pump.sent()
+        self._pump.touched()
         return True
 
     async def _until_sent(self, frames: list[Buffer], future: asyncio.Future[Answer]) -> None:

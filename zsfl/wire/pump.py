@@ -43,15 +43,15 @@ class Pump:
             self._again = True
             self._loop.call_soon(self._look_again)
 
-    def sent(self) -> None:
-        """Something was sent. ZeroMQ tells of each change but once, and here it may have told the send."""
+    def touched(self) -> None:
+        """Something was sent, or could not be: ZeroMQ tells of each change once, and may have told that call."""
         if self._events() & zmq.POLLIN:
             self.look()
 
     def wants_room(self) -> None:
         """Something could not be sent."""
         self._wants_room = True
-        if self._events() & zmq.POLLOUT:
+        if self._events() & (zmq.POLLIN | zmq.POLLOUT):
             self.look()
 
     async def until_ended(self) -> None:
@@ -77,7 +77,12 @@ class Pump:
         if self.ended.done():
             return
         self.drain()
-        if self._wants_room and not self.ended.done() and self._events() & zmq.POLLOUT:
+        if not self._wants_room or self.ended.done():
+            return
+        events = self._events()
+        if events & zmq.POLLIN:  # which asking for it may have taken the news of
+            self.look()
+        if events & zmq.POLLOUT:
             self._wants_room = False
             self._roomy()
 

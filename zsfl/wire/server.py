@@ -259,8 +259,9 @@ class Server:
                 raise
             self._counters.add("replies_unroutable")
             return True
+        finally:
+            self._pump.touched()
         self._counters.add("bytes_sent", size)
-        self._pump.sent()
         return True
 
     async def _flush_outboxes(self) -> None:
