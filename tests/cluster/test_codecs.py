@@ -11,7 +11,7 @@ import torch
 import zsfl
 
 DIGITS = Path(zsfl.__file__).with_name("demo.py")
-COARSE = "int4, gradient=rank4, spill=rand2"
+COARSE = "int4, gradient=rank6, spill=rand2"
 
 
 def job_with(folder: Path, codec: str, **changes: object) -> Path:
@@ -65,7 +65,7 @@ async def test_label_sharing_packs_activations_and_never_labels(tmp_path: Path) 
         "import dataclasses, torch.nn as nn, zsfl\nfrom zsfl.demo import job as digits\n"
         "def model():\n"
         "    return zsfl.SplitModel(head=nn.Linear(64, 32), body=nn.Sequential(nn.ReLU(), nn.Linear(32, 10)))\n"
-        "job = dataclasses.replace(digits, name='sharing', model=model, codec='int4, gradient=rank4, spill=rand2')\n"
+        "job = dataclasses.replace(digits, name='sharing', model=model, codec='int4, gradient=rank6, spill=rand2')\n"
     )
     async with zsfl.LocalCluster(path, clients=2, split_servers=1, in_process=True, runs=tmp_path) as cluster:
         reports = [report async for report in cluster.train(3)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -30,6 +31,7 @@ class Packing:
         self._plan = plan
         self._chooser = chooser
         self._learns = plan.chooses
+        self._open = 0
 
     def codec(self, role: AtCut, *, test: bool = False) -> Codec:
         """How a tensor is to be packed now."""
@@ -54,11 +56,20 @@ class Packing:
         if self._learns:
             self._chooser.packed(role, codec, tensor.nbytes, spec.nbytes, seconds)
 
-    def answered(self, parts: Sequence[Buffer], answer: Answer, wire_s: float) -> None:
-        """A request of these parts was answered, and was so long on its way there and back."""
+    @contextmanager
+    def under_way(self) -> Iterator[int]:
+        """While a request is; gives how many are with it."""
+        self._open += 1
+        try:
+            yield self._open
+        finally:
+            self._open -= 1
+
+    def answered(self, parts: Sequence[Buffer], answer: Answer, wire_s: float, open_before: int) -> None:
+        """A request of these parts, still under way, was answered, and was so long on its way there and back."""
         if self._learns:
             size = sum(map(nbytes, parts)) + sum(map(nbytes, answer.parts))
-            self._chooser.transferred(self._server, size, max(wire_s, 0.0))
+            self._chooser.transferred(self._server, size, max(wire_s, 0.0), (open_before + self._open) / 2)
 
 
 class Outgoing:

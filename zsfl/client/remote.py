@@ -18,7 +18,7 @@ from zsfl.errors import Busy, DeadlineExceeded, InputNeeded, NoPeer, SpillFull, 
 from zsfl.ids import Cid, NodeCard, NodeId, Version
 from zsfl.latest import Latest
 from zsfl.node import Node
-from zsfl.tensors.choice import CodecChooser
+from zsfl.tensors.choice import CodecChooser, Role
 from zsfl.tensors.codec import Codec
 from zsfl.tensors.plan import CodecPlan
 from zsfl.tensors.spec import TensorSpec
@@ -77,6 +77,10 @@ class RemoteBody:
     def has(self, server: NodeId) -> bool:
         """Whether this server is still there."""
         return server in self._connections
+
+    def codecs_in_use(self, server: NodeId) -> dict[Role, Codec]:
+        """What was chosen for this server, where the job leaves that open."""
+        return self._codecs.settled(server)
 
     async def until_lost(self, server: NodeId) -> None:
         """Returns when this server is gone."""
@@ -254,10 +258,11 @@ class RemoteBody:
         connection, packing = held
         body, parts = make(packing)
         begun_s = time.perf_counter()
-        answer = await connection.request(body, parts, deadline_s=self._node.settings.request_s)
-        if isinstance(answer.body, Output | Spilled):
-            self._chooser.heard(server, answer.body.load)
-            packing.answered(parts, answer, time.perf_counter() - begun_s - answer.body.took_s)
+        with packing.under_way() as count:
+            answer = await connection.request(body, parts, deadline_s=self._node.settings.request_s)
+            if isinstance(answer.body, Output | Spilled):
+                self._chooser.heard(server, answer.body.load)
+                packing.answered(parts, answer, time.perf_counter() - begun_s - answer.body.took_s, count)
         return answer
 
     async def _until_room_at(self, server: NodeId) -> None:

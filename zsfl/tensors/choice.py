@@ -22,7 +22,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 KEPT = 24
 """Transfers of about one size, and packings by one codec, that count."""
-STALE = 640
+STALE = 2048
 """Transfers on a link after which an earlier one no longer counts."""
 SIZES_PER_OCTAVE = 4
 """How finely transfers are told apart by size."""
@@ -35,16 +35,16 @@ ENOUGH = 12
 """Transfers of one size that are believed even where larger ones were quicker: then bytes cost nothing."""
 SWITCH_BELOW, SWITCH_AFTER = 0.93, 2
 """Another codec is taken when it costs at most such a part of the present one, at so many looks in a row."""
-TRY_EVERY, TRY_NEW_EVERY, TRY_BELOW = 256, 16, 1.6
+TRY_EVERY, TRY_NEW_EVERY, TRY_BELOW = 512, 16, 1.6
 """Choices from one trial of another codec to the next, and while there are some never tried; only of codecs that should
 cost less than so many times the best."""
-TRIAL = 4
-"""Choices that a trial lasts: of one transfer it is not known whether it was held up."""
+TRIAL = 12
+"""Choices that a trial lasts: one transfer may have been held up, and the first few wait behind others."""
 PROBE_EVERY = 1024
 """Choices from one trial of the largest codec to the next, whatever it should cost: that tells bytes from latency."""
 GUESSED_S_PER_BYTE = 2e-9
 """Of packing or unpacking, until it was measured."""
-GUESSED_LZ4 = 0.8
+GUESSED_LZ4 = 0.95
 """Share of the bytes that lz4 leaves, until it was measured."""
 
 
@@ -106,10 +106,14 @@ class CodecChooser:
         if tensor_bytes > 0:
             self._of(role, codec).unpack_s.append(seconds / tensor_bytes)
 
-    def transferred(self, link: Hashable, nbytes: int, seconds: float) -> None:
-        """So many bytes, both ways together, took so long on the wire."""
+    def transferred(self, link: Hashable, nbytes: int, seconds: float, open_at_once: float = 1.0) -> None:
+        """So many bytes, both ways together, took so long on the wire, beside others: so many with them in the mean.
+
+        They shared the link, so each of them had its part of the time.
+        """
         if nbytes <= 0 or not 0 <= seconds < math.inf:
             return
+        seconds /= max(open_at_once, 1.0)
         held = self._links.setdefault(link, _Link())
         size = int(math.log2(nbytes) * SIZES_PER_OCTAVE)
         if size not in held.by_size and len(held.by_size) == MOST_SIZES:
@@ -141,6 +145,10 @@ class CodecChooser:
                 use.trial = self._trial(use, role, costs)
                 use.trial_left = 0 if use.trial is None else TRIAL
         return use.codec
+
+    def settled(self, link: Hashable) -> dict[Role, Codec]:
+        """What is used on that link, trials aside."""
+        return {role: use.codec for role, use in self._links.get(link, _Link()).uses.items()}
 
     def s_per_byte(self, link: Hashable) -> float | None:
         """What one byte more takes on this link, as far as it shows; None while nothing is known."""

@@ -11,7 +11,7 @@ looks random here follows from the tensor alone, so the same tensor always packs
 - topk4, topk8, topk16: one of 4, 8, 16 elements of each sample, as int8; the others are zero. Mostly the largest, but
   some at random, so that no element is left out for ever ("Reducing Communication for Split Learning by Randomized
   Top-k Sparsification", arXiv 2305.18469). Which they are is said by a bit each, or a byte for the place of each.
-- rank4: (samples x elements) as the product of two matrices of rank 4, as int8, a scale for each of their 8 vectors.
+- rank6: (samples x elements) as the product of two matrices of rank 6, as int8, a scale for each of their 12 vectors.
   The gradient at a cut before a linear tail of C classes has rank C - 1. One inf or NaN makes all of it NaN.
 """
 
@@ -41,7 +41,7 @@ from zsfl.tensors.spec import (
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
-LOW_BASES = frozenset((*STEPS_PER_BYTE, *ONE_OF, "rank4"))
+LOW_BASES = frozenset((*STEPS_PER_BYTE, *ONE_OF, "rank6"))
 
 RANDOM_SHARE = 0.1
 """Of the kept elements of random top-k, about so many are drawn from all of the sample rather than its largest."""
@@ -52,6 +52,10 @@ _NOISE = 1 << 16
 _ZEROS, _NOT_FINITE, _LAST = 255, 254, 253
 _MAX = np.finfo(np.float32).max
 _TINY = np.finfo(np.float32).tiny
+_FLAT = 2 ** (-1 / 8)
+"""Makes good for scales that are half a sixteenth of an octave wider than wanted in the mean, here squared."""
+_REACH_INT2 = 3.8
+"""Steps up to the largest element of an int2 without signs: it is cut off to 3, which makes the others finer."""
 _SCALES = np.exp2(-np.arange(256, dtype=np.float32) / 8)
 _SCALES[_ZEROS], _SCALES[_NOT_FINITE] = 0, np.nan
 
@@ -66,7 +70,7 @@ def to_low(base: Base, values: Tensor) -> Bytes:
     nbytes = payload_bytes("", base, "float32", x.shape, 1 << 62)
     payload = np.empty(nbytes, np.uint8)
     with np.errstate(all="ignore"):
-        if base == "rank4":
+        if base == "rank6":
             _to_factors(x, payload)
         else:
             (_to_top_k if base in ONE_OF else _to_steps)(base, x, payload)
@@ -78,11 +82,11 @@ def from_low(base: Base, payload: Bytes, shape: tuple[int, ...], dtype: torch.dt
     rows = scaled_rows(shape)
     width = math.prod(shape) // rows
     top = float(payload[:SCALE_BYTES].view(np.float32)[0])
-    scales = 2 * rank_of(shape) if base == "rank4" else rows
+    scales = 2 * rank_of(shape) if base == "rank6" else rows
     with np.errstate(all="ignore"):  # a peer may say any scale
         scale = _SCALES.take(payload[SCALE_BYTES : SCALE_BYTES + scales]) * np.float32(abs(top))
         rest = payload[SCALE_BYTES + scales :]
-        if base == "rank4":
+        if base == "rank6":
             values = _from_factors(rest, rows, width, scale)
         elif base in ONE_OF:
             values = _from_top_k(base, rest, rows, width, scale)
@@ -125,9 +129,9 @@ def _to_steps(base: Base, x: Floats, payload: Bytes) -> None:
     most = (1 << 8 // STEPS_PER_BYTE[base]) - 1
     unsigned = bool(x.min() >= 0)
     middle = 0 if unsigned else 8 if base == "int4" else 1.5
-    reach = most if unsigned else 7 if base == "int4" else 1.5
+    reach = (_REACH_INT2 if base == "int2" else most) if unsigned else 7 if base == "int4" else 1.5
     if base == "int2" and not unsigned:
-        wanted = np.sqrt(np.einsum("ij,ij->i", x, x) / np.float32(x.shape[1]))  # best for what is spread like a bell
+        wanted = np.sqrt(np.einsum("ij,ij->i", x, x) * np.float32(_FLAT / x.shape[1]))  # best for a bell curve
         far = wanted == np.inf
         if far.any():  # squares may overflow where the elements do not
             wanted[far] = _largest(x[far]) / np.float32(1.5)
@@ -229,7 +233,8 @@ def _to_factors(x: Floats, payload: Bytes) -> None:
         return
     x = x / largest  # nothing overflows below
     sketch = _noise(np.empty(0, np.uint8), width * rank).reshape(width, rank) - np.float32(0.5)
-    basis = np.linalg.qr(x @ (x.T @ (x @ sketch)))[0]  # of the strongest directions
+    basis = np.linalg.qr(x @ (x.T @ (x @ sketch)))[0]
+    basis = np.linalg.qr(x @ (x.T @ basis))[0]  # nearer to the strongest directions
     factors: list[Floats] = [basis.T, (basis.T @ x).astype(np.float32, copy=False)]
     sizes = [_largest(np.ascontiguousarray(factor)) for factor in factors]
     even = np.sqrt(sizes[0].max() * sizes[1].max()) * np.sqrt(largest)  # neither is larger than the other

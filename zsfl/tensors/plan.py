@@ -23,7 +23,7 @@ AUTO: dict[str, Choice] = {
     }.items()
 }
 _FEEDBACK = "+feedback"
-_COARSE = frozenset((*STEPS_PER_BYTE, *ONE_OF, "rank4"))
+_COARSE = frozenset((*STEPS_PER_BYTE, *ONE_OF, "rank6"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class CodecPlan:
     def parse(cls, text: str) -> CodecPlan:
         """A codec or one of AUTO for what crosses the cut, then `KIND=CODEC` for those that differ, after commas.
 
-        `int8`, `auto`, `int8, spill=int8`, `int2, gradient=rank4, spill=rand2+feedback`. Tests travel as activations
+        `int8`, `auto`, `int8, spill=int8`, `int2, gradient=rank6, spill=rand2+feedback`. Tests travel as activations
         do, or as int8 where these are less; spills raw. ConfigError when it is none of that.
         """
         first, *others = [part.strip() for part in text.split(",")]

@@ -9,7 +9,7 @@ import msgspec
 
 from zsfl.errors import BadShape
 
-Base = Literal["raw", "fp16", "bf16", "int8", "int4", "int2", "rand2", "topk4", "topk8", "topk16", "rank4"]
+Base = Literal["raw", "fp16", "bf16", "int8", "int4", "int2", "rand2", "topk4", "topk8", "topk16", "rank6"]
 BASES: tuple[Base, ...] = get_args(Base)
 SUPPORTED: tuple[str, ...] = (*BASES, "shuffle", "lz4")
 """The codec words this node offers its peers."""
@@ -32,8 +32,8 @@ STEPS_PER_BYTE: dict[Base, int] = {"int4": 2, "int2": 4, "rand2": 4}
 """Elements of these that share a byte."""
 ONE_OF: dict[Base, int] = {"topk4": 4, "topk8": 8, "topk16": 16}
 """Of how many elements of a sample these keep one."""
-RANK = 4
-"""Of the two factors that rank4 sends."""
+RANK = 6
+"""Of the two factors that rank6 sends."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -108,7 +108,7 @@ def payload_bytes(name: str, base: Base, dtype: str, shape: tuple[int, ...], max
     elif base in ONE_OF:
         width = elements // rows
         nbytes = SCALE_BYTES + rows * (1 + place_bytes(base, width)[0] + kept_of(base, width))
-    elif base == "rank4":
+    elif base == "rank6":
         rank, width = rank_of(shape), elements // rows
         nbytes = SCALE_BYTES + rank * (2 + rows + width)
     else:

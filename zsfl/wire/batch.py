@@ -13,6 +13,9 @@ from zsfl.wire.framing import Buffer, nbytes
 
 MOST_FRAMES = 128
 """In one multipart."""
+MOST_BYTES = 48 << 10
+"""Of all messages that leave together, unless it is one: they arrive together, so on a slow link the first would wait
+for the last, and the way back would stand still meanwhile."""
 
 
 def is_small(frames: Sequence[Buffer], below_bytes: int) -> bool:
@@ -38,7 +41,7 @@ class Batch:
     def add(self, frames: list[Buffer]) -> None:
         """Send a message at the end of this turn."""
         size = sum(map(nbytes, frames))
-        is_full = len(self._frames) + len(frames) > MOST_FRAMES or self._size + size > self._limits.frame_bytes
+        is_full = len(self._frames) + len(frames) > MOST_FRAMES or self._size + size > MOST_BYTES
         if self._frames and is_full:
             self._flush()
         if not self._frames:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,10 +107,10 @@ def test_a_link_that_changes_is_noticed() -> None:
     assert chooser.choose("link", "activation", ALL) == RAW
     for mbit_s, wanted in ((50, INT8), (20_000, RAW), (50, INT8)):
         link.mbit_s = mbit_s
-        link.use(chooser, 500)
+        link.use(chooser, 1500)
         link.used.clear()
         link.use(chooser, 200)
-        assert link.used[wanted] >= 190
+        assert link.used[wanted] >= 170
 
 
 def test_it_does_not_flap_where_two_are_as_good() -> None:
@@ -129,8 +130,8 @@ def test_trials_are_rare_and_hopeless_codecs_are_not_tried() -> None:
     link.use(chooser, 300)
     link.used.clear()
     link.use(chooser, 1000)
-    assert link.used[INT8] >= 980
-    assert link.used[RAW] <= 8  # it would take four times as long, but tells what a byte takes
+    assert link.used[INT8] >= 970
+    assert link.used[RAW] <= 24  # it would take four times as long, but tells what a byte takes
 
 
 def test_roles_are_apart() -> None:
@@ -189,3 +190,12 @@ def test_other_candidates_begin_anew() -> None:
     link.use(chooser, 300)
     assert chooser.choose("link", "activation", ALL) == INT8
     assert chooser.choose("link", "activation", (RAW, FP16)) == RAW
+
+
+def test_transfers_that_share_a_link_have_each_their_part_of_its_time() -> None:
+    alone, together = CodecChooser(), CodecChooser()
+    for nbytes in (4_000, 16_000) * 20:
+        alone.transferred("link", nbytes, nbytes * 1e-7)
+        together.transferred("link", nbytes, nbytes * 8e-7, 8)
+    assert together.s_per_byte("link") == pytest.approx(alone.s_per_byte("link"))
+    assert alone.s_per_byte("link") == pytest.approx(1e-7)

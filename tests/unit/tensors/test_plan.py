@@ -22,11 +22,11 @@ def test_one_codec_is_for_what_crosses_the_cut() -> None:
 
 
 def test_kinds_may_differ() -> None:
-    plan = CodecPlan.parse("int2, gradient=rank4,spill=rand2+feedback")
-    assert said("int2, gradient=rank4,spill=rand2+feedback") == {
+    plan = CodecPlan.parse("int2, gradient=rank6,spill=rand2+feedback")
+    assert said("int2, gradient=rank6,spill=rand2+feedback") == {
         "activation": "int2",
         "output": "int2",
-        "gradient": "rank4",
+        "gradient": "rank6",
         "test": "int8",  # tests measure the model
         "spill": "rand2",
     }
@@ -64,7 +64,7 @@ def test_what_it_may_not_say(text: str, message: str) -> None:
 
 
 def test_agreement_with_a_peer() -> None:
-    for text in ("auto", "int2, gradient=rank4", "raw"):
+    for text in ("auto", "int2, gradient=rank6", "raw"):
         plan = CodecPlan.parse(text)
         assert plan.agreed(SUPPORTED) == plan
     old = ("raw", "fp16", "shuffle")
