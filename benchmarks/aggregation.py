@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _figures import Figure, add_json_flag, hand_over
 from _record import circumstances, table, write
 from safetensors.torch import save_file
 
@@ -30,6 +31,9 @@ from zsfl.ids import PartName, RunId, Version, step_cid
 from zsfl.learning.averaging import Contribution, average
 from zsfl.spill.layout import SpillMeta, decode_contribution, encode, pieces
 from zsfl.spill.store import SpillStore
+
+BUDGET_S = 60
+IN_THE_LOT = ("--repeat", "2", "--spills", "500")
 
 Measured = Mapping[str, Sequence[float]]
 RUN, MB = RunId("b3fc40"), 1_000_000
@@ -233,6 +237,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="measurements of each (default: 5)")
     parser.add_argument("--spills", type=int, default=1000, metavar="N", help="spills of 1 MB (default: 1000)")
+    add_json_flag(parser)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     about = circumstances()
@@ -253,6 +258,14 @@ def main() -> int:
     print(page)
     figures = {"writing_us": written, "averaging_gb_per_s": averaged, "peak_models": peaks}
     print(f"\nkept in {write('aggregation', about, figures, page)}")
+    named = {
+        "averaged in memory, of memory bandwidth": "zsfl averages contributions in memory",
+        "verified, kept on the disk and averaged": "zsfl verifies, keeps on the disk and averages",
+    }
+    handed = [Figure(name=name, unit="of it", values=tuple(shares[way]), target=0.5) for name, way in named.items()]
+    peak = max(peaks.values())
+    handed.append(Figure(name="peak memory of averaging", unit="models", values=(peak,), better="lower", target=3.0))
+    hand_over(asked.json, "aggregation", about, handed)
     return 0
 
 

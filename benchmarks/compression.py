@@ -31,7 +31,8 @@ from _training import Outcome, run
 
 import zsfl
 
-BUDGET_S = 240
+BUDGET_S = 60
+IN_THE_LOT = ("--only", "link", "--repeat", "1")
 """When `make bench` gives up on it; it takes about 130."""
 
 SMALLEST = "int2, gradient=rank6, spill=rand2+feedback"

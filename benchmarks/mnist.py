@@ -22,8 +22,8 @@ from _record import circumstances, table, write
 
 import zsfl
 
-BUDGET_S = 120
-IN_THE_LOT = ("--rounds", "2")
+BUDGET_S = 60
+IN_THE_LOT = ("--rounds", "1")
 
 JOB = Path(__file__).parent / "jobs" / "mnist.py"
 CLIENTS, SPLIT_SERVERS = 20, 2

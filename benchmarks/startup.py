@@ -21,8 +21,8 @@ from _record import circumstances, table, write
 import zsfl
 import zsfl.demo
 
-BUDGET_S = 60
-IN_THE_LOT = ("--repeat", "3")
+BUDGET_S = 40
+IN_THE_LOT = ("--repeat", "2")
 
 CLIENTS, SPLIT_SERVERS = 20, 2
 JOB = Path(zsfl.demo.__file__)
