@@ -70,6 +70,8 @@ class Front:
         self._connections: WeakSet[Connection] = WeakSet()
         self._started: set[asyncio.Task[None]] = set()
         self._leaving = False
+        self._beats: dict[NodeId, Beat] = {}
+        """Of each peer the newest heartbeat that the lane has not heard of."""
         self._tasks: asyncio.TaskGroup
         self._peers: Peers
         self._node: Node
@@ -240,9 +242,18 @@ class Front:
         soon_in_lane(lambda: self._node.peer_lost(card, reason))
 
     def peer_said(self, broadcast: Broadcast) -> None:
-        """A verified peer said something."""
-        if not isinstance(broadcast, Beat) or broadcast.card.role in self._role.hears:
+        """A verified peer said something. Of its heartbeats the newest is enough, should the lane be busy."""
+        if not isinstance(broadcast, Beat):
             soon_in_lane(lambda: self._node.peer_said(broadcast))
+        elif broadcast.card.role in self._role.hears:
+            is_new = broadcast.card.id not in self._beats
+            self._beats[broadcast.card.id] = broadcast
+            if is_new:
+                soon_in_lane(lambda: self._hand_over(broadcast.card.id))
+
+    def _hand_over(self, peer: NodeId) -> None:
+        if beat := self._beats.pop(peer, None):
+            self._node.peer_said(beat)
 
     async def _answer(self, request: Request, _parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
         if isinstance(request, Hello):

@@ -21,7 +21,7 @@ _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
 
 LEAVE_S = 5.0
-"""How long the process waits at its end for what the lane still computes."""
+"""How long somebody who leaves, or the process at its end, waits for what the lane still computes."""
 
 
 class _Lane:
@@ -99,7 +99,10 @@ async def compute(function: Callable[_Args, _Result], *args: _Args.args, **kwarg
 
 
 async def to_lane(work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Await `work` in the lane's loop. Cancelling the caller cancels it there, and waits until it has ended."""
+    """Await `work` in the lane's loop. Cancelling the caller cancels it there, and waits until it has ended.
+
+    Not for longer than `LEAVE_S`, and not at all when cancelled again: what computes for long is then left to itself.
+    """
     if _lane.is_here:
         return await work
     here, there = asyncio.get_running_loop(), _lane.loop
@@ -108,26 +111,22 @@ async def to_lane(work: Coroutine[Any, Any, _Result]) -> _Result:
 
     def tell(task: asyncio.Task[_Result]) -> None:
         with suppress(RuntimeError):  # the loop that waited is closed
-            here.call_soon_threadsafe(ended.set_result, task)
+            here.call_soon_threadsafe(lambda: ended.done() or ended.set_result(task))
 
     def begin() -> None:
         begun.append(there.create_task(work))
         begun[0].add_done_callback(tell)
 
     there.call_soon_threadsafe(begin)
-    cancelled: asyncio.CancelledError | None = None
-    while not ended.done():
-        try:
-            await asyncio.wait({ended})
-        except asyncio.CancelledError as error:
-            cancelled = error
-            there.call_soon_threadsafe(lambda: begun[0].cancel())
-    task = ended.result()
-    if cancelled is not None:
-        if not task.cancelled():
-            task.exception()  # seen
-        raise cancelled
-    return task.result()
+    try:
+        await asyncio.wait({ended})
+    except asyncio.CancelledError:
+        there.call_soon_threadsafe(lambda: begun[0].cancel())
+        await asyncio.wait({ended}, timeout=LEAVE_S)
+        if ended.done() and not ended.result().cancelled():
+            ended.result().exception()  # seen
+        raise
+    return ended.result().result()
 
 
 def soon_in_lane(call: Callable[[], None]) -> None:
@@ -145,8 +144,10 @@ def use_threads(count: int) -> None:
     done: Future[None] = Future()
 
     def call() -> None:
-        torch.set_num_threads(count)
-        done.set_result(None)
+        try:
+            done.set_result(torch.set_num_threads(count))
+        except Exception as error:
+            done.set_exception(error)
 
     _lane.loop.call_soon_threadsafe(call)
     done.result()

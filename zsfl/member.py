@@ -116,6 +116,9 @@ class Member:
 
         Before, it may still turn out to be a second aggregator's.
         """
+        known = self.state.value
+        if known is not None and known.run == state.run and state.serial <= known.serial:
+            return
         self.state.set(state)
         if state.phase == "waiting" or state.run == self._run:
             return

@@ -127,7 +127,7 @@ class Node:
         self._links: dict[NodeId, Connection] = {}
         self._connections: WeakSet[Connection] = WeakSet()
         self._started: set[asyncio.Task[None]] = set()
-        self._leaving = False
+        self._leaving = self._closed = False
         self._tasks: asyncio.TaskGroup | None = None
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._role: RoleShell
@@ -233,12 +233,13 @@ class Node:
 
     def close(self) -> None:
         """Close what is still open; what was published last may still leave."""
+        self._closed = True
         for connection in list(self._connections):
             connection.close()
         self.publisher.close(FAREWELL_LINGER_S)
 
     async def _fail_with(self) -> None:
-        await self._failed
+        await asyncio.shield(self._failed)
 
     async def _say_waits(self) -> None:
         while True:
@@ -250,6 +251,8 @@ class Node:
 
     def peer_joined(self, card: NodeCard, codecs: tuple[str, ...]) -> None:
         """A peer is there."""
+        if self._closed:
+            return
         with self._told():
             self._peers[card.id] = card
             self.peer_codecs[card.id] = codecs
@@ -257,6 +260,8 @@ class Node:
 
     def peer_lost(self, card: NodeCard, reason: str) -> None:
         """A peer is gone."""
+        if self._closed:
+            return
         with self._told():
             self._peers.pop(card.id, None)
             if link := self._links.pop(card.id, None):
@@ -266,6 +271,8 @@ class Node:
 
     def peer_said(self, broadcast: Broadcast) -> None:
         """A verified peer said something."""
+        if self._closed:
+            return
         with self._told():
             self._role.heard(broadcast)
 

@@ -49,7 +49,7 @@ class Case:
     steps: int = 1
     mode: Any = "exact"
     batch_norm: Any = "per-client"
-    merge: bool | None = None
+    merge: bool = False
 
     @property
     def clients(self) -> int:

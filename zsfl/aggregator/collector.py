@@ -70,8 +70,12 @@ class Collector:
         sizes = {(offer.cid, offer.kind): offer.size_bytes for offer in offers}
         try:
             for offer, data in zip(offers, carried, strict=False):
-                if data and self._gathering.lacks(offer) and self._take(holder.name, (offer.cid, offer.kind), data):
-                    del sizes[offer.cid, offer.kind]
+                if (
+                    data
+                    and self._gathering.lacks(offer)
+                    and self._take(holder.name, (offer.cid, offer.kind), data, offer)
+                ):
+                    sizes.pop((offer.cid, offer.kind), None)
             if not sizes:
                 return
             left = [offer for offer in offers if (offer.cid, offer.kind) in sizes]
@@ -123,13 +127,15 @@ class Collector:
         except ZsflError as error:
             self._node.note(f"{card.name} does not let go of its spills: {error}", "warning")
 
-    def _take(self, name: str, key: Key, data: Buffer) -> bool:
-        """Take a spill, unless it is corrupt; whether it is whole."""
+    def _take(self, name: str, key: Key, data: Buffer, offer: SpillOffer | None = None) -> bool:
+        """Take a spill, unless it is corrupt, or another than was offered; whether it is whole."""
         try:
             found = decode_contribution(data)
             kind: SpillKind = "merged" if found.members else found.part
             if (found.cid, kind) != key:
                 raise SpillCorrupt(f"it is {kind} of {found.cid} where {key[1]} of {key[0]} was asked for")
+            if offer is not None and tuple(member.cid for member in found.members) != offer.members:
+                raise SpillCorrupt(f"the steps of {key[1]} {key[0]} are others than were offered")
         except SpillCorrupt as error:
             self._node.counters.add("spills_corrupt")
             self._node.note(f"{name} handed over a corrupt spill: {error}", "warning")

@@ -56,6 +56,7 @@ class Spool:
     def _write(self, data: memoryview) -> int:
         if self._file is None:
             path = self._folder / f".spool-{os.getpid()}"
+            path.unlink(missing_ok=True)  # of a process of that number that was killed before it could
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             path.unlink()
             weakref.finalize(self, os.close, self._file)

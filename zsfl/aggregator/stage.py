@@ -28,7 +28,7 @@ class Stage:
 
     def place(self, **changes: Any) -> None:
         """Change the state; peers hear of it with the next announcement or heartbeat."""
-        self.state = msgspec.structs.replace(self.state, **changes)
+        self.state = msgspec.structs.replace(self.state, serial=self.state.serial + 1, **changes)
 
     def enter(self, **changes: Any) -> None:
         """Change the state and announce it."""

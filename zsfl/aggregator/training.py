@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -255,7 +255,7 @@ class Training:
             asked |= {"merger": servers[self.version % len(servers)].id, "merged": tuple(steps)}
         return asked
 
-    def _is_broken(self, there: Sequence[int]) -> bool:
+    def _is_broken(self, there: Collection[int]) -> bool:
         """Whether what was merged cannot come about any more as it was asked for."""
         if not self._merges:
             return self._is_exact and self._gathering.is_stuck(there)
@@ -312,6 +312,9 @@ class Training:
         now_s = self._progress_s = time.monotonic()
         self._tally.served(one)
         if not (steps := self._gathering.completed(one.cid)):
+            somebody_left = not self._sizes.keys() <= set(self._awaited)
+            if somebody_left and self._is_broken(self._awaited):
+                self._roster.touch()  # what just came is merged with what never will
             return
         for step in steps:
             self._closing.arrived(step, self._gathering.samples(step), now_s)

@@ -96,10 +96,10 @@ class Job:
     batch_norm: Literal["per-client", "merged", "frozen"] = "per-client"
     """Which statistics batch norm uses in training: of one client's batch, of the merged batch of a window (body only,
     exact mode), or the running ones, never changed."""
-    merge: bool | None = None
+    merge: bool = False
     """Whether a split server may take several waiting steps through the body at once, when its own measurements say
-    that this is faster. The gradient is the same but for the last bits, which then depend on who waited with whom; so
-    None: in elastic mode, where no two runs are equal anyway, and not in exact mode."""
+    that this is faster. The gradient is the same but for the last bits, which then depend on who waited with whom.
+    Exact mode only, where what was merged with a step whose client is lost is asked for anew."""
     autocast: bool = False
     """Whether matrix products and convolutions are made in bfloat16: several times as fast where the hardware has it,
     with three significant digits. Weights, gradients and what travels keep their types."""
@@ -163,8 +163,10 @@ class Job:
             raise self._wrong(str(error)) from error
         if not isinstance(how, Exact) and self.batch_norm == "merged":
             raise self._wrong("batch_norm='merged' needs mode='exact', where it is known whose batches are merged")
-        if self.merge and isinstance(how, Async):
-            raise self._wrong("merge=True does not go with mode='async', where every client's steps are weighed apart")
+        if self.merge and not isinstance(how, Exact):
+            raise self._wrong(
+                "merge=True needs mode='exact', where what a lost client's step was merged with is redone"
+            )
         if isinstance(how, Async) and self.steps > 1:
             raise self._wrong("steps are the steps of a window, and mode='async' has none: state its samples instead")
         if isinstance(how, Async) and isinstance(self.batches, BySpeed):
@@ -250,9 +252,7 @@ class Job:
     @property
     def merges(self) -> bool:
         """Whether split servers may merge waiting steps."""
-        if self.batch_norm == "merged" or isinstance(self.how, Async):
-            return False
-        return isinstance(self.how, Elastic) if self.merge is None else self.merge
+        return self.merge and self.batch_norm != "merged"
 
     def warnings(self) -> list[str]:
         """What in these settings makes a run other than people may expect."""

@@ -232,8 +232,8 @@ class SpillStore:
 
     def offers(self, run: RunId) -> list[SpillOffer]:
         """What is held of one run, oldest version first."""
-        with self._lock:
-            held = [held.offer for held in self._held.values() if held.offer.cid.startswith(f"{run}-")]
+        # Without the lock, which is held while the disk is written to: heartbeats ask, and must not wait for that.
+        held = [held.offer for held in list(self._held.values()) if held.offer.cid.startswith(f"{run}-")]
         return sorted(held, key=lambda offer: (offer.version, offer.cid))
 
     def close(self) -> None:

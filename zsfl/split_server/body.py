@@ -102,6 +102,8 @@ class BodyWorker:
         made = self._pass(
             weights, [(one.cid, x) for one, x in asked], requests[0].seed, any(one.want_grad for one in requests)
         )
+        if not self._is_independent(made, requests[-1]):
+            return [output for one in asked for output in self.forward_all(weights, [one])]
         for request in requests:
             self._forget(request.cid)
             self._graphs[request.cid] = made
@@ -110,8 +112,6 @@ class BodyWorker:
         while len(self._graphs) > self._room or (self._kept_bytes > KEPT_BYTES and len(self._graphs) > len(requests)):
             self._forget(next(iter(self._graphs)))
         output = made.forward.output.detach()
-        if len(asked) > 1 and self._independent is None:
-            self._check_independence(weights, *asked[-1], output[made.rows[requests[-1].cid]])
         self._was_run = True
         return [output[rows] for rows in made.rows.values()]
 
@@ -127,13 +127,20 @@ class BodyWorker:
         forward = self._part.forward(weights, x, seed=seed, train=True, need_input_grad=need_grad)
         return _Pass(weights, forward, x, rows)
 
-    def _check_independence(
-        self, weights: PartWeights, request: messages.Forward, x: torch.Tensor, together: torch.Tensor
-    ) -> None:
-        """See whether this step's output is what it would be by itself: layers can couple samples that nobody knows."""
-        alone = self._part.forward(weights, x, seed=request.seed, train=True).output.detach()
-        worst = float(alone.abs().max()) if alone.numel() else 0.0
-        self._independent = torch.allclose(alone, together, rtol=TOLERANCE, atol=TOLERANCE * worst, equal_nan=True)
+    def _is_independent(self, made: _Pass, request: messages.Forward | messages.Step) -> bool:
+        """Whether this step's output is what it would be by itself: layers can couple samples that nobody knows of.
+
+        Looked at once, at the first pass of several.
+        """
+        if len(made.rows) == 1:
+            return True
+        if self._independent is None:
+            rows = made.rows[request.cid]
+            alone = self._part.forward(made.weights, made.input[rows], seed=request.seed, train=True).output.detach()
+            worst = float(alone.abs().max()) if alone.numel() else 0.0
+            together = made.forward.output.detach()[rows]
+            self._independent = torch.allclose(alone, together, rtol=TOLERANCE, atol=TOLERANCE * worst, equal_nan=True)
+        return self._independent
 
     def _forget_before(self, version: Version) -> None:
         """Let go of the graphs of all but the versions that were asked for last, `version` being the newest."""
@@ -208,6 +215,8 @@ class BodyWorker:
             weights, [(one.cid, x) for one, x, _ in given], requests[0].seed, any(one.want_grad for one in requests)
         )
         self._was_run = True
+        if not self._is_independent(made, requests[-1]):
+            return [done for one in given for done in self.step_all(weights, [one])]
         losses = [
             self._loss(request, made.forward.output[rows], target)
             for (request, _, target), rows in zip(given, made.rows.values(), strict=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from zsfl.errors import BadShape, Unavailable, ZsflError
-from zsfl.ids import Version, parse_cid
+from zsfl.ids import Cid, Version, parse_cid
 from zsfl.learning.cuts import Cuts
 from zsfl.learning.part import PartWeights
 from zsfl.split_server.admission import Admission
@@ -95,6 +95,8 @@ class WorkQueue:
         self._ended = left
         self._same_k = same_k
         self._waiting: list[Waiting] = []
+        self._alone: set[int] = set()
+        """Those that failed in company: whose fault it was is seen when each goes by itself."""
         self._late: set[asyncio.Task[None]] = set()
         self._turn_is_due = False
 
@@ -104,12 +106,13 @@ class WorkQueue:
         count = 2 if isinstance(request, Step) or (isinstance(request, Backward) and request.input is not None) else 1
         if len(parts) != count:
             raise BadShape(f"{count} tensors belong to this request, {len(parts)} came with it")
-        size_bytes = sum(map(nbytes, parts))
-        self._admission.enter(size_bytes)
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        answer.add_done_callback(lambda _: self._left(size_bytes))
         waiting = Waiting(request, parts, self._cuts.of(shard), answer)
-        if not waiting.needs_weights or self._weights.held(waiting.version) is not None:
+        is_ready = not waiting.needs_weights or self._weights.held(waiting.version) is not None
+        size_bytes = sum(map(nbytes, parts))
+        self._admission.enter(size_bytes)  # last of all that may be refused: from here on the answer gives it back
+        answer.add_done_callback(lambda _: self._left(size_bytes))
+        if is_ready:
             self._enqueue(waiting)
         else:
             late = asyncio.ensure_future(self._await_weights(waiting))
@@ -137,7 +140,9 @@ class WorkQueue:
     def _call_for_turn(self) -> None:
         if not self._turn_is_due and self._waiting:
             self._turn_is_due = True
-            asyncio.get_running_loop().call_soon(self._turn)
+            loop = asyncio.get_running_loop()
+            # Two rounds later: answers of the turn before leave first, and what has arrived meanwhile is read.
+            loop.call_soon(lambda: loop.call_soon(lambda: loop.call_soon(self._turn)))
 
     def _turn(self) -> None:
         """Work on what waits longest, and on what can go along with it."""
@@ -148,15 +153,18 @@ class WorkQueue:
         chosen = self._together(self._waiting[0])
         taken = set(map(id, chosen))
         self._waiting = [one for one in self._waiting if id(one) not in taken]
+        self._alone &= set(map(id, self._waiting))
         try:
             weights = self._weights.held(chosen[0].version) if chosen[0].needs_weights else None
             if weights is None and chosen[0].needs_weights:  # they went while it waited
                 raise Unavailable(f"version {chosen[0].version} is not held any more; ask once more")
             answers = self._work(chosen, None if weights is None else weights[chosen[0].cut])
         except Exception as error:
-            for one in chosen:
-                if not one.answer.done():
-                    one.answer.set_exception(error)
+            if len(chosen) > 1:
+                self._alone.update(map(id, chosen))
+                self._waiting = [*chosen, *self._waiting]
+            elif not chosen[0].answer.done():
+                chosen[0].answer.set_exception(error)
         else:
             for one, answer in zip(chosen, answers, strict=True):
                 if one.answer.done():
@@ -168,19 +176,25 @@ class WorkQueue:
         self._call_for_turn()
 
     def _together(self, first: Waiting) -> list[Waiting]:
-        alike = first.alike if self._may_merge(first.cut) else None
+        alike = first.alike if self._may_merge(first.cut) and id(first) not in self._alone else None
         if alike is None:
             return [first]
-        room, found = MOST_MERGED_BYTES, list[Waiting]()
+        room, found, cids = MOST_MERGED_BYTES, list[Waiting](), set[str]()
         for one in self._waiting:
-            if one.alike == alike and (not self._same_k or _k(one) == _k(first)):
+            if one.alike == alike and id(one) not in self._alone and _k(one, self._same_k) == _k(first, self._same_k):
                 room -= sum(map(nbytes, one.parts))
                 if found and (room < 0 or len(found) == MOST_MERGED):
                     break
-                found.append(one)
+                if (cid := _cid(one)) not in cids:  # a second copy of a request goes by itself
+                    cids.add(cid)
+                    found.append(one)
         return found if self._pays(type(first.request).__name__, len(found)) else [first]
 
 
-def _k(waiting: Waiting) -> int:
+def _cid(waiting: Waiting) -> Cid:
     assert not isinstance(waiting.request, Infer)
-    return parse_cid(waiting.request.cid).k
+    return waiting.request.cid
+
+
+def _k(waiting: Waiting, matters: bool) -> int:
+    return parse_cid(_cid(waiting)).k if matters else 0

@@ -114,7 +114,7 @@ class Connection:
 
     def _expire(self, future: asyncio.Future[Answer], what: str, deadline_s: float) -> None:
         # An answer that is here by now counts, however long this loop was held up.
-        self._pump.drain()
+        self._pump.drain_all()
         if not future.done():
             said = f"no answer from {self.peer} at {self._endpoint} to {what} within {deadline_s:.3g} s"
             future.set_exception(DeadlineExceeded(said))

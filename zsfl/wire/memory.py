@@ -42,13 +42,15 @@ def memory(size: int, rather: int = 0) -> memoryview:
 
 def _idle(size: int) -> np.ndarray[Any, Any] | None:
     """A piece of this size that nobody looks at; those of other sizes go where there are too many."""
-    idle_bytes = 0
+    idle_bytes, found = 0, -1
     for number in range(len(_pieces) - 1, -1, -1):
         if sys.getrefcount(_pieces[number]) != _UNUSED:
             continue
-        if _pieces[number].nbytes == size:
-            return _pieces[number]
+        if found < 0 and _pieces[number].nbytes == size:
+            found = number
+            continue
         idle_bytes += _pieces[number].nbytes
         if idle_bytes > KEPT_BYTES:
             del _pieces[number]
-    return None
+            found -= found > number
+    return None if found < 0 else _pieces[found]

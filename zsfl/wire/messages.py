@@ -323,6 +323,8 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     all_classes: ClassCounts = ()
     """The same over all shards that ever joined."""
     tested: VersionNumber | None = None
+    serial: Count = 0
+    """Counts changes: what is older than what is known came by another way and took longer."""
     evaluation: Count = 0
     """Counts evaluations, so that a client tells a new one from one it has answered."""
     reason: LongText = ""

@@ -89,6 +89,11 @@ class Pump:
     def _events(self) -> int:
         return cast(int, self._socket.getsockopt(zmq.EVENTS))
 
+    def drain_all(self) -> None:
+        """Take all that is there now."""
+        while not self.ended.done() and self._events() & zmq.POLLIN:
+            self.drain()
+
     def drain(self) -> None:
         """Take what is there now, up to a fair share; more of it soon."""
         try:

@@ -166,6 +166,8 @@ class Server:
                 caller.tasks[arrived.id] = task
                 self._running += 1
                 task.add_done_callback(lambda _: self._served(caller, arrived.id))
+                if asyncio.iscoroutine(answer):
+                    task.add_done_callback(lambda _: answer.close())  # of a task that was cancelled before it began
                 return
             frames = self._encoded(arrived.id, *answer)
         except Exception as error:  # whatever goes wrong in a handler is the answer, not the end of the node

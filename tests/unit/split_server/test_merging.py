@@ -256,8 +256,9 @@ def test_labels_that_travel_are_merged_too(tmp_path: Path) -> None:
         close(tensor, sum((single.spilled(one)[1][name] for one in ones), torch.zeros_like(tensor)))
 
 
-def test_merging_does_not_go_with_async_mode() -> None:
-    with pytest.raises(zsfl.ConfigError, match="merge=True does not go with mode='async'"):
-        Case(merge=True, mode="async").job()
-    assert Case(mode="elastic").job().merges
+@pytest.mark.parametrize("mode", ["elastic", "async"])
+def test_merging_is_for_exact_mode(mode: str) -> None:
+    with pytest.raises(zsfl.ConfigError, match="merge=True needs mode='exact'"):
+        Case(merge=True, mode=mode).job()
+    assert not Case(merge=True, batch_norm="merged", norm=True).job().merges
     assert not Case().job().merges
