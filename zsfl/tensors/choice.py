@@ -48,6 +48,8 @@ GUESSED_LZ4 = 0.95
 """Share of the bytes that lz4 leaves, until it was measured."""
 
 
+_Transfer = tuple[int, int, float, float]
+"""Which one it was, bytes both ways, seconds on the wire, its part of these."""
 _Point = tuple[float, float, int]
 """Bytes and seconds of transfers of about one size, and how many there were."""
 
@@ -81,8 +83,7 @@ class _Use:
 @dataclass(slots=True)
 class _Link:
     transfers: int = 0
-    by_size: dict[int, deque[tuple[int, int, float]]] = field(default_factory=dict[int, deque[tuple[int, int, float]]])
-    """Which transfer it was, bytes both ways, seconds on the wire."""
+    by_size: dict[int, deque[_Transfer]] = field(default_factory=dict[int, deque[_Transfer]])
     uses: dict[Role, _Use] = field(default_factory=dict[Role, _Use])
 
 
@@ -109,17 +110,19 @@ class CodecChooser:
     def transferred(self, link: Hashable, nbytes: int, seconds: float, open_at_once: float = 1.0) -> None:
         """So many bytes, both ways together, took so long on the wire, beside others: so many with them in the mean.
 
-        They shared the link, so each of them had its part of the time.
+        They shared the link, so each of them had its part of the time; but each also waited for those before it, and of
+        that, its own bytes say nothing.
         """
         if nbytes <= 0 or not 0 <= seconds < math.inf:
             return
-        seconds /= max(open_at_once, 1.0)
         held = self._links.setdefault(link, _Link())
         size = int(math.log2(nbytes) * SIZES_PER_OCTAVE)
         if size not in held.by_size and len(held.by_size) == MOST_SIZES:
             del held.by_size[min(held.by_size, key=lambda one: held.by_size[one][-1][0])]
         held.transfers += 1
-        held.by_size.setdefault(size, deque(maxlen=KEPT)).append((held.transfers, nbytes, seconds))
+        held.by_size.setdefault(size, deque(maxlen=KEPT)).append(
+            (held.transfers, nbytes, seconds, seconds / max(open_at_once, 1.0))
+        )
 
     def lost(self, link: Hashable) -> None:
         """That link is no more."""
@@ -155,13 +158,14 @@ class CodecChooser:
         held = self._links.get(link)
         if held is None or not held.transfers:
             return None
-        points: list[_Point] = []
+        points, most = list[_Point](), math.inf
         for transfers in held.by_size.values():
-            fresh = [(nbytes, seconds) for number, nbytes, seconds in transfers if number > held.transfers - STALE]
+            fresh = [one for one in transfers if one[0] > held.transfers - STALE]
             if fresh:
-                mean = statistics.fmean(nbytes for nbytes, _ in fresh)
-                points.append((mean, _quick([seconds for _, seconds in fresh]), len(fresh)))
-        return _slope(points)
+                mean = statistics.fmean(nbytes for _, nbytes, _, _ in fresh)
+                points.append((mean, _quick(seconds for _, _, seconds, _ in fresh), len(fresh)))
+                most = min(most, _quick(part_s for _, _, _, part_s in fresh) / mean)
+        return min(most, _slope(points, most))
 
     def _of(self, role: Role, codec: Codec) -> _Work:
         return self._work.setdefault((role, codec), _Work())
@@ -215,12 +219,12 @@ def guessed_ratio(codec: Codec) -> float:
     return element_bytes(codec.base, "float32") / FLOATS["float32"] * (GUESSED_LZ4 if codec.lz4 else 1.0)
 
 
-def _slope(points: Sequence[_Point]) -> float:
-    """Seconds a byte: how much longer larger transfers take, but no more than any took a byte.
+def _slope(points: Sequence[_Point], unknown: float) -> float:
+    """Seconds a byte: how much longer larger transfers take; `unknown` where all are of one size.
 
     The median over all pairs, those counting most that are far apart and known well: a line that outliers hardly move.
     """
-    most, quickest = min(seconds / nbytes for nbytes, seconds, _ in points), math.inf
+    quickest = math.inf
     level: list[_Point] = []
     for nbytes, seconds, many in sorted(points, reverse=True):
         if seconds < quickest or many >= ENOUGH:  # what is smaller and took longer was held up
@@ -232,7 +236,7 @@ def _slope(points: Sequence[_Point]) -> float:
         for larger, there, more in level
         if larger > nbytes
     )
-    return min(most, max(0.0, _weighted_median(slopes))) if slopes else most
+    return max(0.0, _weighted_median(slopes)) if slopes else unknown
 
 
 def _quick(times: Iterable[float]) -> float:

@@ -66,7 +66,7 @@ def to_low(base: Base, values: Tensor) -> Bytes:
     flat = values.reshape(rows, -1).cpu()
     if flat.dtype is torch.float64:  # what is finite stays so
         flat = torch.where(flat.isinf(), flat, flat.clamp(-float(_MAX), float(_MAX)))
-    x = flat.float().numpy()
+    x = flat.float().contiguous().numpy()  # sums of a view would round otherwise
     nbytes = payload_bytes("", base, "float32", x.shape, 1 << 62)
     payload = np.empty(nbytes, np.uint8)
     with np.errstate(all="ignore"):
