@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import torch
 
-from zsfl.ids import NodeId, RunId, Version, step_cid
+from zsfl.ids import NodeCard, NodeId, Role, RunId, Version, step_cid
 from zsfl.member import OFFERS_BYTES, Member
 from zsfl.spill.layout import SpillMeta
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import MAX_CARRIED_BYTES, MAX_OFFERS, Offers, SpillOffer
+from zsfl.wire.messages import MAX_CARRIED_BYTES, MAX_OFFERS, Announcement, Offers, RunState, SpillOffer
 
 
 class Said:
@@ -64,3 +64,25 @@ async def test_a_digest_is_bounded(tmp_path: Path) -> None:
     assert all(len(digest.offers) <= MAX_OFFERS for digest, _ in node.digests)
     assert all(sum(map(len, parts)) <= OFFERS_BYTES for _, parts in node.digests)
     assert len(node.digests) > 3
+
+
+async def test_the_state_of_a_run_never_goes_back(tmp_path: Path) -> None:
+    member = Member(cast(Any, Said()), [], tmp_path)
+    card = NodeCard(id=NodeId("1"), name="agg", role=Role.AGGREGATOR, host="127.0.0.1", control_port=1)
+    member.aggregator.set(card)
+    seen: list[tuple[str, int]] = []
+    for run, serial in (("3fa9c1", 3), ("3fa9c1", 2), ("3fa9c1", 3), ("3fa9c1", 4), ("b0b0b0", 1)):
+        state = RunState(
+            run=RunId(run),
+            phase="training",
+            version=Version(serial),
+            round=0,
+            rounds=1,
+            window=0,
+            windows=1,
+            serial=serial,
+        )
+        member.heard(Announcement(node=card.id, state=state))
+        assert member.state.value is not None
+        seen.append((member.state.value.run, member.state.value.serial))
+    assert seen == [("3fa9c1", 3), ("3fa9c1", 3), ("3fa9c1", 3), ("3fa9c1", 4), ("b0b0b0", 1)]

@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -389,3 +391,25 @@ def test_a_killed_process_leaves_whole_spills_only_and_all_it_acknowledged(tmp_p
         assert decode(store.read((offer.cid, "body")) or b"")[0].cid == offer.cid
     assert versions[:acknowledged] == list(range(1, acknowledged + 1))
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_what_is_offered_can_be_told_while_the_disk_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = SpillStore(tmp_path)
+    offer = store.put(meta(2), SMALL)
+    writing, go_on = threading.Event(), threading.Event()
+    slow = os.pwritev
+
+    def pwritev(*args: Any) -> int:
+        writing.set()
+        go_on.wait(20)
+        return slow(*args)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    writer = threading.Thread(target=store.put, args=(meta(2, 1), SMALL))
+    writer.start()
+    try:
+        assert writing.wait(20)
+        assert store.offers(RUN) == [offer]
+    finally:
+        go_on.set()
+        writer.join(20)

@@ -215,8 +215,11 @@ def test_a_body_whose_outputs_depend_on_the_company_is_found_out(tmp_path: Path)
     bench = Bench(tmp_path, Case(merge=True), nn.Sequential(nn.Linear(8, 8), Centred()).double())
     bench.forward(0)
     assert bench.worker.merges
-    bench.forward(0, 1, 2)
+    together = bench.forward(0, 1, 2)
     assert not bench.worker.merges
+    for shard, output in enumerate(together):  # and nobody was given what it found out by
+        close(output, bench.forward(shard)[0])
+    assert [len(bench.spilled(bench.backward(shard)[0])[0].members) for shard in range(3)] == [0, 0, 0]
 
 
 def test_labels_that_travel_are_merged_too(tmp_path: Path) -> None:

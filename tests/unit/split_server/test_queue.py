@@ -1,0 +1,158 @@
+"""What waits for the body: turns in order, company only where it hurts nobody, and slots that come back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from helpers.waiting import until
+
+from zsfl.errors import BadShape, Busy, StaleWeights, ZsflError
+from zsfl.ids import RunId, Version, step_cid
+from zsfl.split_server.admission import Admission
+from zsfl.split_server.queue import Answer, Waiting, WorkQueue
+from zsfl.tensors.codec import Codec
+from zsfl.wire.messages import Forward, Ok
+
+X = torch.zeros(2, 3)
+SPEC, DATA = Codec.parse("raw").pack("input", X)
+
+
+def forward(shard: int, version: int = 0) -> Forward:
+    cid = step_cid(RunId("abcdef"), shard, Version(version))
+    return Forward(cid=cid, version=Version(version), seed=0, input=SPEC)
+
+
+class Body:
+    """Works on whatever it is given, and remembers what came together; some shards are bad."""
+
+    def __init__(self, slots: int = 4, merges: bool = True) -> None:
+        self.turns: list[list[int]] = []
+        self.bad: set[int] = set()
+        self.left = 0
+        self.loading: dict[int, asyncio.Future[Any]] = {}
+        self.admission = Admission(slots)
+        self.queue = WorkQueue(
+            cast(Any, SimpleNamespace(of=self.cut_of)),
+            cast(Any, SimpleNamespace(held=self.held, get=self.get)),
+            self.admission,
+            self.work,
+            may_merge=lambda _: merges,
+            pays=lambda _, count: count > 1,
+            left=self.leave,
+            same_k=False,
+        )
+
+    def cut_of(self, shard: int) -> str:
+        if shard > 90:
+            raise BadShape(f"there is no shard {shard}")
+        return "cut"
+
+    def held(self, version: Version) -> dict[str, None] | None:
+        if version == 13:
+            raise StaleWeights("unlucky")
+        return None if version in self.loading else {"cut": None}
+
+    async def get(self, version: Version) -> object:
+        return await self.loading[version]
+
+    def leave(self) -> None:
+        self.left += 1
+
+    def work(self, chosen: Sequence[Waiting], _weights: object) -> list[Answer | ZsflError]:
+        shards = [int(cast(Forward, one.request).cid.split("-s")[1][:5]) for one in chosen]
+        self.turns.append(shards)
+        if self.bad.intersection(shards):
+            raise BadShape("a bad one")
+        return [(Ok(), [bytes([shard])]) for shard in shards]
+
+    def put(self, shard: int, version: int = 0) -> asyncio.Future[Answer]:
+        return self.queue.put(forward(shard, version), [DATA])
+
+
+async def test_those_that_wait_together_go_together_and_each_gets_its_own() -> None:
+    body = Body()
+    answers = await until(asyncio.gather(*(body.put(shard) for shard in (2, 0, 1))))
+    assert body.turns == [[2, 0, 1]]
+    assert [bytes(parts[0]) for _, parts in answers] == [b"\2", b"\0", b"\1"]
+    assert (body.left, body.admission.idle) == (3, True)
+
+
+async def test_one_bad_request_is_refused_alone() -> None:
+    body = Body()
+    body.bad = {1}
+    answers = [body.put(shard) for shard in (0, 1, 2)]
+    await until(asyncio.wait(answers))
+    with pytest.raises(BadShape, match="a bad one"):
+        answers[1].result()
+    assert [answers[0].result()[0], answers[2].result()[0]] == [Ok(), Ok()]
+    assert body.turns == [[0, 1, 2], [0], [1], [2]]
+
+
+async def test_two_copies_of_a_request_are_never_in_one_pass() -> None:
+    body = Body()
+    await until(asyncio.gather(body.put(0), body.put(0), body.put(1)))
+    assert body.turns == [[0, 1], [0]]
+
+
+async def test_nothing_is_merged_where_the_body_does_not_allow_it() -> None:
+    body = Body(merges=False)
+    await until(asyncio.gather(*(body.put(shard) for shard in range(3))))
+    assert body.turns == [[0], [1], [2]]
+
+
+async def test_what_is_refused_takes_no_slot() -> None:
+    body = Body(slots=1)
+    for _ in range(3):
+        with pytest.raises(BadShape):
+            body.put(99)
+        with pytest.raises(BadShape, match="1 tensors belong to this request, 2 came"):
+            body.queue.put(forward(0), [DATA, DATA])
+        with pytest.raises(StaleWeights):
+            body.put(0, version=13)
+    first = body.put(0)
+    with pytest.raises(Busy):
+        body.put(1)
+    await until(first)
+    await until(body.put(1))
+
+
+async def test_one_that_was_taken_back_is_not_worked_on() -> None:
+    body = Body()
+    first, second = body.put(0), body.put(1)
+    first.cancel()
+    await until(second)
+    assert body.turns == [[1]]
+    assert body.admission.idle
+
+
+async def test_a_request_waits_for_its_weights_and_holds_up_nobody() -> None:
+    body = Body()
+    body.loading[7] = asyncio.get_running_loop().create_future()
+    waiting = body.put(0, version=7)
+    await until(body.put(1))
+    assert not waiting.done()
+    body.loading.pop(7).set_result(None)
+    await until(waiting)
+    assert body.turns == [[1], [0]]
+
+
+async def test_answers_leave_before_the_next_turn_begins() -> None:
+    body = Body(merges=False)
+    order: list[str] = []
+    first, second = body.put(0), body.put(1)
+    # As a server sends: the reply is made when the future is done, and leaves with the batch of that turn of the loop.
+    first.add_done_callback(lambda _: asyncio.get_running_loop().call_soon(lambda: order.append("first left")))
+    work = body.queue._work  # pyright: ignore[reportPrivateUsage]
+
+    def watched(chosen: Sequence[Waiting], weights: Any) -> list[Answer | ZsflError]:
+        order.append("turn")
+        return work(chosen, weights)
+
+    body.queue._work = watched  # pyright: ignore[reportPrivateUsage]
+    await until(second)
+    assert order == ["turn", "first left", "turn"]
