@@ -2,7 +2,7 @@
 
     ZSFL_DATA=... python benchmarks/throughput.py
 
-Wants MNIST's four IDX files in the folder that ZSFL_DATA names, or in `mnist` below it, and `pip install "zsfl[bench]"`
+Wants MNIST's four IDX files in the folder that ZSFL_DATA names, or in `mnist` below it, and `pip install '.[bench]'`
 for the baseline. Two and a half minutes. METHODOLOGY.md says what is measured and how.
 """
 
@@ -132,7 +132,7 @@ async def measure(args: argparse.Namespace) -> Found:
         arithmetic_us=arithmetic_us(),
     )
     if args.peer and (lacking := missing()):
-        raise zsfl.ConfigError(f'the baseline needs {", ".join(lacking)}: pip install "zsfl[bench]", or use --no-peer')
+        raise zsfl.ConfigError(f"the baseline needs {', '.join(lacking)}: pip install '.[bench]', or use --no-peer")
     if args.peer:
         async with http_peer(clients=CLIENTS, processes=CLIENTS) as peer:
             await peer.load(windows=1, steps=1)
