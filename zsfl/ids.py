@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from functools import lru_cache
-from typing import Literal, NamedTuple, NewType
+from typing import Annotated, Literal, NamedTuple, NewType
 
 import msgspec
 
@@ -47,20 +47,23 @@ class Role(StrEnum):
     OBSERVER = "observer"
 
 
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+
+
 class NodeCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a node shows its peers: who it is and where its sockets are.
 
     All endpoints share `host`; a port of 0 means that the node has no such socket.
     """
 
-    id: NodeId
-    name: str
+    id: Annotated[NodeId, msgspec.Meta(max_length=200)]
+    name: Annotated[str, msgspec.Meta(max_length=200)]
     role: Role
-    host: str
-    control_port: int
-    data_port: int = 0
-    pub_port: int = 0
-    news_port: int = 0
+    host: Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Za-z][0-9A-Za-z.-]{0,252}\Z")]
+    control_port: Port
+    data_port: Port = 0
+    pub_port: Port = 0
+    news_port: Port = 0
 
     @property
     def address(self) -> Address:

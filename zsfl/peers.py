@@ -9,6 +9,8 @@ from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, Literal, Protocol
 
+import zmq
+
 from zsfl.discovery.events import (
     Candidate,
     Dial,
@@ -221,7 +223,11 @@ class Peers:
             control_port=int(port),
         )
         hello = Hello(protocol=PROTOCOL, facts=self._facts, card=self._card, codecs=self._codecs)
-        connection = self._user.connect(somebody, somebody.control_port)
+        try:
+            connection = self._user.connect(somebody, somebody.control_port)
+        except zmq.ZMQError:  # no such address, or no socket left
+            self._on(DialFailed(address=address))
+            return
         try:
             welcome = (await connection.request(hello, deadline_s=HELLO_S)).expect(Welcome)
         except (Busy, DeadlineExceeded, NoPeer):

@@ -167,6 +167,8 @@ class _Half:
 
     def add(self, frames: Sequence[Buffer], more: int) -> None:
         """Take in frames, `more` bytes together; MemoryError when there is no memory for them."""
+        if not more:
+            return
         start = self.arrived_bytes
         self.arrived_bytes += more
         if self.arrived_bytes > len(self.buffer):

@@ -57,9 +57,9 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", forbid_u
 class PeerHint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where a verified peer of the sender listens; to whoever reads it, no more than a hint."""
 
-    id: NodeId
+    id: Annotated[NodeId, Meta(max_length=200)]
     role: Role
-    address: Address
+    address: Annotated[Address, Meta(pattern=r"^[0-9A-Za-z][0-9A-Za-z.-]{0,252}:[0-9]{1,5}\Z")]
 
 
 # --- control: who is there -------------------------------------------------------------------------------

@@ -462,3 +462,31 @@ def test_what_follows_a_bad_message_is_lost_and_what_went_before_is_not() -> Non
     with pytest.raises(RemoteProtocolError, match="sizes that the header declares") as caught:
         next(feeding)
     assert caught.value.message_id == 2
+
+
+def test_an_empty_chunk_is_no_harm() -> None:
+    assembler = Assembler(LIMITS)
+    assert fed(assembler, [head(kind="request", id=3, sizes=[4], body=OK)]) is None
+    assert fed(assembler, [head(kind="chunk", id=3), b"", b""]) is None
+    arrived = fed(assembler, [head(kind="chunk", id=3), b"", b"abcd"])
+    assert arrived is not None
+    assert [bytes(part) for part in arrived.parts] == [b"abcd"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"data_port": -1}, {"news_port": 65536}, {"host": "bad host"}, {"host": ""}, {"name": "n" * 201}]
+)
+def test_no_card_names_what_nobody_can_dial(wrong: dict[str, object]) -> None:
+    card = {"id": "1", "name": "n", "role": "client", "host": "127.0.0.1", "control_port": 1, **wrong}
+    hello = {"t": "hello", "protocol": 1, "facts": {}, "card": card, "codecs": []}
+    with pytest.raises(RemoteProtocolError, match="not a zsfl message"):
+        decode_header(head(kind="request", id=1, body=hello), WireLimits())
+
+
+@pytest.mark.parametrize("address", ["nonsense", "a b:1", "127.0.0.1:", ":1", "127.0.0.1:123456"])
+def test_no_hint_leads_to_what_is_no_address(address: str) -> None:
+    hint = {"id": "1", "role": "client", "address": address}
+    card = {"id": "1", "name": "n", "role": "client", "host": "127.0.0.1", "control_port": 1}
+    beat = {"t": "beat", "card": card, "peers": [hint], "counters": {}}
+    with pytest.raises(RemoteProtocolError, match="not a zsfl message"):
+        decode_header(head(kind="publish", id=1, body=beat), WireLimits())
