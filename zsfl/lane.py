@@ -69,11 +69,6 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def in_lane() -> bool:
-    """Whether this is the lane's own thread, where blocking on torch and on files is allowed."""
-    return _lane.is_here
-
-
 async def compute(function: Callable[_Args, _Result], *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
     """Run `function` in the lane: at once where this is it; its result or its error.
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 from helpers.waiting import until
 
-from zsfl.lane import compute, in_lane, soon_in_lane, to_lane
+from zsfl.lane import compute, soon_in_lane, to_lane
 
 
 async def test_results_and_errors_come_back_from_the_thread() -> None:
@@ -22,15 +22,13 @@ async def test_results_and_errors_come_back_from_the_thread() -> None:
 
 
 async def test_in_the_lane_nothing_changes_threads() -> None:
-    async def inside() -> tuple[bool, int, int, int]:
+    async def inside() -> tuple[int, int, int]:
         async def here() -> int:
             return threading.get_ident()
 
-        return in_lane(), threading.get_ident(), await compute(threading.get_ident), await to_lane(here())
+        return threading.get_ident(), await compute(threading.get_ident), await to_lane(here())
 
-    assert not in_lane()
-    is_lane, *threads = await until(to_lane(inside()))
-    assert is_lane
+    threads = await until(to_lane(inside()))
     assert len(set(threads)) == 1
     assert threads[0] != threading.get_ident()
 

@@ -1,4 +1,4 @@
-"""What a client computes itself: head, tail and loss. Synchronous; runs in the compute thread."""
+"""What a client computes itself: head, tail and loss. Synchronous; runs in the lane."""
 
 from __future__ import annotations
 

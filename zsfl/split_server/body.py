@@ -1,4 +1,4 @@
-"""The body's computation. Synchronous; runs in the compute thread.
+"""The body's computation. Synchronous; runs in the lane.
 
 The graphs of forwards that wait for their backward are an optimisation: any may be forgotten at any moment, and
 then the client sends its input again, to this server or another.

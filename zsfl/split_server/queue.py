@@ -141,8 +141,8 @@ class WorkQueue:
         if not self._turn_is_due and self._waiting:
             self._turn_is_due = True
             loop = asyncio.get_running_loop()
-            # Two rounds later: answers of the turn before leave first, and what has arrived meanwhile is read.
-            loop.call_soon(lambda: loop.call_soon(lambda: loop.call_soon(self._turn)))
+            # Not in the next round of the loop: answers of the turn before leave first, and what has arrived is read.
+            loop.call_soon(loop.call_soon, self._turn)
 
     def _turn(self) -> None:
         """Work on what waits longest, and on what can go along with it."""
