@@ -10,7 +10,6 @@ import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
-from weakref import WeakSet
 
 import msgspec
 import zmq.asyncio
@@ -24,7 +23,7 @@ from zsfl.peers import Peers
 from zsfl.reports import AnyReport, Failed, Note, Ready, Waiting
 from zsfl.settings import NodeSettings, WireLimits
 from zsfl.waits import Overdue
-from zsfl.wire.connection import Connection
+from zsfl.wire.connection import Connection, Dialer
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import MAX_OFFERS, SAID_GOODBYE, Beat, Broadcast, Goodbye, Hello, Reply, Request, SpillOffer
 from zsfl.wire.pubsub import Publisher, Subscriber
@@ -67,7 +66,6 @@ class Front:
         self._codecs = codecs
         self._loop = asyncio.get_running_loop()
         self._stopping = stopping or asyncio.Event()
-        self._connections: WeakSet[Connection] = WeakSet()
         self._started: set[asyncio.Task[None]] = set()
         self._leaving = False
         self._beats: dict[NodeId, Beat] = {}
@@ -93,6 +91,7 @@ class Front:
             control_port=self._control.port,
             pub_port=self._publisher.port,
         )
+        self._dialer = Dialer(context, self.card.id, limits=self._limits, counters=self.counters)
 
     # --- life -------------------------------------------------------------------------------------------
 
@@ -156,8 +155,7 @@ class Front:
     def _leave(self) -> None:
         with suppress(ZsflError):
             self._publisher.publish(TOPIC, Goodbye(node=self.card.id, reason=SAID_GOODBYE))
-        for connection in list(self._connections):
-            connection.close()
+        self._dialer.close()
         self._control.close()
         self._publisher.close(GOODBYE_LINGER_S)
 
@@ -211,16 +209,7 @@ class Front:
 
     def connect(self, card: NodeCard, port: int) -> Connection:
         """A new connection to one of a node's ports; open until the caller, or at the end the node, closes it."""
-        connection = Connection(
-            self._context,
-            card.endpoint(port),
-            peer=card.name,
-            own_id=self.card.id,
-            limits=self._limits,
-            counters=self.counters,
-        )
-        self._connections.add(connection)
-        return connection
+        return self._dialer.connect(card, port)
 
     def ear(self, card: NodeCard, heard: Callable[[Broadcast], None]) -> Subscriber:
         """A subscription to what a peer says."""

@@ -11,7 +11,6 @@ from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
-from weakref import WeakSet
 
 import zmq.asyncio
 
@@ -21,7 +20,7 @@ from zsfl.metrics import Counters, added
 from zsfl.reports import AnyReport, Note
 from zsfl.settings import NodeSettings, WireLimits
 from zsfl.waits import LOOK_S, Overdue, Waits
-from zsfl.wire.connection import Connection
+from zsfl.wire.connection import Connection, Dialer
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Announcement, Broadcast, Load, Offers, Reply, Request, RunState, SpillOffer, in_pieces
 from zsfl.wire.pubsub import Heard, Publisher, Subscriber
@@ -121,11 +120,11 @@ class Node:
         self.counters = Counters()
         self.peer_codecs: dict[NodeId, tuple[str, ...]] = {}
         self._face = face
+        self._dialer = Dialer(context, card.id, limits=limits, counters=self.counters)
         self._context = context
         self._peers: dict[NodeId, NodeCard] = {}
         self._waits = Waits()
         self._links: dict[NodeId, Connection] = {}
-        self._connections: WeakSet[Connection] = WeakSet()
         self._started: set[asyncio.Task[None]] = set()
         self._leaving = self._closed = False
         self._tasks: asyncio.TaskGroup | None = None
@@ -147,16 +146,7 @@ class Node:
 
     def connect(self, card: NodeCard, port: int) -> Connection:
         """A new connection to one of a node's ports; open until the caller, or at the end the node, closes it."""
-        connection = Connection(
-            self._context,
-            card.endpoint(port),
-            peer=card.name,
-            own_id=self.card.id,
-            limits=self.limits,
-            counters=self.counters,
-        )
-        self._connections.add(connection)
-        return connection
+        return self._dialer.connect(card, port)
 
     def listen(self, card: NodeCard, topics: Sequence[bytes], heard: Heard) -> Subscriber:
         """A new subscription to what a peer's role publishes; the caller runs it."""
@@ -234,8 +224,7 @@ class Node:
     def close(self) -> None:
         """Close what is still open; what was published last may still leave."""
         self._closed = True
-        for connection in list(self._connections):
-            connection.close()
+        self._dialer.close()
         self.publisher.close(FAREWELL_LINGER_S)
 
     async def _fail_with(self) -> None:

@@ -11,30 +11,22 @@ from typing import Any
 import pytest
 import torch
 from helpers import reference
-from helpers.exact import OPTIMIZERS, Case, Ran, assert_close, assert_equal, in_process, in_processes, spills_left
+from helpers.exact import (
+    OPTIMIZERS,
+    Case,
+    Ran,
+    assert_close,
+    assert_equal,
+    in_process,
+    in_processes,
+    ordinary,
+    spills_left,
+)
 from torch import Tensor
 
 import zsfl
 from zsfl.split_server import body
 from zsfl.split_server.merging import MergePolicy
-
-
-def ordinary(case: Case) -> dict[str, Tensor]:
-    """What training `case` in one process gives."""
-    data = [case.samples(shard) for shard in range(case.clients)]
-    return reference.train(
-        case.parts,
-        data,
-        case.loss,
-        OPTIMIZERS[case.optimizer],
-        seed=case.seed,
-        rounds=case.rounds,
-        batch_size=case.batch_size,
-        shuffle=case.shuffle,
-        proportional=case.batches == "proportional",
-        steps=case.steps,
-        frozen_norms=case.batch_norm == "frozen",
-    )
 
 
 def untrained(case: Case) -> dict[str, Tensor]:

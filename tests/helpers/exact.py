@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from helpers import reference
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -154,6 +155,24 @@ async def _train(cluster: zsfl.LocalCluster, rounds: int | None) -> Ran:
         reports = [report async for report in cluster.train(rounds)]
     assert cluster.result is not None
     return Ran(Path(cluster.result.folder), reports)
+
+
+def ordinary(case: Case) -> dict[str, Tensor]:
+    """What training `case` in one process gives."""
+    data = [case.samples(shard) for shard in range(case.clients)]
+    return reference.train(
+        case.parts,
+        data,
+        case.loss,
+        OPTIMIZERS[case.optimizer],
+        seed=case.seed,
+        rounds=case.rounds,
+        batch_size=case.batch_size,
+        shuffle=case.shuffle,
+        proportional=case.batches == "proportional",
+        steps=case.steps,
+        frozen_norms=case.batch_norm == "frozen",
+    )
 
 
 def spills_left(runs: Path) -> list[Path]:

@@ -8,10 +8,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import zmq
 
 from zsfl.errors import DeadlineExceeded, LocalProtocolError, NoPeer, RemoteProtocolError, ZsflError
+from zsfl.ids import NodeCard
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
 from zsfl.wire.batch import Batch, is_small
@@ -199,3 +201,32 @@ class Connection:
         """Nothing more can be heard of whoever is still asking."""
         error = ended.exception()
         self.close("was closed" if error is None else f"can no longer be read: {error!r}")
+
+
+class Dialer:
+    """Opens the connections of one side of a node, and closes those that are open at the end."""
+
+    def __init__(self, context: zmq.Context[Any], own_id: str, *, limits: WireLimits, counters: Counters) -> None:
+        self._context = context
+        self._own_id = own_id
+        self._limits = limits
+        self._counters = counters
+        self._opened: WeakSet[Connection] = WeakSet()
+
+    def connect(self, card: NodeCard, port: int) -> Connection:
+        """A new connection to one of a node's ports; open until the caller, or `close`, closes it."""
+        connection = Connection(
+            self._context,
+            card.endpoint(port),
+            peer=card.name,
+            own_id=self._own_id,
+            limits=self._limits,
+            counters=self._counters,
+        )
+        self._opened.add(connection)
+        return connection
+
+    def close(self) -> None:
+        """Close whatever is still open."""
+        for connection in list(self._opened):
+            connection.close()
