@@ -107,10 +107,10 @@ class Averaging:
 
 def serve(clients: int, port: int) -> None:
     """Serve until SIGTERM."""
-    import uvicorn
-    from fastapi import FastAPI
-    from fastapi.responses import JSONResponse
-    from pydantic import BaseModel
+    import uvicorn  # pyright: ignore[reportMissingImports]
+    from fastapi import FastAPI  # pyright: ignore[reportMissingImports]
+    from fastapi.responses import JSONResponse  # pyright: ignore[reportMissingImports]
+    from pydantic import BaseModel  # pyright: ignore[reportMissingImports]
 
     class Forward(BaseModel):
         client: int
@@ -207,7 +207,7 @@ class HttpClient:
 
 async def _obey(orders: Connection, held: list[HttpClient]) -> None:
     """Carry out orders from the parent until there are no more."""
-    import httpx
+    import httpx  # pyright: ignore[reportMissingImports]
 
     async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=httpx.Limits(max_connections=len(held))) as http:
         while (order := await asyncio.to_thread(_next_order, orders)) is not None:
