@@ -115,6 +115,8 @@ class ElasticClosing:
         """By shard, of steps of this version."""
         self._anything = False
         self._began_s = self._quorum_s = self._arrived_s = math.inf
+        self._has_quorum = False
+        """At the last look: who joins or catches up is waited for again, though grace counts from the first quorum."""
         self._owes: dict[int, Version] = {}
         """By shard, the oldest version at which it owes a step."""
 
@@ -122,7 +124,7 @@ class ElasticClosing:
         owes = self._owes | dict.fromkeys(self.missing(self._sizes), self._version)
         self._owes = {shard: owed for shard, owed in owes.items() if version - owed <= max_staleness(self._mode)}
         self._version, self._sizes, self._here = version, dict(sizes), Counter()
-        self._samples, self._anything = Counter(), False
+        self._samples, self._anything, self._has_quorum = Counter(), False, False
         self._began_s, self._quorum_s, self._arrived_s = now_s, math.inf, math.inf
 
     def expect(self, sizes: Sizes) -> None:
@@ -143,7 +145,8 @@ class ElasticClosing:
             return False
         if now_s >= self._by_clock_s():
             return True
-        if not self._is_quorum(there):
+        self._has_quorum = self._is_quorum(there)
+        if not self._has_quorum:
             return not any(shard in there for shard in self._unfinished())
         self._quorum_s = min(self._quorum_s, now_s)
         return now_s >= self._by_grace_s() or not self.missing(there)
@@ -168,7 +171,7 @@ class ElasticClosing:
 
     def next_deadline_s(self) -> float:
         by_clock = self._by_clock_s() if self._anything else self._began_s + (self._mode.deadline_s or math.inf)
-        return by_clock if self._quorum_s == math.inf else min(by_clock, self._by_grace_s())
+        return min(by_clock, self._by_grace_s()) if self._has_quorum else by_clock
 
     def _unfinished(self) -> list[int]:
         return [

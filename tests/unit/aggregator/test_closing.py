@@ -269,6 +269,22 @@ def test_async_is_content_with_anybody_when_those_who_were_quick_are_gone() -> N
     assert closing.closes([1, 2, 3], 2.0)
 
 
+def test_a_quorum_that_is_none_any_more_ends_no_version() -> None:
+    closing = closing_for(Elastic(quorum=0.75, grace=1.0), 2)
+    sizes = {shard: [10, 10] for shard in range(2)}
+    begun(closing, 0, 0.0, sizes)
+    begun(closing, 1, 100.0, sizes)  # nobody delivered anything: both owe a step
+    closing.arrived(step(0, version=1), 10, 101.0)
+    assert not closing.closes([0, 1], 101.0)
+    assert closing.next_deadline_s() == 102.0  # half of what the only punctual one has, and some grace
+    closing.arrived(step(1, version=1), 10, 101.5)  # the other one has caught up: it is waited for
+    assert not closing.closes([0, 1], 101.5)
+    assert closing.next_deadline_s() > 102.0
+    assert not closing.closes([0, 1], 102.0)
+    closing.arrived(step(0, version=1, k=1), 10, 103.0)
+    assert closing.closes([0, 1], 103.0)  # a quorum again, and its grace is over
+
+
 modes = st.one_of(
     st.builds(
         Elastic,
