@@ -22,7 +22,7 @@ from _record import circumstances, table, write
 
 import zsfl
 
-BUDGET_S = 60
+BUDGET_S = 50
 IN_THE_LOT = ("--rounds", "1")
 
 JOB = Path(__file__).parent / "jobs" / "mnist.py"

@@ -21,7 +21,7 @@ from _record import circumstances, table, write
 import zsfl
 import zsfl.demo
 
-BUDGET_S = 40
+BUDGET_S = 30
 IN_THE_LOT = ("--repeat", "2")
 
 CLIENTS, SPLIT_SERVERS = 20, 2

@@ -3,7 +3,7 @@
     ZSFL_DATA=... python benchmarks/throughput.py
 
 Wants MNIST's four IDX files in the folder that ZSFL_DATA names, or in `mnist` below it, and `pip install '.[bench]'`
-for the baseline. Two and a half minutes. METHODOLOGY.md says what is measured and how.
+for the baseline. Eight minutes. METHODOLOGY.md says what is measured and how.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ from _record import circumstances, in_short, table, write
 
 import zsfl
 
-BUDGET_S = 100
-IN_THE_LOT = ("--repeat", "2", "--profile-seconds", "0")
+BUDGET_S = 130
+IN_THE_LOT = ("--repeat", "2", "--steps", "16", "--profile-seconds", "0")
 
 CLIENTS = 20
+BATCH = 64
 TARGET = 3150
 """Steps a second: 50 times those of MicroSFL."""
 MICROSFL_STEPS_PER_S, MICROSFL_MINUTES = 63, 41
@@ -56,26 +57,29 @@ class Arm:
     steps: int
     """Of each client at one version."""
     client_processes: int
+    batches: int = 1
+    """Mini-batches that a client takes through as one step: the same samples at each version, the same sums."""
     loads: list[Load] = field(default_factory=list[Load])
     profile: Load | None = None
 
     async def run(self, split_servers: int, seconds: float, profile_s: float = 0.0) -> Load:
-        """One cluster of its own, started, warmed up, measured, ended."""
-        return await load(
+        """One cluster of its own, started, warmed up, measured, ended; as steps count mini-batches."""
+        taken = await load(
             JOBS / "microsfl_untested.py",
-            {"steps": self.steps},
+            {"steps": self.steps, "batch_size": self.batches * BATCH},
             seconds=max(seconds, profile_s),
             profile_s=profile_s,
             clients=CLIENTS,
             split_servers=split_servers,
             client_processes=self.client_processes,
         )
+        return replace(taken, steps=taken.steps * self.batches)
 
 
 def arithmetic_us(repeat: int = 300) -> float:
     """CPU time of a step's arithmetic in one plain PyTorch loop, microseconds: what no system can do without."""
     job = zsfl.load_job(JOBS / "microsfl.py")
-    model, x, y = job.build(), torch.randn(64, 784), torch.randint(10, (64,))
+    model, x, y = job.build(), torch.randn(BATCH, 784), torch.randint(10, (BATCH,))
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert model.tail is not None
     taken: list[float] = []
@@ -121,16 +125,24 @@ class Found:
     arithmetic_us: float = 0.0
 
 
+def _arms(steps: Sequence[int], at_once: int) -> list[Arm]:
+    ways = (("process each", CLIENTS), ("one process", 1))
+    arms = [
+        Arm(name=f"{label}, {count} a version", steps=count, client_processes=processes)
+        for count in steps
+        for label, processes in ways
+    ]
+    if at_once > 1:
+        arms += [
+            Arm(name=f"{label}, {at_once} at once", steps=1, client_processes=processes, batches=at_once)
+            for label, processes in ways
+        ]
+    return arms
+
+
 async def measure(args: argparse.Namespace) -> Found:
     """All arms in turn, so many times; then a look at where time goes."""
-    found = Found(
-        arms=[
-            Arm(name=f"{label}, {steps} a version", steps=steps, client_processes=processes)
-            for steps in args.steps
-            for label, processes in (("process each", CLIENTS), ("one process", 1))
-        ],
-        arithmetic_us=arithmetic_us(),
-    )
+    found = Found(arms=_arms(args.steps, args.at_once), arithmetic_us=arithmetic_us())
     if args.peer and (lacking := missing()):
         raise zsfl.ConfigError(f"the baseline needs {', '.join(lacking)}: pip install '.[bench]', or use --no-peer")
     if args.peer:
@@ -334,6 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add: Callable[..., Any] = parser.add_argument
     add("--steps", type=int, nargs="+", default=[1, 16], metavar="N", help="of each client a version (default: 1 16)")
+    add("--at-once", type=int, default=16, metavar="N", help="mini-batches as one step (default: 16; 1: not)")
     add("--repeat", type=int, default=5, metavar="N", help="repetitions (default: 5)")
     add("--seconds", type=float, default=1.5, metavar="S", help="about how long to measure each time (default: 1.5)")
     add("--split-servers", type=int, default=2, metavar="N", help="default: 2")

@@ -98,9 +98,9 @@ class LocalParts:
         y: torch.Tensor,
         shift: torch.Tensor | None = None,
     ) -> StepInHand:
-        """Head forward."""
+        """Head forward; `x` may be spoiled by it."""
         seed = step_seed(self._job, cid)
-        head = self._head.forward(weights.head, x, seed=seed, train=True, need_input_grad=False)
+        head = self._head.forward(weights.head, x, seed=seed, train=True, need_input_grad=False, spare=True)
         self.step_bytes = head.output.nbytes
         return StepInHand(
             cid=cid,

@@ -126,18 +126,28 @@ class Part:
         return PartWeights(params=MappingProxyType(params), buffers=MappingProxyType(buffers))
 
     def forward(
-        self, weights: PartWeights, x: Tensor, *, seed: int, train: bool, need_input_grad: bool = True
+        self,
+        weights: PartWeights,
+        x: Tensor,
+        *,
+        seed: int,
+        train: bool,
+        need_input_grad: bool = True,
+        spare: bool = False,
     ) -> Forward:
         """Run the part on `x`; equal arguments give equal results, dropout included.
 
-        Integer inputs (token ids) have no gradient, so `Forward.input` is None for them too.
+        Integer inputs (token ids) have no gradient, so `Forward.input` is None for them too. `spare`: nobody needs `x`
+        any more, and a module that works in place may have it.
         """
-        # A copy, as a module that works in place would spoil the caller's tensor, or fail on a leaf.
-        given = x.detach().to(self.device, copy=True)
+        given = x.detach().to(self.device)
         leaf = given.requires_grad_() if need_input_grad and given.is_floating_point() else None
+        if leaf is None and not spare and given.data_ptr() == x.data_ptr():
+            given = given.clone()
         buffers = {name: b.clone() for name, b in weights.buffers.items()} if train else weights.buffers
         self._set_mode(train)
         with self._bound(weights.params, buffers) as after_pass, self._seeded(seed):
+            # A copy of the leaf, since a module that works in place fails on one, or would spoil the caller's tensor.
             output = self._module(given if leaf is None else leaf.clone())
         # Read anew: a buffer may have been replaced rather than written to.
         after = {self._full(name): after_pass[name].detach() for name in buffers if train and name in self._known}
