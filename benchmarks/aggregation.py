@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -26,7 +27,7 @@ from _figures import Figure, add_json_flag, hand_over
 from _record import circumstances, table, write
 from safetensors.torch import save_file
 
-from zsfl.aggregator.spool import Spool
+from zsfl.aggregator.journal import Journal
 from zsfl.ids import PartName, RunId, Version, step_cid
 from zsfl.learning.averaging import Contribution, average
 from zsfl.spill.layout import SpillMeta, decode_contribution, encode, pieces
@@ -143,27 +144,33 @@ def averaging(folder: Path, repeat: int, count: int) -> dict[str, list[float]]:
     stored = [bytearray(encode(meta(shard), {"grad/body.weight": base})) for shard in range(count)]
     plain = [np.frombuffer(data, np.float32, base.numel(), len(data) - 4 * base.numel()) for data in stored]
     decoded = [decode_contribution(data) for data in stored]
-    spool = Spool(folder)
+    journal = Journal(folder)
+    journal.begin(Version(0))
 
     def bare() -> None:
         total = plain[0].copy()
         for one in plain[1:]:
             total += one
 
+    versions = itertools.count(1)
+
     def whole_way() -> None:
-        average([spool.keep(decode_contribution(data)) for data in stored])
+        version = Version(next(versions))
+        journal.begin(version)
+        average([journal.keep(decode_contribution(data), data) for data in stored])
+        journal.drop_before(version)
 
     ways: dict[str, tuple[Callable[[], object], int]] = {
         "memory: one thread reads (sum of 256 MB)": (lambda: big.sum(), 256 * MB),
         "memory: one thread copies (bytes read, 256 MB)": (lambda: copy.copy_(big), 256 * MB),
         "bare: numpy adds up arrays in memory": (bare, count * MB),
         "zsfl averages contributions in memory": (lambda: average(decoded), count * MB),
-        "zsfl averages contributions on the disk": (lambda: average(spooled), count * MB),
+        "zsfl averages contributions on the disk": (lambda: average(on_disk), count * MB),
         "zsfl verifies (CRC-32) contributions": (lambda: [decode_contribution(data) for data in stored], count * MB),
         "zsfl verifies, keeps on the disk and averages": (whole_way, count * MB),
     }
     found: dict[str, list[float]] = {way: [] for way in ways}
-    spooled = [spool.keep(one) for one in decoded]
+    on_disk = [journal.keep(one, data) for one, data in zip(decoded, stored, strict=True)]
     for _ in range(repeat):
         for way, (work, size) in ways.items():
             with no_garbage():
@@ -200,18 +207,20 @@ def peak_models(count: int, size: int) -> float:
     """Spills arrive one by one, are verified and kept, then averaged."""
     base = {"grad/body.weight": torch.randn(size // 4)}
 
-    def arrive(spool: Spool, count: int) -> None:
+    def arrive(journal: Journal, count: int) -> None:
+        journal.begin(Version(0))
         kept: list[Contribution] = []
         for shard in range(count):
-            kept.append(spool.keep(decode_contribution(bytearray().join(pieces(meta(shard), base)))))
+            data = bytearray().join(pieces(meta(shard), base))
+            kept.append(journal.keep(decode_contribution(data), data))
         average(kept)
 
     with tempfile.TemporaryDirectory(prefix="zsfl-bench-") as folder:
-        arrive(Spool(Path(folder)), 1)  # what is made once, whatever the number
+        arrive(Journal(Path(folder) / "warm"), 1)  # what is made once, whatever the number
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         before = resident("VmRSS")
-        arrive(Spool(Path(folder)), count)
+        arrive(Journal(Path(folder) / "measured"), count)
         return (resident("VmHWM") - before) / size
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zsfl import baselines as baselines
+    from zsfl.cluster.chaos import Chaos as Chaos
     from zsfl.cluster.local import LocalCluster as LocalCluster
     from zsfl.errors import ConfigError as ConfigError
     from zsfl.errors import RunFailed as RunFailed
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from zsfl.roles import main as main
 
 _HOMES = {
+    "zsfl.cluster.chaos": ("Chaos",),
     "zsfl.cluster.local": ("LocalCluster",),
     "zsfl.errors": ("ConfigError", "RunFailed", "Unavailable", "ZsflError"),
     "zsfl.learning.batches": ("by_speed",),

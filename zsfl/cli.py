@@ -21,6 +21,7 @@ examples:
   zsfl node client mnist.py --shard 3              where the data is
   zsfl baseline fedavg mnist.py                    what a well-known algorithm makes of the same job
   zsfl bench mnist.py                              what its body costs on this machine
+  zsfl audit runs/mnist                            was every step counted once?
 
 Every flag may also be set as ZSFL_NAME in the environment, or as `name` under [node] in zsfl.toml.
 """
@@ -85,9 +86,18 @@ examples:
 Tensors go there and back through the messages that training uses. The other way round may differ: swap the machines.
 """
 
+AUDIT_EXAMPLES = """\
+examples:
+  zsfl audit runs/mnist                              was every step counted once, or dropped with a reason?
+  zsfl audit runs/mnist --replay 12..15 --job mnist.py   make these versions again: do they come out the same?
+
+How far back versions can be made again is a matter of how much the aggregator keeps: --keep-mib.
+It ends with 0 when all is well, with 1 when it is not.
+"""
+
 UP_FLAGS = (
     "rounds", "mode", "cluster", "run", "runs", "resume", "device", "slots", "codec", "mdns", "host", "threads",
-    "patience_s",
+    "patience_s", "durability", "keep_mib", "spill_mib",
 )  # fmt: skip
 
 
@@ -136,6 +146,12 @@ def parser() -> argparse.ArgumentParser:
     baseline.add_argument("--clients", type=int, metavar="N", help="how many clients; default: what the job says")
     add_flags(baseline, ("rounds", "threads"))
     baseline.set_defaults(run_command=_baseline)
+
+    audit = _parser(commands.add_parser, "audit", help="prove what a run counted", epilog=AUDIT_EXAMPLES)
+    audit.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/mnist")
+    audit.add_argument("--replay", metavar="A..B", help="make versions A to B again, bit for bit; needs --job")
+    audit.add_argument("--job", type=Path, metavar="JOB", help="the job file that the run was started with")
+    audit.set_defaults(run_command=_audit)
 
     bench = _parser(commands.add_parser, "bench", help="measure this machine or the network", epilog=BENCH_EXAMPLES)
     bench.add_argument(
@@ -225,6 +241,12 @@ def _baseline(args: argparse.Namespace) -> int:
             flush=True,
         )
     return 0
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from zsfl.aggregator.pages import print_audit
+
+    return print_audit(args.run, args.replay, args.job)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -16,9 +16,10 @@ NodeId = NewType("NodeId", str)
 Cid = NewType("Cid", str)
 """Identity of one step of one client, chosen by the client, the same however often the step is retried."""
 RunId = NewType("RunId", str)
-"""Identity of one start of one run, six hex digits, chosen by its aggregator.
+"""Identity of one run, six hex digits, chosen by its aggregator.
 
-A resumed run has a new one: steps that are made again are other steps, so that nothing left of before counts.
+A resumed run has a new one where versions were lost: steps that are made again are other steps then, so that nothing
+left of before counts.
 """
 Version = NewType("Version", int)
 """Names one set of weights; v+1 is v plus one window."""
@@ -34,7 +35,7 @@ Portion = NewType("Portion", str)
 """Which weights nodes of one kind need: `body`, `client`, or where a job has several cuts `client/CUT`."""
 BODY = Portion("body")
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Version of the wire protocol; peers that differ refuse one another."""
 
 

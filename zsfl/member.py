@@ -26,6 +26,7 @@ from zsfl.wire.messages import (
     FetchSpills,
     Offers,
     Ok,
+    Recheck,
     ReleaseSpills,
     Reply,
     Request,
@@ -56,7 +57,7 @@ class Member:
         self.aggregator: Latest[NodeCard | None] = Latest(None)
         self._weights = weights
         self._listening: asyncio.Task[None] | None = None
-        self.spills = SpillStore(spills, coder)
+        self.spills = SpillStore(spills, coder, node.settings.spill_mib << 20)
         self.followed = 0
         """How often this node began to follow an aggregator: what an earlier one asked for is asked anew."""
         self._run: RunId | None = None
@@ -193,6 +194,10 @@ class Member:
                 read = [(key, self.spills.read(key)) for key in request.wanted]
                 found = [(key, data) for key, data in read if data is not None]
                 return Spills(found=tuple(key for key, _ in found)), [data for _, data in found]
+            case Recheck():
+                gone = tuple(key for key in request.wanted if self.spills.set_aside(key))
+                self._node.counters.add("spills_lost", len(gone))
+                return Spills(found=gone), ()
             case ReleaseSpills():
                 self._release(request.cids)
                 return Ok(), ()

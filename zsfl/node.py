@@ -22,8 +22,8 @@ from zsfl.settings import NodeSettings, WireLimits
 from zsfl.waits import LOOK_S, Overdue, Waits
 from zsfl.wire.connection import Connection, Dialer
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import Announcement, Broadcast, Load, Offers, Reply, Request, RunState, SpillOffer, in_pieces
-from zsfl.wire.pubsub import Heard, Publisher, Subscriber
+from zsfl.wire.messages import Announcement, Broadcast, Load, Offers, Reply, Request, RunState, SpillOffer
+from zsfl.wire.pubsub import Heard, Publisher, Subscriber, in_pieces
 from zsfl.wire.server import Handler, Server
 
 STATE_TOPIC = b"state"

@@ -32,6 +32,10 @@ class Assembled(Report, frozen=True, kw_only=True, tag="assembled"):
 
     clients: int
     split_servers: int
+    folder: str = ""
+    """Of the run."""
+    rounds: int = 0
+    """That are done."""
 
 
 class WindowReport(Report, frozen=True, kw_only=True, tag="window"):

@@ -65,12 +65,22 @@ class NodeSettings:
     device: str = field(default="auto", metadata=_doc("where tensors live: auto, cpu, cuda or cuda:N"))
     threads: int = field(default=1, metadata=_doc("torch threads of this process"))
     slots: int = field(default=192, metadata=_doc("requests a split server admits at once"))
+    spill_mib: int = field(
+        default=0, metadata=_doc("MiB that this node's spills may take on the disk; 0: as much as there is")
+    )
     shards: str = field(
         default="",
         metadata=_doc("shards a client holds: 3, or 0-19, or 1,4-6", "--shards", "--shard"),
     )
     clients: int = field(default=0, metadata=_doc("how many shards the data is divided among; 0: what the job says"))
     resume: bool = field(default=False, metadata=_doc("continue the run of that name"))
+    durability: str = field(
+        default="process",
+        metadata=_doc("what a committed version outlasts: the end of the process, or of power (slower)"),
+    )
+    keep_mib: int = field(
+        default=256, metadata=_doc("MiB of counted contributions and old checkpoints that are kept for audits")
+    )
     rounds: int | None = field(default=None, metadata=_doc("rounds to train; default: what the job says"))
     start_with: int = field(
         default=0, metadata=_doc("clients' shards that must be there before training begins; default: all of them")
@@ -115,9 +125,9 @@ _COMMON = (
     "request_s",
 )
 NODE_FLAGS: dict[Role, tuple[str, ...]] = {
-    Role.CLIENT: ("shards", "device", "codec", *_COMMON),
-    Role.SPLIT_SERVER: ("device", "slots", "codec", *_COMMON),
-    Role.AGGREGATOR: ("rounds", "start_with", "resume", "hold", *_COMMON),
+    Role.CLIENT: ("shards", "device", "codec", "spill_mib", *_COMMON),
+    Role.SPLIT_SERVER: ("device", "slots", "codec", "spill_mib", *_COMMON),
+    Role.AGGREGATOR: ("rounds", "start_with", "resume", "hold", "durability", "keep_mib", *_COMMON),
 }
 """Settings that make sense for a role on the command line."""
 
@@ -327,6 +337,9 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "clients": _at_least(0),
     "start_with": _at_least(0),
     "mode": _matches(r"|exact|elastic|async", "exact, elastic or async"),
+    "durability": _matches(r"process|power", "process or power"),
+    "keep_mib": _at_least(0, 1 << 30),
+    "spill_mib": _at_least(0, 1 << 30),
     "shards": _check_shards,
     "rounds": _at_least(1),
     "join_s": _positive,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,7 @@ def assert_sound(ran: Ran, rounds: int) -> None:
         "",
         *(hashlib.sha256(line).hexdigest() for line in raw[:-1]),
     ]
-    # Without the run's id, which every start of the run chooses anew.
+    # Without the run's id, which is another one where versions were lost.
     counted = [cid.partition("-")[2] for record in records for cid in record["counted"]]
     due = [
         f"v{round_ * WINDOWS + window:08d}-s{shard:05d}-k000"
@@ -131,8 +132,9 @@ async def test_another_job_cannot_resume_a_run(change: dict[str, Any], message: 
 
 
 async def test_a_ledger_of_another_run_is_refused(tmp_path: Path) -> None:
-    await in_process(CASE, tmp_path, run="mine", rounds=1)
-    (tmp_path / "mine" / "ledger.jsonl").write_text('{"version": 1}\n')
+    for run, seed in (("mine", 11), ("other", 12)):
+        await in_process(replace(CASE, seed=seed), tmp_path, run=run, rounds=1)
+    shutil.copy(tmp_path / "other" / "ledger.jsonl", tmp_path / "mine" / "ledger.jsonl")
     with pytest.raises(ZsflError, match="no record of the checkpoint"):
         await in_process(CASE, tmp_path, run="mine", resume=True)
 
@@ -189,13 +191,17 @@ def _poison(runs: Path, run: str) -> None:
         SpillStore(runs / "spills" / "nodes" / node).put(meta, tensors)
 
 
-async def test_spills_of_before_are_not_counted_after_a_resume(tmp_path: Path) -> None:
+async def test_spills_of_before_are_not_counted_where_versions_were_lost(tmp_path: Path) -> None:
     straight = await in_process(CASE, tmp_path, run="straight")
     nodes = Nodes(CASE.job(), tmp_path)
     try:
-        await _play(nodes, rounds=1)
+        await _play(nodes, rounds=2)
+        # Of the second round there is no more than its records: what was counted is gone from the disk.
+        shutil.rmtree(tmp_path / "nodes" / "checkpoint" / "round-000002")
+        shutil.rmtree(tmp_path / "nodes" / "journal")
         _poison(tmp_path, lines(tmp_path / "nodes" / "ledger.jsonl")[0]["counted"][0].split("-")[0])
         await _play(nodes, resume=True)
+        assert any(re.search(r"going on from version 4, .* is not kept any more", note) for note in nodes.notes)
     finally:
         await nodes.close()
     ran = Ran(tmp_path / "nodes", [])

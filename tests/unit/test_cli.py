@@ -21,20 +21,22 @@ COMMON = {
     "--port", "--request-s", "--run", "--runs", "--threads",
 }  # fmt: skip
 CLUSTER = {
-    "--client-processes", "--clients", "--cluster", "--codec", "--device", "--host", "--in-process", "--mdns",
-    "--mode", "--no-mdns", "--no-resume", "--patience-s", "--resume", "--rounds", "--run", "--runs", "--slots",
-    "--split-servers", "--threads",
+    "--client-processes", "--clients", "--cluster", "--codec", "--device", "--durability", "--host", "--in-process",
+    "--keep-mib", "--mdns", "--mode", "--no-mdns", "--no-resume", "--patience-s", "--resume", "--rounds", "--run",
+    "--runs", "--slots", "--spill-mib", "--split-servers", "--threads",
 }  # fmt: skip
+RESUMING = {"--no-resume", "--resume", "--rounds"}
 FLAGS = {
     "": {"--version"},
     "demo": {*CLUSTER, "--print-job"},
     "up": {*CLUSTER, "JOB"},
+    "audit": {"RUN", "--replay", "--job"},
     "baseline": {"NAME", "JOB", "--clients", "--rounds", "--threads"},
     "bench": {"TARGET", "--serve", "--seconds", "--host", "--port", "--device", "--threads", "--request-s"},
     "node": set[str](),
-    "node client": {*COMMON, "JOB", "--codec", "--device", "--shard", "--shards"},
-    "node split-server": {*COMMON, "JOB", "--codec", "--device", "--slots"},
-    "node aggregator": {*COMMON, "JOB", "--hold", "--no-hold", "--no-resume", "--resume", "--rounds", "--start-with"},
+    "node client": {*COMMON, "JOB", "--codec", "--device", "--shard", "--shards", "--spill-mib"},
+    "node split-server": {*COMMON, "JOB", "--codec", "--device", "--slots", "--spill-mib"},
+    "node aggregator": {*COMMON, "JOB", "--durability", "--hold", "--keep-mib", "--no-hold", *RESUMING, "--start-with"},
 }
 """Every flag of every command. A change here is a change that people notice."""
 

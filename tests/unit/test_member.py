@@ -12,6 +12,7 @@ import torch
 
 from zsfl.ids import NodeCard, NodeId, Role, RunId, Version, step_cid
 from zsfl.member import OFFERS_BYTES, Member
+from zsfl.settings import NodeSettings
 from zsfl.spill.layout import SpillMeta
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import MAX_CARRIED_BYTES, MAX_OFFERS, Announcement, Offers, RunState, SpillOffer
@@ -22,6 +23,7 @@ class Said:
 
     def __init__(self) -> None:
         self.card = SimpleNamespace(id=NodeId("me"))
+        self.settings = NodeSettings()
         self.digests: list[tuple[Offers, list[Buffer]]] = []
 
     def counted(self) -> dict[str, float]:

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from zsfl.aggregator.gathering import Gathering, Key
-from zsfl.aggregator.spool import Spool
+from zsfl.aggregator.journal import Journal
 from zsfl.errors import BadShape, NoPeer, RemoteProtocolError, SpillCorrupt, Unavailable, ZsflError
-from zsfl.ids import Cid, NodeCard, NodeId, SpillKind
+from zsfl.ids import Cid, NodeCard, NodeId, PartName, Role, SpillKind
 from zsfl.learning.averaging import Contribution
 from zsfl.node import Node
 from zsfl.spill.layout import decode_contribution
 from zsfl.wire.connection import Connection
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import MAX_CARRIED_BYTES, MAX_OFFERS, FetchSpills, ReleaseSpills, SpillOffer, Spills
+from zsfl.wire.messages import (
+    MAX_CARRIED_BYTES,
+    MAX_OFFERS,
+    FetchSpills,
+    Recheck,
+    ReleaseSpills,
+    Remake,
+    SpillOffer,
+    Spills,
+)
 
 FETCH_BYTES = 4 << 20
 """Asked for in one request, unless a single spill is larger: bounds the memory of a reply."""
@@ -23,10 +33,12 @@ FETCH_BYTES = 4 << 20
 class _Holder:
     """One peer that holds spills."""
 
-    def __init__(self, name: str, connection: Connection) -> None:
-        self.name = name
+    def __init__(self, card: NodeCard, connection: Connection) -> None:
+        self.name, self.role = card.name, card.role
         self.connection = connection
         self.fetch: dict[Key, int] = {}
+        self.members: dict[Cid, tuple[Cid, ...]] = {}
+        """Of merged spills that are to be fetched."""
         self.release: set[Cid] = set()
         self.complained: set[Key] = set()
         """Of the version that is gathered: it was said why they do not come."""
@@ -37,11 +49,13 @@ class _Holder:
 class Collector:
     """Keeps one fetch under way per holder; whatever is wanted meanwhile travels in the next."""
 
-    def __init__(self, node: Node, gathering: Gathering, spool: Spool, took: Callable[[Contribution], None]) -> None:
-        """`took` is told of every part that is news; large ones wait in `spool`."""
+    def __init__(
+        self, node: Node, gathering: Gathering, journal: Journal, took: Callable[[Contribution], None]
+    ) -> None:
+        """`took` is told of every part that is news, once it is in the journal."""
         self._node = node
         self._gathering = gathering
-        self._spool = spool
+        self._journal = journal
         self._took = took
         self._holders: dict[NodeId, _Holder] = {}
 
@@ -49,7 +63,7 @@ class Collector:
         """A peer that may hold spills is there."""
         if not card.data_port:
             return
-        holder = _Holder(card.name, self._node.connect(card, card.data_port))
+        holder = _Holder(card, self._node.connect(card, card.data_port))
         self._holders[card.id] = holder
         holder.task = self._node.start(self._serve(card, holder), f"collect from {card.name}")
 
@@ -83,6 +97,7 @@ class Collector:
         except BadShape as error:
             raise RemoteProtocolError(f"{node} offers what is no spill: {error}") from error
         holder.fetch.update({key: sizes[key] for key in verdict.fetch})
+        holder.members.update({offer.cid: offer.members for offer in left if offer.members})
         holder.release.update(verdict.release)
         if holder.fetch or holder.release:
             holder.todo.set()
@@ -102,13 +117,41 @@ class Collector:
         request = FetchSpills(wanted=tuple(keys))
         try:
             answer = await holder.connection.request(request, deadline_s=self._node.settings.request_s)
-            for key, data in zip(answer.expect(Spills).found, answer.parts, strict=False):
-                self._take(card.name, key, data)
+            whole = {
+                key
+                for key, data in zip(answer.expect(Spills).found, answer.parts, strict=False)
+                if self._take(card.name, key, data)
+            }
+            await self._remake(holder, [key for key in keys if key not in whole])
         except NoPeer:
             pass  # presence decides whether it is gone; if not, it will offer again
         except ZsflError as error:
             self._complain(card, holder, keys, error)
         self._gathering.not_delivered(card.id, keys)
+        for cid, _ in keys:
+            holder.members.pop(cid, None)
+
+    async def _remake(self, holder: _Holder, keys: list[Key]) -> None:
+        """What a holder offered and cannot hand over is made again, if it may still count."""
+        keys = [key for key in keys if self._gathering.expects(key[0])]
+        if not keys:
+            return
+        deadline_s = self._node.settings.request_s
+        answer = await holder.connection.request(Recheck(wanted=tuple(keys)), deadline_s=deadline_s)
+        lost: list[tuple[Cid, PartName]] = [
+            (member, "client" if kind == "client" else "body")
+            for cid, kind in answer.expect(Spills).found
+            for member in holder.members.get(cid, (cid,))
+        ]
+        if lost:
+            others = f" and {len(lost) - 1} others" if len(lost) > 1 else ""
+            self._node.note(f"{holder.name} lost its spill of {lost[0][0]}{others}: made again", "warning")
+        for client in [one for one in self._holders.values() if one.role is Role.CLIENT]:
+            for first in range(0, len(lost), MAX_OFFERS):
+                with suppress(Unavailable):  # what a client that is gone had in hand, it makes again when it is back
+                    await client.connection.request(
+                        Remake(lost=tuple(lost[first : first + MAX_OFFERS])), deadline_s=deadline_s
+                    )
 
     def _complain(self, card: NodeCard, holder: _Holder, keys: list[Key], error: ZsflError) -> None:
         """Say why spills do not come: once each, since they are asked for again as often as they are offered."""
@@ -140,7 +183,9 @@ class Collector:
             self._node.counters.add("spills_corrupt")
             self._node.note(f"{name} handed over a corrupt spill: {error}", "warning")
             return False
-        if self._gathering.arrived(self._spool.keep(found)):
+        if self._gathering.takes(found):
+            found = self._journal.keep(found, data)
+        if self._gathering.arrived(found):
             self._took(found)
         return True
 

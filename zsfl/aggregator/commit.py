@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 
 from zsfl.aggregator.run_folder import RunFolder
-from zsfl.errors import RunFailed
+from zsfl.errors import RunFailed, StorageError
 from zsfl.ids import Cid, Version
 from zsfl.learning.averaging import Contribution
 
@@ -30,6 +31,30 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     n: float
     weights: str
     """Digest of the weights this commit made."""
+    merged: list[Cid] = []
+    """First cids of the merged contributions that were counted: the body parts of several of these steps."""
+    round: int = 0
+    """Rounds that were done before the one that this commit is part of."""
+    window: int = 0
+    """Its place in that round."""
+    memory: dict[str, Any] = {}
+    """What the mode's rules knew after it, for a restart; empty in the modes whose rules know nothing."""
+
+
+class RecordLine(NamedTuple):
+    """A record as it stands in the file."""
+
+    record: Record
+    digest: str
+    """SHA-256 of its line, which the next record names."""
+
+
+def read_record(line: bytes, place: str) -> RecordLine:
+    """A line of a ledger; `StorageError`, naming its place, when it is none."""
+    try:
+        return RecordLine(msgspec.json.decode(line, type=Record), hashlib.sha256(line).hexdigest())
+    except msgspec.MsgspecError as error:
+        raise StorageError(f"{place} is no commit record: {error}") from error
 
 
 def check_losses(window: Sequence[Contribution], place: str) -> None:
@@ -45,27 +70,56 @@ def check_losses(window: Sequence[Contribution], place: str) -> None:
 class Ledger:
     """Appends records to the run's ledger file. Committing blocks on the disk."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, *, sync: bool = False) -> None:
+        """With `sync` a record would outlast a loss of power when `commit` returns."""
         self._folder = folder
+        self._sync = sync
         self.last = ""
 
-    def resume(self, last: str) -> None:
-        """Go on after the record with this digest: later ones name versions that are lost and will be made again."""
-        self._folder.cut_commits(lambda line: hashlib.sha256(line).hexdigest() == last)
-        self.last = last
+    def records(self) -> list[RecordLine]:
+        """All of them, in order."""
+        path = self._folder.ledger_path
+        return [read_record(line, f"line {number} of {path}") for number, line in enumerate(self._folder.commits(), 1)]
 
-    def commit(self, at: Version, window: Sequence[Contribution], dropped: Mapping[Cid, str], weights: str) -> None:
-        """Record that the steps in `window` made the version after `at`, and what was dropped meanwhile."""
-        steps = [contribution for contribution in window if contribution.part == "client"]
-        record = Record(
-            version=Version(at + 1),
-            predecessor=self.last,
-            counted=[step.cid for step in steps],
-            dropped=dict(dropped),
-            weighed={step.cid: (step.scale, step.damping) for step in steps if (step.scale, step.damping) != (1, 1)},
-            samples=sum(step.samples for step in steps),
-            n=sum(step.n for step in steps),
-            weights=weights,
-        )
-        self._folder.append_commit(msgspec.to_builtins(record))
+    def resume(self, last: str) -> list[RecordLine]:
+        """Go on after the record with this digest, or from the start; the records that follow it."""
+        records = self.records()
+        self.last = last
+        if not last:
+            return records
+        for number, line in enumerate(records, 1):
+            if line.digest == last:
+                return records[number:]
+        raise StorageError(f"{self._folder.ledger_path} has no record of the checkpoint beside it; start the run anew")
+
+    def cut(self) -> None:
+        """Remove what follows the last record: it names versions that are lost and will be made again."""
+        self._folder.cut_commits(lambda line: hashlib.sha256(line).hexdigest() == self.last, whole=not self.last)
+
+    def cut_after(self, version: Version) -> None:
+        """Remove the records of later versions."""
+        kept = [line for line in self.records() if line.record.version <= version]
+        self.last = kept[-1].digest if kept else ""
+        self.cut()
+
+    def commit(self, record: Record) -> None:
+        """Append a record, which names the one before."""
+        record = msgspec.structs.replace(record, predecessor=self.last)
+        self._folder.append_commit(msgspec.to_builtins(record), sync=self._sync)
         self.last = hashlib.sha256(msgspec.json.encode(record)).hexdigest()
+
+
+def record_of(at: Version, window: Sequence[Contribution], dropped: Mapping[Cid, str], weights: str) -> Record:
+    """That the steps in `window` made the version after `at`, and what was dropped meanwhile."""
+    steps = [contribution for contribution in window if contribution.part == "client"]
+    return Record(
+        version=Version(at + 1),
+        predecessor="",
+        counted=[step.cid for step in steps],
+        merged=[one.cid for one in window if one.members],
+        dropped=dict(dropped),
+        weighed={step.cid: (step.scale, step.damping) for step in steps if (step.scale, step.damping) != (1, 1)},
+        samples=sum(step.samples for step in steps),
+        n=sum(step.n for step in steps),
+        weights=weights,
+    )

@@ -104,6 +104,12 @@ class Gathering:
             self._held[cid].told = True
         return [parse_cid(cid) for cid in whole]
 
+    def resume(self, run: RunId, settled: Iterable[Cid]) -> None:
+        """Go on with a run of which these steps were counted or dropped."""
+        self._run = run
+        for cid in settled:
+            self._settled.add(parse_cid(cid))
+
     def expect(self, expected: Iterable[Cid]) -> None:
         """More steps are asked for at the version that is gathered: somebody joined."""
         if self._expected is not None:
@@ -209,14 +215,24 @@ class Gathering:
         step = self._held.get(cid)
         return step is not None and (part in step.parts or (part == "body" and step.merged is not None))
 
-    def arrived(self, contribution: Contribution) -> bool:
-        """Take a verified contribution; whether it was news (a second copy is not)."""
-        if contribution.members:
-            return self._merged_arrived(contribution)
-        cid, part = contribution.cid, contribution.part
-        self._asked.pop((cid, part), None)
-        if not self.expects(cid) or contribution.version != parse_cid(cid).version or self._has(cid, part):
+    def takes(self, contribution: Contribution) -> bool:
+        """Whether a verified contribution may count and is news (a second copy is not)."""
+        cids = [member.cid for member in contribution.members] or [contribution.cid]
+        if not all(self.expects(cid) and contribution.version == parse_cid(cid).version for cid in cids):
             return False
+        if contribution.members:
+            return not any(map(self._has_merged, cids))
+        return not self._has(contribution.cid, contribution.part)
+
+    def arrived(self, contribution: Contribution) -> bool:
+        """Take a verified contribution, if it `takes` it; whether it did."""
+        cid, part = contribution.cid, contribution.part
+        self._asked.pop((cid, "merged" if contribution.members else part), None)
+        if not self.takes(contribution):
+            return False
+        if contribution.members:
+            self._merged_arrived(_Merged(contribution))
+            return True
         step = self._held.get(cid)
         if step is None:
             step = self._held[cid] = _Step()
@@ -225,18 +241,12 @@ class Gathering:
             step.merged.missing.discard(cid)
         return True
 
-    def _merged_arrived(self, contribution: Contribution) -> bool:
-        self._asked.pop((contribution.cid, "merged"), None)
-        merged = _Merged(contribution)
-        right = all(parse_cid(cid).version == contribution.version for cid in merged.cids)
-        if not right or not all(self.expects(cid) and not self._has_merged(cid) for cid in merged.cids):
-            return False
+    def _merged_arrived(self, merged: _Merged) -> None:
         for cid in merged.cids:
             step = self._held.setdefault(cid, _Step())
             step.merged = merged
             if "client" in step.parts:
                 merged.missing.discard(cid)
-        return True
 
     def completed(self, cid: Cid) -> list[StepId]:
         """Steps that can be counted since what came last, which was of this step, and could not before."""

@@ -10,12 +10,14 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
+from zsfl.aggregator.journal import Journal
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.errors import ConfigError, StorageError
 from zsfl.ids import Version
 from zsfl.learning.cuts import Cuts
 from zsfl.learning.job import Job
 from zsfl.learning.master import Master
+from zsfl.learning.modes import max_staleness
 from zsfl.reports import RoundReport
 
 _PLACE = "place.json"
@@ -27,6 +29,8 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     version: Version
     round: int
     """Rounds that are done."""
+    run: str = ""
+    """Of whose steps it is."""
     facts: dict[str, str]
     """Of the job, without what may change: with other ones, the same versions would be other steps."""
     samples: dict[int, int]
@@ -42,8 +46,10 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 class Progress:
     """Keeps how far a run got in its folder. Everything here blocks on the disk."""
 
-    def __init__(self, folder: RunFolder, job: Job, cuts: Cuts, master: Master) -> None:
+    def __init__(self, folder: RunFolder, job: Job, cuts: Cuts, master: Master, journal: Journal) -> None:
         self._folder = folder
+        self._journal = journal
+        self._bound = max_staleness(job.how)
         self._model = cuts.first
         self._master = master
         self._facts = {name: fact for name, fact in job.facts(cuts).items() if name not in ("optimizer", "codec")}
@@ -75,16 +81,24 @@ class Progress:
         except OSError as error:
             raise StorageError(f"cannot write a checkpoint in {folder}: {error.strerror}; make room there") from error
 
-    def keep_from(self, round_: int) -> None:
-        """The checkpoint of this round is good: drop those before it."""
-        for path in self._checkpoints():
-            if _round(path) < round_:
-                shutil.rmtree(path, ignore_errors=True)
+    def keep_from(self, round_: int, room_bytes: int) -> None:
+        """The checkpoint of this round is good, and what is older for audits alone: of that, the newest is kept that
+        takes no more than `room_bytes`.
+        """
+        found = [path for path in self._checkpoints() if _round(path) <= round_]
+        versions, sizes = [place_of(path).version for path in found], self._journal.sizes()
+        while len(found) > 1:
+            used = sum(size for version, size in sizes.items() if versions[0] <= version < versions[-1])
+            if used + sum(map(_size_bytes, found[:-1])) <= room_bytes:
+                break
+            shutil.rmtree(found.pop(0), ignore_errors=True)
+            versions.pop(0)
+        self._journal.drop_before(max(0, versions[0] - self._bound))
 
     def keep_to(self, version: Version) -> None:
         """Weights after this version were not shown to be any good: drop their checkpoints."""
         for path in self._checkpoints():
-            if _place(path).version > version:
+            if place_of(path).version > version:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _checkpoints(self) -> list[Path]:
@@ -99,7 +113,7 @@ class Progress:
             raise ConfigError(
                 f"there is no checkpoint in {folder}: the run ended before its first round did; start it anew"
             )
-        place = _place(found[-1])
+        place = place_of(found[-1])
         self._master.restore(found[-1])
         self._check(place.facts)
         return place
@@ -120,7 +134,12 @@ def _round(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("round-"))
 
 
-def _place(checkpoint: Path) -> Place:
+def _size_bytes(checkpoint: Path) -> int:
+    return sum(path.stat().st_size for path in checkpoint.iterdir())
+
+
+def place_of(checkpoint: Path) -> Place:
+    """What point a checkpoint was taken at; `StorageError` when that cannot be read."""
     try:
         return msgspec.json.decode((checkpoint / _PLACE).read_bytes(), type=Place)
     except (OSError, msgspec.MsgspecError) as error:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 import msgspec
+from torch import Tensor
 
 from zsfl.aggregator.held_out import Best, HeldOut, Order
 from zsfl.aggregator.progress import Place, Progress
+from zsfl.aggregator.replay import recover
 from zsfl.aggregator.roster import Roster, ranges
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.aggregator.stage import Stage
@@ -20,7 +21,7 @@ from zsfl.aggregator.tally import PeerCounters
 from zsfl.aggregator.training import Training
 from zsfl.errors import ConfigError, NoPeer, RemoteProtocolError, RunFailed, StorageError
 from zsfl.ids import NodeCard, NodeId, Role, Version
-from zsfl.latest import Latest
+from zsfl.latest import Latest, first_of
 from zsfl.learning.cuts import Cuts
 from zsfl.learning.job import Job
 from zsfl.learning.master import Master
@@ -57,8 +58,7 @@ class AggregatorRole:
         self._node = node
         self._job = job
         self._folder = folder
-        master = Master(cuts.first, job.optimizer)
-        self._progress = Progress(folder, job, cuts, master)
+        self._master = master = Master(cuts.first, job.optimizer)
         self._shelf = Shelf(cuts.portions(), max_staleness(job.how))
         mode = job.how
         return_s = mode.return_s if isinstance(mode, Exact) else 0.0
@@ -67,14 +67,15 @@ class AggregatorRole:
         self._orders: asyncio.Queue[int | None] = asyncio.Queue(maxsize=16)
         self._stage = Stage(node)
         self._training = Training(node, job, folder, self._stage, master, self._roster, self._shelf)
+        self._progress = Progress(folder, job, cuts, master, self._training.journal)
         self._held_out = HeldOut(node, self._stage, self._shelf, self._roster, waits=isinstance(mode, Exact))
         self._best = Best()
         self._begun_s = 0.0
         self._last: RoundReport | None = None
         """The last round that was tested."""
         self._resumed: Place | None = None
-        self._untested: RoundReport | None = None
-        """Of the round that a run is resumed after, when it ended before its test did."""
+        self._untested: list[tuple[RoundReport | None, Version, dict[str, Tensor]]] = []
+        """Versions that were to be tested when the run ended that is resumed, with the report of the round they end."""
         self._server = node.serve(self._answer)
         self._ears: dict[NodeId, asyncio.Task[None]] = {}
         """For what members offer."""
@@ -87,22 +88,43 @@ class AggregatorRole:
 
     def prepare(self) -> None:
         """Restore what is to be resumed, and have the first version ready."""
-        version, round_ = Version(0), 0
+        training = self._training
         if self._node.settings.resume:
-            place = self._resumed = self._progress.restore()
-            version, round_ = place.version, place.round
-            self._training.ledger.resume(place.commit)
-            self._training.remember(place)
-            for tested in self._folder.tests():
-                if tested.version <= version:  # what was tested of later ones is lost with them
-                    self._best.take(tested)
-            done = [report for report in self._folder.rounds() if report.round <= round_]
-            self._last = done[-1] if done else None
-            self._untested = None if self._last and self._last.round == round_ else place.untested
+            self._resume(self._progress.restore())
+        else:
+            training.begin_at(Version(0), 0)
         for warning in self._job.warnings():
             self._node.note(warning, "warning")
-        self._training.begin_at(version, round_)
-        self._stage.place(version=version, round=round_)
+        self._stage.place(version=training.version, round=training.round)
+
+    def _resume(self, place: Place) -> None:
+        """Go on from a checkpoint, and from what was committed after it."""
+        self._resumed, training = place, self._training
+        reached = place.version, self._master.state()
+        at = recover(
+            place,
+            self._master,
+            training.ledger,
+            training.journal.kept(since=place.version - max_staleness(self._job.how)),
+            self._progress.restore,
+            sequential=self._job.local_lr is not None,
+        )
+        if at.lost:
+            self._node.note(
+                f"going on from version {at.version}, the last that can be made again: {at.lost}", "warning"
+            )
+        self._shelf.put(*reached)
+        training.resume(at, place.run)
+        for tested in self._folder.tests():
+            if tested.version <= at.version:  # what was tested of later ones is lost with them
+                self._best.take(tested)
+        done = [report for report in self._folder.rounds() if report.round <= at.round]
+        self._last = done[-1] if done else None
+        if place.untested is not None and not any(report.round == place.round for report in done):
+            self._untested.append((place.untested, *reached))
+        every = self._job.evaluate_every
+        if every and at.windows and not at.version % every and at.version not in self._best.seen:
+            self._untested.append((None, *training.newest))
 
     # --- what the node asks -----------------------------------------------------------------------------
 
@@ -169,12 +191,6 @@ class AggregatorRole:
         """Heartbeats carry the state of the run, so that a lost announcement is no loss."""
         return BeatExtras(state=self._stage.state)
 
-    def _present(self, node: NodeId) -> bool:
-        return node == self._node.card.id or self._node.peer(node) is not None
-
-    def _count_own(self) -> None:
-        self._counters.heard(self._node.card.id, self._node.name, self._node.counted())
-
     def _mind_rival(self, beat: Beat) -> None:
         """Two aggregators would make two histories of one job: the one that has not begun leaves."""
         if beat.state is None or self._stage.state.phase != "waiting":
@@ -196,20 +212,21 @@ class AggregatorRole:
         async with asyncio.TaskGroup() as tasks:
             serving = tasks.create_task(self._server.run(), name="data")
             try:
-                await _first_of(self._run_job(), self._held_out.run())
+                await first_of(self._run_job(), self._held_out.run())
             except (RunFailed, StorageError) as error:
                 await self._fail(error)
                 raise
             finally:
                 serving.cancel()
+                self._training.journal.close()
 
     async def _run_job(self) -> None:
         await self._assemble()
         self._training.publish_weights()
         self._begun_s = time.monotonic()
         settings = self._node.settings
-        if self._untested is not None:
-            await self._order_test(self._untested)
+        for report, version, state in self._untested:
+            await self._order_test(report, version, state)
         if not settings.hold:
             await self._train(self._rounds_left())
             await self._farewell("finished")
@@ -217,7 +234,7 @@ class AggregatorRole:
         self._stage.enter(phase="idle")
         while True:
             ordered = await self._orders.get()
-            await self._train(self._rounds_left() if ordered is None else ordered)
+            await self._train(self._rounds_left() if ordered is None else max(0, ordered - self._training.round))
 
     def _rounds_left(self) -> int:
         """Rounds that are still to do of those that the settings, or else the job, ask for."""
@@ -235,8 +252,11 @@ class AggregatorRole:
         before = {} if self._resumed is None else self._resumed.samples
         if any(before.get(shard, count) != count for shard, count in samples.items()):
             raise ConfigError("the shards have other sizes than when the run began; resume it with the same data")
+        if self._resumed is None:
+            self._save(None)
         clients, servers = (len(self._node.peers(role)) for role in (Role.CLIENT, Role.SPLIT_SERVER))
-        self._node.report(Assembled(node=self._node.name, clients=clients, split_servers=servers))
+        folder, rounds, name = str(self._folder.path), self._training.round, self._node.name
+        self._node.report(Assembled(node=name, clients=clients, split_servers=servers, folder=folder, rounds=rounds))
 
     def _missing(self) -> str:
         """What the run cannot begin without, for people."""
@@ -279,31 +299,31 @@ class AggregatorRole:
         return self._job.stop_after is not None and self._best.since >= self._job.stop_after
 
     async def _train_round(self, total: int) -> None:
-        self._count_own()
-        self._counters.begin(self._present)
+        self._counters.heard(self._node.card.id, self._node.name, self._node.counted())
+        self._counters.begin(lambda node: node == self._node.card.id or self._node.peer(node) is not None)
         tally = await self._training.train_round(total, self._made)
-        self._count_own()
+        self._counters.heard(self._node.card.id, self._node.name, self._node.counted())
         report = tally.round_report(self._training.version, self._counters.added(), time.monotonic())
         absent = [self._roster.value.label(shard) for shard in self._roster.value.missing()]
         report = msgspec.structs.replace(report, without=tuple(absent[:MOST_NAMED]))
         self._keep(report)
-        await self._order_test(report)
+        await self._order_test(report, *self._training.newest)
 
     async def _made(self, version: Version) -> bool:
         """A version inside a round is there: have it tested, if the job wants that. Whether training ends here."""
         if self._job.evaluate_every and version % self._job.evaluate_every == 0:
-            await self._order_test(None)
+            await self._order_test(None, *self._training.newest)
         return self._is_early
 
-    async def _order_test(self, report: RoundReport | None) -> None:
-        """Have the newest version tested; with it, `report` of the round that it ends is whole."""
-        version, state = self._training.newest
+    async def _order_test(self, report: RoundReport | None, version: Version, state: dict[str, Tensor]) -> None:
+        """Have a version tested; with it, `report` of the round that it ends is whole."""
 
         async def keep(tested: Tested, order: Order) -> None:
             await self._tested(tested, order, report)
 
         seconds = time.monotonic() - self._begun_s
-        order = Order(version=version, state=state, round=self._training.round, seconds=seconds, then=keep)
+        round_ = self._training.round if report is None else report.round
+        order = Order(version=version, state=state, round=round_, seconds=seconds, then=keep)
         await self._held_out.order(order)
         if self._job.stop_after is not None and isinstance(self._job.how, Exact):
             await self._held_out.all_done()  # where training ends must not depend on who was quicker
@@ -324,7 +344,7 @@ class AggregatorRole:
             if whole is not None:
                 self._folder.append_metrics(whole)
                 if not order.left_out:
-                    self._progress.keep_from(whole.round)
+                    self._progress.keep_from(whole.round, self._node.settings.keep_mib << 20)
 
         tested = msgspec.structs.replace(tested, ends_round=report is not None)
         whole = None if report is None else msgspec.structs.replace(report, loss=tested.loss, accuracy=tested.accuracy)
@@ -338,10 +358,14 @@ class AggregatorRole:
 
     def _keep(self, report: RoundReport) -> None:
         """Model and checkpoint of a round; blocking."""
+        self._progress.keep_model(self._training.newest[1])
+        self._save(report)
+
+    def _save(self, report: RoundReport | None) -> None:
         training = self._training
-        self._progress.keep_model(training.newest[1])
         self._progress.save(
             Place(
+                run=self._stage.run,
                 version=training.version,
                 round=training.round,
                 facts=self._progress.facts,
@@ -358,6 +382,7 @@ class AggregatorRole:
         with suppress(StorageError):
             self._progress.keep_model(state)
             self._progress.keep_to(version)
+            self._training.ledger.cut_after(version)
             self._folder.write_plot()
         self._stage.place(reason=str(error)[:2000])
         error.args = (f"{error} (version {version} is kept in {self._folder.path})",)
@@ -371,17 +396,3 @@ class AggregatorRole:
                 await self._roster.wait_for(
                     lambda _: not self._node.peers(Role.CLIENT) and not self._node.peers(Role.SPLIT_SERVER)
                 )
-
-
-async def _first_of(*works: Coroutine[Any, Any, None]) -> None:
-    """Run all until one ends, well or not; that one's end is the result."""
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            if task in done:
-                task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

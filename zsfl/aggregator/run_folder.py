@@ -4,6 +4,7 @@ runs/NAME/
 ├── settings.json       the job, the aggregator's settings and the versions the run was started with
 ├── metrics.jsonl       one report a line, as in zsfl.reports: a RoundReport a round, WindowReports between them
 ├── ledger.jsonl        one commit record a line
+├── journal/            the contributions that were counted, as far back as the settings keep them
 ├── plot.png            loss and accuracy by round
 ├── model.safetensors   the merged weights
 ├── best.safetensors    those of the version that was best in its held-out test
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _METRICS = "metrics.jsonl"
-_LEDGER = "ledger.jsonl"
+LEDGER, JOURNAL, CHECKPOINT = "ledger.jsonl", "journal", "checkpoint"
 _TRAIN, _TEST = "#7f7f7f", "#1f6fb4"
 """Colours of the plot: what was trained on stays behind what counts."""
 
@@ -62,7 +63,7 @@ class RunFolder:
             if not resume:
                 path = _new_folder(runs, name)
             lock = lock_folder(path, "stop it first, or give this run another name with --run")
-            for file in (_METRICS, _LEDGER):
+            for file in (_METRICS, LEDGER):
                 _drop_torn_line(path / file)
         return cls(path, lock)
 
@@ -79,12 +80,17 @@ class RunFolder:
     @property
     def checkpoint_path(self) -> Path:
         """Where the aggregator keeps what `--resume` continues from."""
-        return self.path / "checkpoint"
+        return self.path / CHECKPOINT
+
+    @property
+    def journal_path(self) -> Path:
+        """Where the aggregator keeps what came, see `zsfl.aggregator.journal`."""
+        return self.path / JOURNAL
 
     @property
     def ledger_path(self) -> Path:
         """The commit records, one JSON object a line."""
-        return self.path / _LEDGER
+        return self.path / LEDGER
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Settings as JSON; paths and other objects as text."""
@@ -96,16 +102,18 @@ class RunFolder:
         """One more line of metrics.jsonl."""
         _append_line(self.path / _METRICS, to_line(report))
 
-    def append_commit(self, record: Mapping[str, Any]) -> None:
-        """One more line of ledger.jsonl, handed to the operating system when this returns."""
-        _append_line(self.ledger_path, msgspec.json.encode(record) + b"\n")
+    def append_commit(self, record: Mapping[str, Any], *, sync: bool = False) -> None:
+        """One more line of ledger.jsonl, handed to the operating system when this returns; with `sync` to the disk."""
+        _append_line(self.ledger_path, msgspec.json.encode(record) + b"\n", sync=sync)
 
-    def cut_commits(self, is_last: Callable[[bytes], bool]) -> None:
-        """Remove all lines of ledger.jsonl after the one that `is_last` finds; StorageError when none is it."""
-        lines = _whole_lines(self.ledger_path)
-        kept = next((number for number, line in enumerate(lines, 1) if is_last(line)), None)
-        if kept is None:
-            raise StorageError(f"{self.ledger_path} has no record of the checkpoint beside it; start the run anew")
+    def commits(self) -> list[bytes]:
+        """The lines of ledger.jsonl."""
+        return whole_lines(self.ledger_path)
+
+    def cut_commits(self, is_last: Callable[[bytes], bool], *, whole: bool = False) -> None:
+        """Remove all lines of ledger.jsonl after the one that `is_last` finds, or with `whole` all of them."""
+        lines = whole_lines(self.ledger_path)
+        kept = 0 if whole else next(number for number, line in enumerate(lines, 1) if is_last(line))
         if kept < len(lines):
             with _storing(self.ledger_path):
                 os.truncate(self.ledger_path, sum(len(line) + 1 for line in lines[:kept]))
@@ -121,7 +129,7 @@ class RunFolder:
 
     def _metrics(self) -> Iterator[AnyReport]:
         """Those that can be read: JSON has no infinity, so that of a run that diverged some cannot."""
-        for line in _whole_lines(self.path / _METRICS):
+        for line in whole_lines(self.path / _METRICS):
             with suppress(msgspec.ValidationError):
                 yield from_line(line)
 
@@ -228,12 +236,15 @@ def _new_folder(runs: Path, name: str) -> Path:
             return path
 
 
-def _append_line(path: Path, line: bytes) -> None:
+def _append_line(path: Path, line: bytes, *, sync: bool = False) -> None:
     with _storing(path), path.open("ab") as file:
         file.write(line)
+        if sync:
+            file.flush()
+            os.fdatasync(file.fileno())
 
 
-def _whole_lines(path: Path) -> list[bytes]:
+def whole_lines(path: Path) -> list[bytes]:
     """Lines that were written to their end; one that a crash cut short has no newline."""
     if not path.exists():
         return []

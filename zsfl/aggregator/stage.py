@@ -14,13 +14,18 @@ from zsfl.wire.messages import Announcement, RunState
 
 
 class Stage:
-    """Holds the state of one start of a run."""
+    """Holds the state of a run."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
         self._settled: tuple[tuple[Cid, ...], tuple[Cid, ...]] = ((), ())
         self.run = RunId(secrets.token_hex(3))
         self.state = RunState(run=self.run, phase="waiting", version=Version(0), round=0, rounds=0, window=0, windows=0)
+
+    def resume(self, run: RunId) -> None:
+        """Go on with a run that began earlier."""
+        self.run = run
+        self.place(run=run)
 
     def settle(self, counted: Iterable[Cid], dropped: Iterable[Cid]) -> None:
         """A commit named these steps; the next announcement says so."""

@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
+import msgspec
 from torch import Tensor
 
 from zsfl.aggregator.closing import closing_for
 from zsfl.aggregator.collector import Collector
-from zsfl.aggregator.commit import Ledger, check_losses
+from zsfl.aggregator.commit import Ledger, check_losses, record_of
 from zsfl.aggregator.gathering import Gathering
-from zsfl.aggregator.pacing import Pacer, Slices
-from zsfl.aggregator.progress import Place
+from zsfl.aggregator.journal import Journal
+from zsfl.aggregator.pacing import Slices
+from zsfl.aggregator.replay import Made, Recovered
 from zsfl.aggregator.roster import Attendance, Roster
+from zsfl.aggregator.rules import Rules
 from zsfl.aggregator.run_folder import RunFolder
-from zsfl.aggregator.spool import Spool
 from zsfl.aggregator.stage import Stage
 from zsfl.aggregator.tally import Tally
 from zsfl.errors import RunFailed
-from zsfl.ids import Cid, Portion, Role, Version, parse_cid, step_cid
+from zsfl.ids import Cid, Portion, Role, RunId, Version, step_cid
 from zsfl.latest import Latest
 from zsfl.learning.averaging import Contribution
-from zsfl.learning.batches import BySpeed
 from zsfl.learning.job import Job
 from zsfl.learning.master import Master
 from zsfl.learning.modes import Async, Exact, max_staleness
 from zsfl.learning.plan import Plan, Sizes
-from zsfl.learning.weighting import Shares, staleness_weight
 from zsfl.node import Node
 from zsfl.weights.shelf import Packed, Shelf
 
@@ -64,29 +62,29 @@ class Training:
         self._master = master
         self._roster = roster
         self._shelf = shelf
-        self.ledger = Ledger(folder)
+        self._syncs = node.settings.durability == "power"
+        self.ledger = Ledger(folder, sync=self._syncs)
+        self.journal = Journal(folder.journal_path, syncs=self._syncs)
         mode = job.how
         self._is_async, self._is_exact = isinstance(mode, Async), isinstance(mode, Exact)
         self._merges = job.batch_norm == "merged"
         steps = mode.quota if isinstance(mode, Async) else job.steps
         self._attempts = MERGE_ATTEMPTS if self._merges else REDONE if self._is_exact else 1
+        self._bound = max_staleness(mode)
         self._gathering = Gathering(
             stage.run,
-            max_staleness=max_staleness(mode),
+            max_staleness=self._bound,
             steps_per_version=steps * self._attempts,
             shards=job.shards,
         )
         self._closing = closing_for(mode, steps)
-        self._shares = Shares(mode.max_correction) if isinstance(mode, Async) else None
-        by_speed = job.batches if isinstance(job.batches, BySpeed) else None
-        self._pacer = by_speed and Pacer(by_speed, job.batch_size, job.steps)
-        self.collector = Collector(node, self._gathering, Spool(folder.path), self._took)
+        self._rules = Rules(job)
+        self._pacer = self._rules.pacer
+        self.collector = Collector(node, self._gathering, self.journal, self._took)
         self.version = stage.state.version
         """Of the master; peers hear of it only together with what is asked of them at it."""
         self.round = 0
         """Rounds that are done."""
-        self._skipped = 0
-        """Async: places in the data at which nobody who was there had anything to do."""
         self.newest: tuple[Version, dict[str, Tensor]]
         self.proven: tuple[Version, dict[str, Tensor]]
         """The newest version that gave finite losses and gradients (the first one is taken on trust)."""
@@ -95,6 +93,8 @@ class Training:
         self._sizes: Sizes = {}
         self._attempt = self._place = 0
         self._attendance = Attendance()
+        self._retold: Sequence[Made] = ()
+        """Versions of the round in progress that a former process made."""
         self._progress_s = 0.0
         self._awaited: frozenset[int] = frozenset()
         """Shards that take part in the window, when that was looked at last."""
@@ -107,17 +107,25 @@ class Training:
         self._take_state(version)
         self.proven = self.newest
 
-    def remember(self, place: Place) -> None:
-        """Go on with what the mode's rules knew at a checkpoint."""
-        if self._shares is not None and "shares" in place.memory:
-            self._shares.restore(place.memory["shares"])
-        if self._pacer is not None and "pace" in place.memory:
-            self._pacer.restore(place.memory["pace"])
+    def resume(self, at: Recovered, run: str) -> None:
+        """Go on where a former process ended, to which the master was brought; blocking.
+
+        What peers hold of the run counts further on, unless versions were lost that it may belong to.
+        """
+        self._retold = at.windows
+        self._rules.restore(at.memory)
+        if run and not at.lost and not self._merges:  # a merged batch may be one of others the next time
+            self._stage.resume(RunId(run))
+            records = [line.record for line in self.ledger.records()]
+            settled = [cid for record in records for cid in (*record.counted, *record.dropped)]
+            self._gathering.resume(self._stage.run, [cid for cid in settled if cid.startswith(run)])
+            if records:  # it may be that nobody was told of the last one any more
+                self._stage.settle(records[-1].counted, records[-1].dropped)
+        self.begin_at(at.version, at.round)
 
     def memory(self) -> dict[str, Any]:
         """What the mode's rules know, for a checkpoint."""
-        rules = {"shares": self._shares, "pace": self._pacer}
-        return {name: rule.state() for name, rule in rules.items() if rule is not None}
+        return self._rules.state()
 
     def publish_weights(self) -> None:
         """Hand the newest version to everybody who listens."""
@@ -142,13 +150,13 @@ class Training:
             now_s=time.monotonic(),
         )
         self._stage.place(round=self.round, rounds=rounds, windows=plan.windows)
-        window = 0
+        window = self._retell()
         while self._goes_on(window, plan, samples):
             match await self._make_version(plan, window):
                 case "alone":
                     await self._until_somebody_is_there()
                 case "idle":
-                    window, self._skipped = window + 1, self._skipped + 1
+                    window, self._rules.skipped = window + 1, self._rules.skipped + 1
                 case "enough":
                     window += 1
                     await self._report(window)
@@ -156,6 +164,15 @@ class Training:
                         break
         self.round += 1
         return self._tally
+
+    def _retell(self) -> int:
+        """Count what a former process made of this round; the window that comes next."""
+        retold, self._retold = self._retold, ()
+        for record, window in ((made.record, made.window) for made in retold):
+            for one in window:
+                self._tally.served(one)
+            self._tally.counted(window, Version(record.version - 1), record.dropped)
+        return retold[-1].record.window + 1 if retold else 0
 
     def _goes_on(self, window: int, plan: Plan, samples: Mapping[int, int]) -> bool:
         """Whether the round has another window; in async mode, until its samples have been gone through in number."""
@@ -185,13 +202,13 @@ class Training:
         for attempt in range(self._attempts):
             match await self._gather(plan, window, attempt):
                 case "enough":
-                    await self._commit()
+                    await self._commit(window)
                     return "enough"
                 case "broken":
                     self._gathering.void("the merged batch that it was part of fell apart")
                 case "deserted":  # a version of nothing, so that the next window's steps have names of their own
                     self._gathering.void("its client left in the middle of it")
-                    await self._commit()
+                    await self._commit(window)
                     return "idle"
                 case outcome:
                     return outcome
@@ -209,15 +226,16 @@ class Training:
             return "alone"
         for message, level in self._attendance.now(there, self._roster.value.label):
             self._node.note(message, level)
-        self._attempt, self._place = attempt, self.version + self._skipped if self._is_async else window
+        self._attempt, self._place = attempt, self.version + self._rules.skipped if self._is_async else window
         slices = self._pace(there)
         self._sizes = {shard: [size] * self._job.steps for shard, (_, size) in slices.items()} or plan.sizes(
             self._roster.value.samples(there), self._place % plan.windows
         )
         if not self._participants(there):
             return "idle"
-        if self._shares is not None:
-            self._shares.there(self._roster.value.samples(there))
+        if self._rules.shares is not None:
+            self._rules.shares.there(self._roster.value.samples(there))
+        self.journal.begin(self.version)
         late = self._gathering.begin(self.version, None if self._is_async else self._cids(self._sizes))
         now_s = self._progress_s = time.monotonic()
         self._closing.began(self.version, self._sizes, now_s)
@@ -333,21 +351,25 @@ class Training:
 
     # --- versions ---------------------------------------------------------------------------------------
 
-    async def _commit(self) -> None:
+    async def _commit(self, place_in_round: int) -> None:
         """Make the next version of what has come, record it, publish it; of nothing, one with the same weights."""
         gathered, dropped = self._gathering.take()
         self._gathering.end()
-        window = self._weigh(gathered)
+        window = self._rules.weigh(gathered, self.version, self._sizes)
         state = self._stage.state
         window_of = "" if self._is_async else f", window {state.window + 1} of {state.windows}"
-        place = f"round {self.round + 1}{window_of} (version {self.version})"
+        said = f"round {self.round + 1}{window_of} (version {self.version})"
 
         def step() -> None:
-            check_losses(window, place)
+            check_losses(window, said)
             if window:
                 self._master.step(window, version=self.version, sequential=self._job.local_lr is not None)
             self.proven = self.newest
-            self.ledger.commit(self.version, window, dropped, self._master.digest())
+            if self._syncs:
+                self.journal.sync()
+            record = record_of(self.version, window, dropped, self._master.digest())
+            place = {"round": self.round, "window": place_in_round, "memory": self.memory()}
+            self.ledger.commit(msgspec.structs.replace(record, **place))
             self._take_state(Version(self.version + 1))
 
         try:
@@ -359,22 +381,6 @@ class Training:
         self.version = Version(self.version + 1)
         self.publish_weights()
         self._stage.settle(dict.fromkeys(one.cid for one in window), dropped)
-
-    def _weigh(self, window: Sequence[Contribution]) -> Sequence[Contribution]:
-        """What is late moves the weights less; in async mode, who contributes beyond its share counts less."""
-        if self._shares is not None and window:
-            samples: Counter[int] = Counter()
-            for one in window:
-                if one.part == "client":
-                    samples[parse_cid(one.cid).shard] += one.samples
-            self._shares.counted(samples, {shard: sum(sizes) for shard, sizes in self._sizes.items()})
-        weighed = []
-        for one in window:
-            step = parse_cid(one.cid)
-            scale = 1.0 if self._shares is None else self._shares.correction(step.shard)
-            damping = staleness_weight(self.version - step.version)
-            weighed.append(one if (scale, damping) == (1, 1) else replace(one, scale=scale, damping=damping))
-        return weighed
 
     def _take_state(self, version: Version) -> None:
         """The master is at this version now; blocking."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 
 from zsfl.client.local import ClientWeights, LocalParts, StepInHand
 from zsfl.client.remote import RemoteBody
-from zsfl.errors import StaleWeights
-from zsfl.ids import Cid, NodeId, Version
+from zsfl.errors import SpillFull, StaleWeights
+from zsfl.ids import Cid, NodeId, PartName, Version
 from zsfl.member import Member
 from zsfl.node import Node
 from zsfl.spill.layout import SpillMeta
@@ -64,7 +65,8 @@ class StepDriver:
         at, merged = state.merger, state.merged[k] if k < len(state.merged) else 0
         drive = self._drive_u_shaped if self.local.u_shaped else self._drive_label_sharing
         server, grad = await drive(weights, step, at, merged)
-        self._spill(weights, step, grad)
+        self.local.finish(weights, step, grad)
+        await self._put_patiently(step)
         self._node.counters.add("steps")
         if not merged:  # of a merged batch no single step can be driven again: all of them are asked for anew
             self._held[cid] = step, server
@@ -117,7 +119,8 @@ class StepDriver:
             "merged": merged,
         }
 
-    def _spill(self, weights: ClientWeights, step: StepInHand, grad: torch.Tensor | None) -> None:
+    def _put(self, step: StepInHand) -> None:
+        """Spill what head and tail contribute."""
         meta = SpillMeta(
             cid=step.cid,
             part="client",
@@ -128,19 +131,42 @@ class StepDriver:
             client=self._node.name,
             node=self._node.name,
         )
-
-        self.local.finish(weights, step, grad)
         tensors = {f"grad/{name}": tensor for name, tensor in step.grads.items()}
         tensors |= {f"buffer/{name}": tensor for name, tensor in step.buffers.items()}
         self._member.offer(self._member.spills.put(meta, tensors))
 
+    async def _put_patiently(self, step: StepInHand) -> None:
+        """The same, waiting for room where the disk is full; SpillFull when none comes in time."""
+        ends_s = time.monotonic() + self._node.settings.patience_s
+        while True:
+            try:
+                return self._put(step)
+            except SpillFull as error:
+                if time.monotonic() > ends_s:
+                    raise
+                with self._node.waiting(f"room for a spill: {error}"):
+                    await asyncio.sleep(self._node.settings.beat_s)
+
     def lost(self, server: NodeId) -> None:
         """A server is gone, and with it what it spilled: drive those steps again."""
         for step, by in list(self._held.values()):
-            if by == server and step.cid not in self._driven_again:
-                self._node.note(f"the server that spilled {step.cid} is gone; driving it again")
-                again = self._node.start(self._drive_again(step), f"drive {step.cid} again")
-                self._driven_again[step.cid] = again
+            if by == server:
+                self._begin_again(step, "the server that spilled it is gone")
+
+    def remake(self, cid: Cid, part: PartName) -> None:
+        """What this step contributed is lost, though it was acknowledged; a step that is not in hand is no matter."""
+        if (held := self._held.get(cid)) is None:
+            return
+        step, _ = held
+        if part == "client":
+            self._put(step)
+        else:
+            self._begin_again(step, "its spill is lost")
+
+    def _begin_again(self, step: StepInHand, why: str) -> None:
+        if step.cid not in self._driven_again:
+            self._node.note(f"driving {step.cid} again: {why}")
+            self._driven_again[step.cid] = self._node.start(self._drive_again(step), f"drive {step.cid} again")
 
     async def _drive_again(self, step: StepInHand) -> None:
         """Drive the body part until a server that is there has spilled it, or a version has settled the step."""

@@ -29,7 +29,7 @@ from zsfl.spill.coded import SpillCoder
 from zsfl.tensors.plan import CodecPlan
 from zsfl.weights.follower import WeightsFollower
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import MAX_JOINED, Beat, Broadcast, Evaluated, Join, Ok, Reply, Request, RunState
+from zsfl.wire.messages import MAX_JOINED, Beat, Broadcast, Evaluated, Join, Ok, Remake, Reply, Request, RunState
 
 DRY_RUN_SAMPLES = 2
 HELD_TIMES = 3.0
@@ -76,9 +76,9 @@ class ClientRole:
             cut: StepDriver(node, local, weights[cut], self._remote, self._member) for cut, local in parts.items()
         }
         self._bound = max_staleness(job.how)
-        self._begun_at: Asked | None = None
-        self._tried: dict[int, Asked | None] = {}
-        """By shard, for what its steps were begun last."""
+        self._begun_at: tuple[RunId, Version] | None = None
+        self._tried: dict[int, tuple[RunId, Version, int]] = {}
+        """By shard, at which attempt its steps of which version were begun last."""
         self._data: list[ShardData] = []
         self._server = node.serve(self._answer)
         self.hears = frozenset({Role.AGGREGATOR, Role.SPLIT_SERVER})
@@ -144,7 +144,12 @@ class ClientRole:
         return BeatExtras(offers=self._member.pending())
 
     def _answer(self, request: Request, _parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
-        return self._member.answer(request)
+        if not isinstance(request, Remake):
+            return self._member.answer(request)
+        for cid, part in request.lost:
+            for driver in self._drivers.values():
+                driver.remake(cid, part)
+        return Ok(), ()
 
     # --- joining ----------------------------------------------------------------------------------------
 
@@ -235,10 +240,12 @@ class ClientRole:
 
         Of the latter only at the first version that this client hears of: those that come are made by it alone.
         """
-        asked = self._asked(state)
+        version = state.run, state.version
         if self._begun_at is None:
-            self._begun_at = asked
-        again = asked in (self._begun_at, self._tried.get(data.shard))
+            self._begun_at = version
+        asked = *version, state.attempt
+        tried = self._tried.get(data.shard)
+        again = version == self._begun_at or (tried is not None and tried[:2] == version and state.attempt <= tried[2])
         self._tried[data.shard] = asked
         return again
 

@@ -62,6 +62,7 @@ class ForkServer:
         self._wakeup = os.pipe()
         self._out = Output(os.dup(1))
         self._ending = False
+        self._had_aggregator = False
         os.set_blocking(self._wakeup[1], False)
 
     def run(self) -> None:
@@ -101,6 +102,12 @@ class ForkServer:
                         os.kill(pid, order.signal)
 
     def _spawn(self, order: Spawn) -> None:
+        if order.role is Role.AGGREGATOR:
+            if (
+                self._had_aggregator
+            ):  # what its optimizer imports, 1.4 s each time, the first has imported beside others
+                importlib.import_module("torch._dynamo")
+            self._had_aggregator = True
         pid = os.fork()
         if pid:
             self._pids[pid] = order.name

@@ -6,23 +6,22 @@ import asyncio
 import itertools
 import os
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import zmq.asyncio
-
+from zsfl.cluster.chaos import Chaos, wreck
+from zsfl.cluster.keeper import Keeper
+from zsfl.cluster.nodes import NodeInfo, death
+from zsfl.cluster.orders import deadline, order
 from zsfl.cluster.processes import ProcessSpawner
 from zsfl.cluster.spawner import NodeCommand, Spawner
-from zsfl.errors import ConfigError, RunFailed, Unavailable, ZsflError
+from zsfl.errors import ConfigError, RunFailed, Unavailable
 from zsfl.ids import Address, Role
-from zsfl.metrics import Counters
 from zsfl.reports import AnyReport, Assembled, Exited, Failed, Finished, Ready, RoundReport
-from zsfl.settings import WireLimits, load_settings
-from zsfl.wire.connection import Connection
+from zsfl.settings import load_settings
 from zsfl.wire.messages import Train
 
 if TYPE_CHECKING:
@@ -30,22 +29,11 @@ if TYPE_CHECKING:
 
 START_S = 60.0
 """What a cluster may take until all nodes have found one another."""
-ORDER_S = 10.0
+MOST_PEERS = 16
+"""Addresses that a node is told to find the others by."""
 STOP_S = 10.0
 """What one node may take to leave."""
 NOT_RUNNING = "this cluster is not running: use it inside its `async with` block"
-
-
-@dataclass(slots=True)
-class NodeInfo:
-    """A node of the cluster, as far as it has told."""
-
-    role: Role
-    pid: int | None = None
-    address: Address | None = None
-    exit_code: int | None = None
-    failed: Failed | None = None
-    """Its last words, if it had any."""
 
 
 class LocalCluster:
@@ -70,13 +58,16 @@ class LocalCluster:
         client_processes: int | None = None,
         in_process: bool = False,
         mdns: bool | None = None,
+        keep_alive: bool = False,
+        chaos: Chaos | None = None,
         on_report: Callable[[AnyReport], None] | None = None,
         **settings: Any,
     ) -> None:
         """`job` is a job file, or with `in_process` also a `Job`. `clients` overrides its number of shards.
 
-        Clients share `client_processes` processes, by default one each. `settings` are fields of
-        `zsfl.settings.NodeSettings` for all nodes.
+        Clients share `client_processes` processes, by default one each. With `keep_alive` nodes that are killed are
+        started again, and the aggregator goes on from its last commit. `chaos` kills some on purpose while the cluster
+        trains, to see what a job survives. `settings` are fields of `zsfl.settings.NodeSettings` for all nodes.
         """
         for what, count in (("split server", split_servers), ("client", clients), ("process", client_processes)):
             if count is not None and count < 1:
@@ -90,21 +81,31 @@ class LocalCluster:
         self._in_process = in_process
         self._mdns = (base.mdns and not in_process) if mdns is None else mdns
         self._on_report = on_report
+        self._chaos = chaos
+        self._keeper = Keeper() if keep_alive or chaos else None
         # A name of its own, or two clusters of one job on one machine would find each other by mDNS.
         name = base.cluster or (secrets.token_hex(4) if self._mdns else "")
         self._settings = {**settings, "cluster": name, "runs": base.runs, "mdns": self._mdns}
         self._port = base.port
         self._join_s = min(base.join_s, START_S)
         self._runs = base.runs
+        self._run = ""
+        """Name of the run's folder, once there is one."""
         self._spawner: Spawner
         self._events: asyncio.Queue[AnyReport | None] = asyncio.Queue()
         self._changed = asyncio.Event()
         self._assembled = False
         self._closing = False
         self._training = False
+        self._rounds_done = self._reported = 0
+        self._ordered: int | None = None
+        """Rounds that are to be done in all; None: what the job says."""
+        self._errands: set[asyncio.Task[None]] = set()
         self._failure: Exception | None = RunFailed(NOT_RUNNING)
         self._pump: asyncio.Task[None]
         self.nodes: dict[str, NodeInfo] = {}
+        self.killed: list[str] = []
+        """Whom `chaos` has killed so far."""
         self.result: Finished | None = None
         """What the last `train` ended with."""
 
@@ -118,7 +119,7 @@ class LocalCluster:
             async with asyncio.timeout(self._join_s):
                 await self._spawner.open()
                 await self._start_all()
-                await self._until(lambda: self._assembled and all(node.address for node in self.nodes.values()))
+                await self.until(lambda: self._assembled and all(node.address for node in self.nodes.values()))
         except TimeoutError:
             await self._close()
             late = [name for name, node in self.nodes.items() if node.address is None]
@@ -140,6 +141,9 @@ class LocalCluster:
         self._fail(RunFailed(NOT_RUNNING))
         self._closing = True
         # Shielded: a second Ctrl-C must not leave processes behind.
+        for errand in self._errands:
+            errand.cancel()
+        await asyncio.gather(*self._errands, return_exceptions=True)
         await asyncio.shield(self._spawner.close())
         self._pump.cancel()
         with suppress(asyncio.CancelledError):
@@ -152,14 +156,18 @@ class LocalCluster:
 
         Rounds that an earlier `train` left undone are done first. RunFailed when the run cannot go on.
         """
-        await self._until(lambda: not self._training)
+        await self.until(lambda: not self._training)
         events = self._events = asyncio.Queue[AnyReport | None]()
+        self._ordered = None if rounds is None else self._rounds_done + rounds
         self._training = True
         try:
-            await self._order(Train(rounds=rounds))
+            await self._give_order()
         except BaseException:
             self._training = False
             raise
+        if self._chaos is not None:
+            self._run_errand(wreck(self, self._chaos, self.killed))
+            self._chaos = None
         while True:
             event = await events.get()
             match event:
@@ -183,11 +191,22 @@ class LocalCluster:
 
     async def _start_and_wait(self, name: str, role: Role, flags: Mapping[str, Any]) -> str:
         node = await self._start(name, role, flags)
-        async with _deadline(START_S, f"{name} is not ready"):
-            await self._until(lambda: node.address is not None or node.exit_code is not None)
+        async with deadline(START_S, f"{name} is not ready"):
+            await self.until(lambda: node.address is not None or node.exit_code is not None)
         if node.exit_code is not None:
-            raise self._death(name, node)
+            raise death(name, node, self._logs)
         return name
+
+    async def restart(self, name: str) -> str:
+        """Start a node again that has ended; its name, once it is ready. An aggregator goes on from its last commit."""
+        if (node := self.nodes.get(name)) is None or node.exit_code is None:
+            raise ConfigError(f"there is no node {name} that has ended; start another one with another name")
+        return await self._start_and_wait(name, node.role, node.flags)
+
+    @property
+    def is_training(self) -> bool:
+        """Whether an order to train is being carried out."""
+        return self._training and not self._closing and self._failure is None
 
     async def stop(self, name: str) -> None:
         """Ask one node to drain and leave, and wait until it has."""
@@ -225,7 +244,7 @@ class LocalCluster:
         shards = self._shards = self._shards or self._loaded().shards
         await self._start("aggregator", Role.AGGREGATOR, {"hold": True, "port": self._port})
         if not self._mdns:
-            await self._until(lambda: self.nodes["aggregator"].address is not None)
+            await self.until(lambda: self.nodes["aggregator"].address is not None)
         for number in range(self._split_servers):
             await self._start(f"split-server-{number}", Role.SPLIT_SERVER, {})
         processes = min(shards, self._client_processes or shards)
@@ -238,10 +257,12 @@ class LocalCluster:
         if name in self.nodes and self.nodes[name].exit_code is None:
             raise ConfigError(f"there is a node {name} already; choose another name")
         common: dict[str, Any] = {**self._settings, "clients": self._shards, "port": 0}
-        if not self._mdns and (aggregator := self.nodes.get("aggregator")) and aggregator.address:
-            common["peers"] = (aggregator.address,)
-        node = self.nodes[name] = NodeInfo(role)
-        await self._spawner.start(NodeCommand(name=name, role=role, flags={**common, **flags}))
+        there = [other.address for other in self.nodes.values() if other.is_there]
+        if not self._mdns and there:
+            common["peers"] = tuple(there[:MOST_PEERS])
+        again = {"resume": True, "run": self._run} if role is Role.AGGREGATOR and self._run else {}
+        self.nodes[name] = node = NodeInfo(role, flags)
+        await self._spawner.start(NodeCommand(name=name, role=role, flags={**common, **flags, **again}))
         return node
 
     # --- listening --------------------------------------------------------------------------------------
@@ -264,6 +285,9 @@ class LocalCluster:
                 node.pid, node.address = report.pid, Address(report.address)
             case Assembled():
                 self._assembled = True
+                self._run, self._rounds_done = Path(report.folder).name, max(self._rounds_done, report.rounds)
+                if self._training:  # it was killed meanwhile, and its order with it
+                    self._run_errand(self._give_order())
             case Failed():
                 if node is None:
                     self._fail(RunFailed(report.message))
@@ -272,9 +296,11 @@ class LocalCluster:
             case Exited() if node is not None:
                 node.exit_code = report.code
                 self._mind_the_death_of(report.node, node)
-            case RoundReport():
+            case RoundReport() if report.round > self._reported:  # after a kill some may be told twice
+                self._reported = report.round
+                self._rounds_done = max(self._rounds_done, report.round)
                 self._events.put_nowait(report)
-            case Finished():
+            case Finished() if self._training and (report.early or report.rounds >= (self._ordered or 0)):
                 self._training = False
                 self._events.put_nowait(report)
             case _:
@@ -285,22 +311,16 @@ class LocalCluster:
 
         One that fails is another matter: something is wrong with the job, and with the next one it would be again.
         """
+        if self._assembled and self._keeper is not None and self._keeper.starts_again(name, node):
+            self._run_errand(self._revive(name))
+            return
         others = [other for other in self.nodes.values() if other.role is node.role and other.exit_code is None]
         may_go = node.role is Role.SPLIT_SERVER or (node.role is Role.CLIENT and node.failed is None)
         if self._assembled and may_go and others:
             return
         # What the others know of a failed run they have from the aggregator, whose own words are on the way.
         if node.role is Role.AGGREGATOR or node.failed is None or node.failed.kind != "RunFailed":
-            self._fail(self._death(name, node))
-
-    def _death(self, name: str, node: NodeInfo) -> ZsflError:
-        if node.failed is not None:
-            kind = ConfigError if node.failed.kind == "ConfigError" else RunFailed
-            return kind(f"{name}: {node.failed.message}")
-        code = node.exit_code or 0
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        last = f", and there is no other {node.role.replace('-', ' ')}" if node.role is not Role.AGGREGATOR else ""
-        return RunFailed(f"{name} {how}{last}; see {self._logs / name}.log")
+            self._fail(death(name, node, self._logs))
 
     def _fail(self, error: Exception) -> None:
         """The first failure is the one to tell of."""
@@ -312,7 +332,10 @@ class LocalCluster:
         if self._failure is not None:
             raise self._failure
 
-    async def _until(self, true: Callable[[], bool]) -> None:
+    async def until(self, true: Callable[[], object]) -> None:
+        """Returns once `true` is, which is looked at whenever a node has said something; raises what the cluster fails
+        with.
+        """
         self._raise_failure()
         while not true():
             self._changed.clear()
@@ -324,34 +347,33 @@ class LocalCluster:
         if node is None:
             raise ConfigError(f"there is no node {name}; there are {', '.join(self.nodes)}")
         await end(name)
-        async with _deadline(STOP_S, f"{name} has not left"):
+        async with deadline(STOP_S, f"{name} has not left"):
             while node.exit_code is None:
                 self._changed.clear()
                 await self._changed.wait()
 
-    async def _order(self, order: Train) -> None:
-        address = self.nodes["aggregator"].address
-        context = zmq.asyncio.Context()
-        connection = Connection(
-            context,
-            f"tcp://{address}",
-            peer="aggregator",
-            own_id="cluster",
-            limits=WireLimits(),
-            counters=Counters(),
-        )
+    def _run_errand(self, work: Coroutine[Any, Any, object]) -> None:
+        """Do `work` beside everything else; what goes wrong is told where the caller of this cluster waits."""
+
+        async def run() -> None:
+            try:
+                await work
+            except Exception as error:
+                self._fail(error)
+
+        task = asyncio.create_task(run())
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
+
+    async def _revive(self, name: str) -> None:
+        """Start a killed node again, unless it is killed once more meanwhile: then that is seen to in its turn."""
+        with suppress(RunFailed):
+            await self.restart(name)
+
+    async def _give_order(self) -> None:
+        """Have the aggregator train; where it is killed meanwhile and kept alive, it is told again once it is back."""
         try:
-            await connection.request(order, deadline_s=ORDER_S)
-        finally:
-            connection.close()
-            context.destroy(linger=0)
-
-
-@asynccontextmanager
-async def _deadline(seconds: float, what: str) -> AsyncIterator[None]:
-    """Unavailable, saying `what`, when the block takes longer."""
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError:
-        raise Unavailable(f"{what} after {seconds:g} s") from None
+            await order(self.nodes["aggregator"].address, Train(rounds=self._ordered))
+        except Unavailable:
+            if self._keeper is None:
+                raise

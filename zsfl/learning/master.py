@@ -271,6 +271,13 @@ def _not_finite(name: str, contributions: Sequence[Contribution]) -> RunFailed:
     return RunFailed(f"the sum over all contributions overflows in {name}: lower the learning rate")
 
 
+def saved_digest(folder: Path) -> str:
+    """`state_digest` of the state that `Master.save` wrote; `StorageError` when it is missing or corrupt."""
+    tensors, _ = _read(folder / _FILE)
+    prefix = "weights/"
+    return state_digest({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of a saved master and its description, the digest verified."""
     try:

@@ -166,6 +166,14 @@ def decode_contribution(data: Buffer) -> Contribution:
     )
 
 
+def flat_bytes(data: Buffer) -> slice:
+    """Where in a spill, known to be whole, its gradients are, if they are in one piece (see `FlatTensors`)."""
+    view = memoryview(data).cast("B")
+    start = header_bytes(view)
+    inside = _plan(_split(bytes(view[8:start]))[1]).flat_bytes
+    return slice(start + inside.start, start + inside.stop)
+
+
 def _verified(data: Buffer) -> tuple[SpillMeta, _Plan, memoryview]:
     """Meta, where the tensors are, and their bytes."""
     view = memoryview(data).cast("B") if len(data) else memoryview(b"")

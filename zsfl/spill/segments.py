@@ -78,27 +78,47 @@ class Segment:
         """The bytes of one spill."""
         return os.pread(self._file, size, place)
 
+    def read_into(self, place: int, page: memoryview) -> int:
+        """Fill `page` with what is there; how many bytes there were."""
+        return os.preadv(self._file, [page], place)
+
+    def frames(self) -> Iterator[tuple[int, int]]:
+        """Where the spill of every record begins and how long it is, unverified; a torn end is passed over."""
+        end = 0
+        while (frame := os.pread(self._file, _FRAME_BYTES, end)).startswith(_MAGIC) and len(frame) == _FRAME_BYTES:
+            place, size = end + _FRAME_BYTES, int.from_bytes(frame[len(_MAGIC) :], "little")
+            end = place + size
+            if end > self.size_bytes:
+                break
+            yield place, size
+
+    def repair(self) -> None:
+        """Cut off what is torn at the end, so that more can be appended."""
+        self._cut(max((place + size for place, size in self.frames()), default=0))
+
     def records(self) -> Iterator[tuple[SpillMeta, int, int]]:
         """Every whole record, with where its spill begins and how long it is; what is torn at the end is cut off.
 
         One that was altered is passed over, like a file of its own that cannot be read.
         """
-        at = whole = 0
-        while (frame := os.pread(self._file, _FRAME_BYTES, at)).startswith(_MAGIC) and len(frame) == _FRAME_BYTES:
-            size = int.from_bytes(frame[len(_MAGIC) :], "little")
-            place = at + _FRAME_BYTES
-            if place + size > self.size_bytes:
-                break
-            at = place + size
+        whole = 0
+        for place, size in self.frames():
             try:
                 meta = decode(self.read(place, size))[0]
             except SpillCorrupt:
                 continue
-            whole = at
+            whole = place + size
             yield meta, place, size
-        if whole < self.size_bytes:
-            os.ftruncate(self._file, whole)
-            self.size_bytes = whole
+        self._cut(whole)
+
+    def _cut(self, size_bytes: int) -> None:
+        if size_bytes < self.size_bytes:
+            os.ftruncate(self._file, size_bytes)
+            self.size_bytes = size_bytes
+
+    def sync(self) -> None:
+        """Returns when what was appended would outlast a loss of power."""
+        os.fdatasync(self._file)
 
     def close(self) -> None:
         """Read no more; the file stays."""

@@ -15,7 +15,7 @@ import torch
 from zsfl.errors import BadShape, SpillCorrupt, SpillFull, StorageError
 from zsfl.ids import Cid, RunId, SpillKind, parse_cid
 from zsfl.spill.coded import SpillCoder
-from zsfl.spill.layout import Buffer, SpillMeta, decode_meta, header_bytes, pieces
+from zsfl.spill.layout import Buffer, SpillMeta, decode_contribution, decode_meta, header_bytes, pieces
 from zsfl.spill.segments import SUFFIX as SEGMENT_SUFFIX
 from zsfl.spill.segments import Segment
 from zsfl.wire.messages import SpillOffer
@@ -47,9 +47,12 @@ class SpillStore:
     former process left in the folder counts as held. A merged one is held until all its steps are released.
     """
 
-    def __init__(self, folder: Path, coder: SpillCoder | None = None) -> None:
-        """`coder` packs the gradients of what is put; without one they are stored as they are."""
+    def __init__(self, folder: Path, coder: SpillCoder | None = None, limit_bytes: int = 0) -> None:
+        """`coder` packs the gradients of what is put; without one they are stored as they are. With `limit_bytes` a
+        spill that would make the folder longer finds no room; 0 is no limit.
+        """
         self.folder = folder
+        self._limit_bytes = limit_bytes
         self._coder = coder
         self._lock = threading.Lock()
         self._held: dict[Key, _Held] = {}
@@ -96,9 +99,22 @@ class SpillStore:
             self._append(small)
         return offers
 
+    def _check_room(self, more_bytes: int) -> None:
+        if not self._limit_bytes:
+            return
+        segments = {id(held.segment): held.segment for held in self._held.values() if held.segment is not None}
+        used = sum(segment.size_bytes for segment in segments.values())
+        used += sum(held.offer.size_bytes for held in self._held.values() if held.segment is None)
+        if used + more_bytes > self._limit_bytes:
+            raise SpillFull(
+                f"no room for another spill in {self.folder}: the {self._limit_bytes >> 20} MiB that it may take are "
+                "used up until the aggregator has fetched some; allow more with --spill-mib"
+            )
+
     def _append(self, small: Sequence[tuple[SpillOffer, list[Buffer]]]) -> None:
         joined = [b"".join(record) for _, record in small]
         with self._lock:
+            self._check_room(sum(map(len, joined)))
             try:
                 if self._live is None or self._live.is_full:
                     self._segments += 1
@@ -118,6 +134,8 @@ class SpillStore:
     def _put_large(self, offer: SpillOffer, found: Sequence[Buffer]) -> None:
         path = self._path((offer.cid, offer.kind))
         aside = path.with_suffix(".tmp")
+        with self._lock:
+            self._check_room(offer.size_bytes)
         try:
             with aside.open("wb") as file:
                 for piece in found:
@@ -172,6 +190,28 @@ class SpillStore:
             return None
         except OSError as error:
             raise StorageError(f"cannot read {self._path(key)}: {error.strerror}; check that disk") from error
+
+    def set_aside(self, key: Key) -> bool:
+        """Hold a spill no more that is not there, or not as it was written; whether it is held no more.
+
+        The bytes of a damaged one are kept beside the others, as `CID.KIND.damaged`.
+        """
+        data = self.read(key)
+        if data is not None:
+            try:
+                decode_contribution(data)
+            except SpillCorrupt:
+                with suppress(OSError):
+                    self._path(key).with_suffix(".damaged").write_bytes(data)
+            else:
+                return False
+        try:
+            with self._lock:
+                if held := self._forget(key):
+                    self._remove(held)
+        except OSError as error:
+            raise _storage_error(error, self.folder) from error
+        return True
 
     def release(self, cids: Iterable[Cid]) -> None:
         """Delete the spills of cids that a committed version names; others are not touched."""

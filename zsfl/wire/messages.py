@@ -6,7 +6,6 @@ Requests and their replies stand together; what is broadcast stands last.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import msgspec
@@ -52,6 +51,10 @@ Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", forbid_unknown_fields=True):
     """Base of everything that travels."""
+
+
+Keys = Annotated[tuple[tuple[CidText, SpillKind], ...], Meta(max_length=MAX_OFFERS)]
+"""Spills, as they are asked for."""
 
 
 class PeerHint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -113,7 +116,7 @@ class Evaluated(Message, frozen=True, kw_only=True, tag="evaluated"):
 
 
 class Train(Message, frozen=True, kw_only=True, tag="train"):
-    """Asks an aggregator on hold to train so many more rounds (None: what its job has left); answered by Ok."""
+    """Asks an aggregator on hold to train until so many rounds are done (None: those of its job); answered by Ok."""
 
     rounds: Annotated[int, Meta(ge=1, le=1 << 31)] | None
 
@@ -259,13 +262,25 @@ class SpillOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class FetchSpills(Message, frozen=True, kw_only=True, tag="fetch-spills"):
     """Asks a holder for spills; answered by Spills."""
 
-    wanted: Annotated[tuple[tuple[CidText, SpillKind], ...], Meta(max_length=MAX_OFFERS)]
+    wanted: Keys
 
 
 class Spills(Message, frozen=True, kw_only=True, tag="spills"):
     """Stored bytes of those spills asked for that the holder still has, one part each, in this order."""
 
-    found: Annotated[tuple[tuple[CidText, SpillKind], ...], Meta(max_length=MAX_OFFERS)]
+    found: Keys
+
+
+class Recheck(Message, frozen=True, kw_only=True, tag="recheck"):
+    """Tells a holder what came out damaged, or not at all; answered by Spills without parts, those it has no more."""
+
+    wanted: Keys
+
+
+class Remake(Message, frozen=True, kw_only=True, tag="remake"):
+    """Asks a client to have contributions made again that were acknowledged and are lost; answered by Ok."""
+
+    lost: Annotated[tuple[tuple[CidText, PartName], ...], Meta(max_length=MAX_OFFERS)]
 
 
 class ReleaseSpills(Message, frozen=True, kw_only=True, tag="release-spills"):
@@ -362,14 +377,6 @@ class Announcement(Message, frozen=True, kw_only=True, tag="announcement"):
     dropped: Annotated[tuple[CidText, ...], Meta(max_length=MAX_SETTLED)] = ()
 
 
-def in_pieces(announcement: Announcement) -> Iterator[Announcement]:
-    """The announcement as it is, or several of the same state where its cids are too many for one."""
-    counted, dropped = announcement.counted, announcement.dropped
-    for first in range(0, max(len(counted), len(dropped), 1), MAX_SETTLED):
-        piece = slice(first, first + MAX_SETTLED)
-        yield msgspec.structs.replace(announcement, counted=counted[piece], dropped=dropped[piece])
-
-
 SAID_GOODBYE = "it said goodbye"
 """Why a peer is gone that left on purpose: nobody waits for it to come back."""
 
@@ -383,7 +390,7 @@ class Goodbye(Message, frozen=True, kw_only=True, tag="goodbye"):
 
 Request = (
     Hello | Join | Evaluated | Train | Forward | Infer | Backward | Step
-    | FetchSpills | ReleaseSpills | FetchWeights
+    | FetchSpills | Recheck | Remake | ReleaseSpills | FetchWeights
 )  # fmt: skip
 Reply = Welcome | Ok | Refusal | Output | Spilled | Spills | Weights
 Broadcast = Beat | Offers | Announcement | Goodbye | Weights

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import msgspec
 import zmq
 
 from zsfl.errors import LocalProtocolError, RemoteProtocolError
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
 from zsfl.wire.framing import Assembler, Buffer, Header, NoRoom, encode, nbytes
-from zsfl.wire.messages import AnyMessage, Broadcast
+from zsfl.wire.messages import MAX_SETTLED, Announcement, AnyMessage, Broadcast
 from zsfl.wire.pump import Pump
 from zsfl.wire.sockets import bind, open_socket, send_now
 
@@ -109,3 +110,11 @@ class Subscriber:
                 self._heard(arrived.body, arrived.parts)
         except (RemoteProtocolError, NoRoom):
             self._counters.add("protocol_errors")
+
+
+def in_pieces(announcement: Announcement) -> Iterator[Announcement]:
+    """The announcement as it is, or several of the same state where its cids are too many for one."""
+    counted, dropped = announcement.counted, announcement.dropped
+    for first in range(0, max(len(counted), len(dropped), 1), MAX_SETTLED):
+        piece = slice(first, first + MAX_SETTLED)
+        yield msgspec.structs.replace(announcement, counted=counted[piece], dropped=dropped[piece])

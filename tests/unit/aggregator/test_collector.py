@@ -14,7 +14,7 @@ from helpers.waiting import eventually
 
 from zsfl.aggregator.collector import Collector
 from zsfl.aggregator.gathering import Gathering
-from zsfl.aggregator.spool import Spool
+from zsfl.aggregator.journal import Journal
 from zsfl.errors import NoPeer, RemoteProtocolError, Unavailable, ZsflError
 from zsfl.ids import Cid, NodeCard, NodeId, PartName, Role, RunId, Version, step_cid
 from zsfl.learning.averaging import Contribution, StepShare
@@ -59,11 +59,11 @@ class Refusing:
         assert reason == "is gone"
 
 
-async def said_of(error: ZsflError) -> list[str]:
+async def said_of(error: ZsflError, folder: Path) -> list[str]:
     """What is noted when two spills are offered three times each, and then one of the next version."""
     node = Refusing(error)
     gathering = Gathering(RunId("3fa9c1"), max_staleness=0, steps_per_version=1, shards=2)
-    collector = Collector(cast(Any, node), gathering, Spool(Path()), lambda _: None)
+    collector = Collector(cast(Any, node), gathering, Journal(folder), lambda _: None)
     collector.joined(CARD)
     for version, shard in [(4, 0), (4, 1), (4, 0), (4, 1), (4, 0), (4, 1), (5, 0)]:
         gathering.begin(Version(version), {cid(version, shard) for shard in (0, 1)})
@@ -76,8 +76,8 @@ async def said_of(error: ZsflError) -> list[str]:
     return node.notes
 
 
-async def test_why_a_spill_does_not_come_is_said_once() -> None:
-    notes = await said_of(Unavailable("server: LocalProtocolError: 9 bytes are over the limit of 8"))
+async def test_why_a_spill_does_not_come_is_said_once(tmp_path: Path) -> None:
+    notes = await said_of(Unavailable("server: LocalProtocolError: 9 bytes are over the limit of 8"), tmp_path)
     assert [note.split(":")[0] for note in notes] == [
         f"server does not hand over body of {cid(4, 0)}",
         f"server does not hand over body of {cid(4, 1)}",
@@ -86,8 +86,8 @@ async def test_why_a_spill_does_not_come_is_said_once() -> None:
     assert all("over the limit of 8" in note for note in notes)
 
 
-async def test_a_holder_that_is_gone_is_left_to_presence() -> None:
-    assert await said_of(NoPeer("server is gone")) == []
+async def test_a_holder_that_is_gone_is_left_to_presence(tmp_path: Path) -> None:
+    assert await said_of(NoPeer("server is gone"), tmp_path) == []
 
 
 # --- spills that come with their offers ------------------------------------------------------------------
@@ -116,12 +116,14 @@ def spill(version: int, shards: tuple[int, ...], part: PartName = "body") -> tup
 class Collecting:
     """A collector at version 4 of two shards."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self.node = Refusing(Unavailable("not now"))
+        journal = Journal(folder)
+        journal.begin(Version(4))
         self.gathering = Gathering(RunId("3fa9c1"), max_staleness=0, steps_per_version=1, shards=2)
         self.gathering.begin(Version(4), [cid(4, 0), cid(4, 1)])
         self.took: list[Contribution] = []
-        self.collector = Collector(cast(Any, self.node), self.gathering, Spool(Path()), self.took.append)
+        self.collector = Collector(cast(Any, self.node), self.gathering, journal, self.took.append)
         self.collector.joined(CARD)
 
     async def ends(self) -> None:
@@ -129,8 +131,8 @@ class Collecting:
         await asyncio.gather(*self.node.tasks, return_exceptions=True)
 
 
-async def test_a_spill_that_came_along_is_taken_without_being_asked_for() -> None:
-    at = Collecting()
+async def test_a_spill_that_came_along_is_taken_without_being_asked_for(tmp_path: Path) -> None:
+    at = Collecting(tmp_path)
     (merged, data), (client, its) = spill(4, (0, 1)), spill(4, (1,), "client")
     at.collector.offered(CARD.id, [merged, client], [data, its])
     at.collector.offered(CARD.id, [merged, client], [data, its])  # is no news
@@ -143,8 +145,8 @@ async def test_a_spill_that_came_along_is_taken_without_being_asked_for() -> Non
     await at.ends()
 
 
-async def test_one_that_came_along_damaged_is_asked_for() -> None:
-    at = Collecting()
+async def test_one_that_came_along_damaged_is_asked_for(tmp_path: Path) -> None:
+    at = Collecting(tmp_path)
     offer, data = spill(4, (0, 1))
     at.collector.offered(CARD.id, [offer], [data[:-1] + b"x"])
     await eventually(lambda: bool(at.node.asked), 5)
@@ -154,8 +156,8 @@ async def test_one_that_came_along_damaged_is_asked_for() -> None:
     await at.ends()
 
 
-async def test_one_that_is_not_what_was_offered_is_not_taken() -> None:
-    at = Collecting()
+async def test_one_that_is_not_what_was_offered_is_not_taken(tmp_path: Path) -> None:
+    at = Collecting(tmp_path)
     (offer, _), (_, other) = spill(4, (0,)), spill(4, (1,))
     at.collector.offered(CARD.id, [offer], [other])
     assert at.took == []
@@ -163,8 +165,8 @@ async def test_one_that_is_not_what_was_offered_is_not_taken() -> None:
 
 
 @pytest.mark.parametrize("carried", [[b""] * 2, [bytes(MAX_CARRIED_BYTES + 1)]], ids=["too many", "too long"])
-async def test_what_comes_along_must_fit_the_offers(carried: list[bytes]) -> None:
-    at = Collecting()
+async def test_what_comes_along_must_fit_the_offers(tmp_path: Path, carried: list[bytes]) -> None:
+    at = Collecting(tmp_path)
     with pytest.raises(RemoteProtocolError):
         at.collector.offered(CARD.id, [spill(4, (0,))[0]], carried)
     await at.ends()

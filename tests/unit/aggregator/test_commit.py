@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.ledger import ledger
 
-from zsfl.aggregator.commit import Ledger, check_losses
+from zsfl.aggregator.commit import Ledger, check_losses, record_of
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.errors import RunFailed, StorageError
 from zsfl.ids import Cid, PartName, RunId, Version, step_cid
@@ -48,13 +48,12 @@ def three_commits(folder: RunFolder) -> list[str]:
     """Three versions; the digest of the record of each."""
     commits, digests = Ledger(folder), list[str]()
     late = cids((0, 9))[0]
-    commits.commit(Version(0), [*step(0, 0), *step(0, 1)], {}, "w1")
+    commits.commit(record_of(Version(0), [*step(0, 0), *step(0, 1)], {}, "w1"))
     digests.append(commits.last)
-    commits.commit(
-        Version(1), [*step(0, 2, damping=0.5), *step(1, 0, scale=2.0), *step(1, 1)], {late: "too late"}, "w2"
-    )
+    window = [*step(0, 2, damping=0.5), *step(1, 0, scale=2.0), *step(1, 1)]
+    commits.commit(record_of(Version(1), window, {late: "too late"}, "w2"))
     digests.append(commits.last)
-    commits.commit(Version(2), [], {}, "w2")
+    commits.commit(record_of(Version(2), [], {}, "w2"))
     return [*digests, commits.last]
 
 
@@ -78,16 +77,29 @@ def test_each_record_names_the_one_before_by_its_bytes(tmp_path: Path) -> None:
         assert [record["predecessor"] for record in ledger(folder.path)] == ["", *digests[:2]]
 
 
-def test_a_resumed_ledger_goes_on_after_the_checkpoint(tmp_path: Path) -> None:
+def test_a_resumed_ledger_tells_what_follows_the_checkpoint_and_goes_on_where_it_is_cut(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, "digits", resume=False) as folder:
         digests = three_commits(folder)
     with RunFolder.create(tmp_path, "digits", resume=True) as folder:
         commits = Ledger(folder)
-        commits.resume(digests[0])
-        commits.commit(Version(1), step(1, 3), {}, "other")
+        assert [line.digest for line in commits.resume("")] == digests
+        assert [line.digest for line in commits.resume(digests[0])] == digests[1:]
+        commits.cut()
+        commits.commit(record_of(Version(1), step(1, 3), {}, "other"))
         assert [record["weights"] for record in ledger(folder.path)] == ["w1", "other"]
         with pytest.raises(StorageError, match="has no record of the checkpoint beside it"):
             commits.resume(digests[2])
+        commits.cut_after(Version(0))
+        assert (commits.last, commits.records()) == ("", [])
+
+
+def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, "digits", resume=False) as folder:
+        three_commits(folder)
+        with folder.ledger_path.open("ab") as file:
+            file.write(b'{"version": 1}\n')
+        with pytest.raises(StorageError, match=r"line 4 of .*ledger\.jsonl is no commit record: .*predecessor"):
+            Ledger(folder).records()
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])

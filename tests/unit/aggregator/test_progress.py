@@ -12,6 +12,7 @@ import torch
 from helpers.exact import Case
 from safetensors.torch import load_file
 
+from zsfl.aggregator.journal import Journal
 from zsfl.aggregator.progress import Place, Progress
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.errors import ConfigError, StorageError
@@ -32,7 +33,7 @@ def progress(folder: RunFolder, **changes: Any) -> tuple[Progress, SplitModel, M
     job = replace(CASE, **changes).job()
     cuts = job.build_cuts()
     master = Master(cuts.first, job.optimizer)
-    return Progress(folder, job, cuts, master), cuts.first, master
+    return Progress(folder, job, cuts, master, Journal(folder.journal_path)), cuts.first, master
 
 
 def place(kept: Progress, round_: int) -> Place:
@@ -73,10 +74,29 @@ def test_checkpoints_are_kept_until_a_later_one_is_good_and_bad_ones_go(folder: 
     kept, *_ = progress(folder)
     for round_ in (1, 2, 10):
         kept.save(place(kept, round_))
-    kept.keep_from(2)
+    kept.keep_from(2, 0)
     kept.keep_to(Version(20))
     assert [path.name for path in folder.checkpoint_path.iterdir()] == ["round-000002"]
     assert kept.restore().round == 2
+
+
+def test_older_checkpoints_are_kept_with_the_journal_since_as_far_as_there_is_room(folder: RunFolder) -> None:
+    kept, *_ = progress(folder)
+    folder.journal_path.mkdir()
+    for round_ in (1, 2, 3):
+        kept.save(place(kept, round_))
+        for version in range(10 * round_, 10 * round_ + 10):
+            (folder.journal_path / f"v{version:012d}.spills").write_bytes(bytes(1000))
+    size = sum(path.stat().st_size for path in (folder.checkpoint_path / "round-000001").iterdir())
+
+    def left(room_bytes: int) -> tuple[list[str], int]:
+        kept.keep_from(3, room_bytes)
+        names = sorted(path.name[-1:] for path in folder.checkpoint_path.iterdir())
+        return names, min(Journal(folder.journal_path).sizes())
+
+    assert left(2 * size + 20_000) == (["1", "2", "3"], 10)
+    assert left(2 * size + 19_999) == (["2", "3"], 20)
+    assert left(0) == (["3"], 30)
 
 
 def test_another_job_is_not_resumed_and_what_differs_is_said(folder: RunFolder) -> None:

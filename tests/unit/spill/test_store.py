@@ -413,3 +413,34 @@ def test_what_is_offered_can_be_told_while_the_disk_is_slow(tmp_path: Path, monk
     finally:
         go_on.set()
         writer.join(20)
+
+
+@pytest.mark.parametrize("numbers", [2000, 70_000], ids=["small", "large"])
+def test_no_more_is_put_than_may_be_until_some_is_released(numbers: int, tmp_path: Path) -> None:
+    store = SpillStore(tmp_path, limit_bytes=1 << 20)
+    tensors = {"grad/a": torch.zeros(numbers)}
+    put: list[Cid] = []
+
+    def fill() -> None:
+        for version in range(1000):
+            put.append(store.put(meta(version), tensors).cid)
+
+    with pytest.raises(SpillFull, match=r"the 1 MiB that it may take are used up .*--spill-mib"):
+        fill()
+    used = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert used <= 1 << 20 < used + used // len(put)
+    store.release(put)
+    assert store.put(meta(1001), tensors)
+
+
+def test_what_is_damaged_or_gone_is_set_aside_and_what_is_whole_stays(tmp_path: Path) -> None:
+    store = SpillStore(tmp_path)
+    cids = [store.put(meta(version), {"grad/a": torch.ones(9)}).cid for version in (1, 2)]
+    (segment,) = tmp_path.iterdir()
+    data = segment.read_bytes()
+    segment.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert [store.set_aside((cid, "body")) for cid in cids] == [False, True]
+    assert store.set_aside((cids[1], "body")), "it is gone"
+    assert [offer.cid for offer in store.offers(RUN)] == cids[:1]
+    assert (tmp_path / f"{cids[1]}.body.damaged").is_file()
+    assert [offer.cid for offer in SpillStore(tmp_path).offers(RUN)] == cids[:1]

@@ -38,9 +38,8 @@ from zsfl.wire.messages import (
     Spills,
     Weights,
     Welcome,
-    in_pieces,
 )
-from zsfl.wire.pubsub import Publisher
+from zsfl.wire.pubsub import Publisher, in_pieces
 
 MOST = 1 << 53
 WIDE = "\N{GRINNING FACE}"

@@ -1,0 +1,84 @@
+"""Nodes of every role are killed again and again: the run ends with the weights it would have had."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers.exact import Case, Ran, assert_equal, in_process
+from helpers.ledger import ledger
+
+import zsfl
+from zsfl.aggregator.audit import audit
+from zsfl.cluster.chaos import Chaos
+from zsfl.cluster.keeper import MOST_DEATHS, Keeper
+from zsfl.cluster.nodes import NodeInfo
+from zsfl.errors import ConfigError
+from zsfl.ids import Address, Role
+from zsfl.reports import Failed
+
+CASE = Case(optimizer="adam", dropout=0.2, sizes=(13, 7, 20, 18))
+
+
+async def test_what_is_killed_comes_back_and_no_bit_is_another(tmp_path: Path) -> None:
+    chaos = Chaos(kills=12, every_s=0.3, seed=1)
+    rounds = 0
+    cluster = zsfl.LocalCluster(
+        replace(CASE, rounds=10_000).job_file(tmp_path),
+        run="wrecked",
+        split_servers=2,
+        runs=tmp_path,
+        mdns=False,
+        chaos=chaos,
+        beat_s=0.2,
+        lost_after_s=1.0,
+    )
+    async with cluster:
+        while len(cluster.killed) < chaos.kills:
+            rounds += len([report async for report in cluster.train(1)])
+    roles = [cluster.nodes[name].role for name in cluster.killed]
+    assert {role: roles.count(Role(role)) for role in chaos.roles} == dict.fromkeys(chaos.roles, 4)
+    straight = await in_process(replace(CASE, rounds=rounds), tmp_path, run="straight")
+    ran = Ran(tmp_path / "wrecked", [])
+    assert_equal(ran.weights, straight.weights)
+    found = audit(ran.folder)
+    assert (found.faults, found.pending, found.dropped) == ([], 0, 0)
+    records = ledger(ran.folder)
+    assert len(records) == 4 * rounds
+    assert [record["weights"] for record in records] == [record["weights"] for record in ledger(straight.folder)]
+
+
+def test_equal_seeds_make_equal_plans_and_roles_take_turns() -> None:
+    plan = list(Chaos(kills=9, seed=3).plan())
+    assert plan == list(Chaos(kills=9, seed=3).plan()) != list(Chaos(kills=9, seed=4).plan())
+    for first in (0, 3, 6):
+        assert {role for _, role, _ in plan[first : first + 3]} == {Role.CLIENT, Role.SPLIT_SERVER, Role.AGGREGATOR}
+    assert all(pause_s > 0 and 0 <= place < 1 for pause_s, _, place in plan)
+    assert {role for _, role, _ in Chaos(kills=5, roles=["client"]).plan()} == {Role.CLIENT}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kills": -1}, "0 kills or more"),
+        ({"every_s": 0}, "a time above 0"),
+        ({"roles": ["cook"]}, "name some of client"),
+    ],
+)
+def test_plans_that_make_no_sense_are_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Chaos(**wrong)  # type: ignore[arg-type]
+
+
+def test_whom_it_is_of_use_to_start_again() -> None:
+    def ended(code: int, *, ready: bool = True, failed: bool = False) -> NodeInfo:
+        words = Failed(node="a", kind="ConfigError", message="wrong job") if failed else None
+        return NodeInfo(Role.CLIENT, address=Address("x:1") if ready else None, exit_code=code, failed=words)
+
+    keeper = Keeper()
+    assert not keeper.starts_again("a", ended(0)), "it left on purpose"
+    assert not keeper.starts_again("a", ended(1, failed=True)), "it would fail again"
+    assert all(keeper.starts_again("a", ended(-9)) for _ in range(20))
+    deaths = [keeper.starts_again("b", ended(-9, ready=False)) for _ in range(MOST_DEATHS + 1)]
+    assert deaths == [*[True] * MOST_DEATHS, False], "whatever kills it before it is ready does so again"

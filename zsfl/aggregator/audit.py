@@ -1,0 +1,182 @@
+"""What the folder of a run proves: that every step was counted once, dropped with a reason, or is still pending."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from zsfl.aggregator.commit import Record, RecordLine, read_record
+from zsfl.aggregator.journal import Journal, Kept
+from zsfl.aggregator.progress import place_of
+from zsfl.aggregator.replay import CannotReplay, replay, window_of
+from zsfl.aggregator.run_folder import CHECKPOINT, JOURNAL, LEDGER, whole_lines
+from zsfl.errors import BadShape, ConfigError, SpillCorrupt, StorageError, ZsflError
+from zsfl.ids import Cid, Version, parse_cid
+from zsfl.learning.job import Job
+from zsfl.learning.master import Master, saved_digest
+from zsfl.spill.layout import decode_meta, header_bytes
+from zsfl.spill.segments import SUFFIX, Segment
+
+
+@dataclass(slots=True)
+class Audit:
+    """What was found."""
+
+    versions: int = 0
+    counted: int = 0
+    dropped: int = 0
+    pending: int = 0
+    """Steps that a spill is there of, and that may still be counted."""
+    samples: int = 0
+    verified: int = 0
+    """Versions of which all contributions are kept, whole and as recorded."""
+    replayed: list[Version] = field(default_factory=list[Version])
+    faults: list[str] = field(default_factory=list[str])
+
+
+def audit(folder: Path) -> Audit:
+    """Check ledger, contributions, checkpoints and spills of one run; `ConfigError` when it is no run's folder.
+
+    Nothing is changed, so that a run in progress may be looked at, too.
+    """
+    found = Audit()
+    lines = list(_records(folder, found.faults.append))
+    records = [line.record for line in lines]
+    settled = _settled(records, found.faults.append)
+    found.versions, found.samples = len(records), sum(record.samples for record in records)
+    found.counted = sum(len(record.counted) for record in records)
+    found.dropped = sum(len(record.dropped) for record in records)
+    kept = Journal(folder / JOURNAL).kept()
+    for record in records:
+        found.verified += _is_verified(record, kept, found.faults.append)
+    runs, version = {parse_cid(cid).run for cid in settled}, Version(len(records))
+    acknowledged = {cid for cid, _ in kept} | set(_spilled(folder))
+    left = [cid for cid in acknowledged - settled if parse_cid(cid).run in runs]
+    found.pending = len(left)
+    found.faults += [f"{cid} is of a later version than any" for cid in left if parse_cid(cid).version > version]
+    _check_checkpoints(folder, lines, found.faults.append)
+    return found
+
+
+def _records(folder: Path, fault: Callable[[str], None]) -> Iterator[RecordLine]:
+    path = folder / LEDGER
+    if not path.is_file():
+        raise ConfigError(f"{folder} has no {LEDGER}: name the folder of a run, such as runs/mnist")
+    before, version = "", 0
+    for number, line in enumerate(whole_lines(path), 1):
+        try:
+            found = read_record(line, f"line {number} of {path}")
+        except StorageError as error:
+            fault(str(error))
+            return
+        version += 1
+        if found.record.predecessor != before:
+            fault(
+                f"the record of version {found.record.version} does not follow the one before it: the chain is broken"
+            )
+        if found.record.version != version:
+            fault(
+                f"version {version} has no record of its own; line {number} is that of version {found.record.version}"
+            )
+            version = found.record.version
+        before = found.digest
+        yield found
+
+
+def _settled(records: Sequence[Record], fault: Callable[[str], None]) -> set[Cid]:
+    """All steps that were counted or dropped; each may have been once."""
+    fates: dict[Cid, str] = {}
+    for record in records:
+        ways = [(cid, f"counted in version {record.version}") for cid in record.counted]
+        ways += [(cid, f"dropped in version {record.version}") for cid in record.dropped]
+        for cid, fate in ways:
+            if cid in fates:
+                fault(f"{cid} was {fates[cid]}, and {fate}")
+            fates[cid] = fate
+            try:
+                step = parse_cid(cid)
+            except BadShape as error:
+                fault(f"the record of version {record.version} names what is no step: {error}")
+            else:
+                if fate.startswith("counted") and step.version >= record.version:
+                    fault(f"{cid} was {fate}, before it can have been made")
+    return set(fates)
+
+
+def _is_verified(record: Record, kept: Kept, fault: Callable[[str], None]) -> bool:
+    """Whether what the record counts is here, and adds up to what it says."""
+    try:
+        window = window_of(record, kept)
+    except CannotReplay as error:
+        if not isinstance(error.__cause__, KeyError | None):
+            fault(f"version {record.version}: {error}")
+        return False
+    steps = [one for one in window if one.part == "client"]
+    if sum(one.samples for one in steps) != record.samples or not math.isclose(sum(o.n for o in steps), record.n):
+        fault(f"version {record.version} counts {record.samples} samples, its contributions have others")
+        return False
+    return True
+
+
+def _spilled(folder: Path) -> Iterator[Cid]:
+    """Steps of which nodes that keep their runs in the same folder hold a spill."""
+    for path in (folder.parent / "spills").glob("*/*/*"):
+        with suppress(OSError, SpillCorrupt):
+            if path.suffix == SUFFIX:
+                segment = Segment(path, sealed=True)
+                for place, size in segment.frames():
+                    head = segment.read(place, min(size, header_bytes(segment.read(place, 8))))
+                    yield decode_meta(head).cid
+            elif path.suffix == ".safetensors":
+                yield Cid(path.name.partition(".")[0])
+
+
+def _check_checkpoints(folder: Path, lines: Sequence[RecordLine], fault: Callable[[str], None]) -> None:
+    weights = {line.record.version: line.record.weights for line in lines}
+    digests = {line.record.version: line.digest for line in lines}
+    for path in checkpoints(folder):
+        try:
+            place, digest = place_of(path), saved_digest(path)
+        except ZsflError as error:
+            if path.exists():  # one that a run in progress has dropped meanwhile is no fault
+                fault(str(error))
+            continue
+        if place.version and (weights.get(place.version), digests.get(place.version)) != (digest, place.commit):
+            fault(f"the checkpoint {path.name} is not of version {place.version} as the ledger has it")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Of a run's folder, oldest first."""
+    return sorted((folder / CHECKPOINT).glob("round-*"))
+
+
+def replay_versions(folder: Path, job: Job, first: int, last: int) -> Iterator[Version]:
+    """Make these versions again from the nearest checkpoint, each as it is proven equal to the record, bit for bit.
+
+    `ConfigError` when one of them is not there (any more), `StorageError` when one comes out otherwise.
+    """
+    records = {line.record.version: line.record for line in _records(folder, _refuse)}
+    if not 1 <= first <= last <= len(records):
+        raise ConfigError(f"versions {first} to {last} cannot be made again: the ledger has 1 to {len(records)}")
+    before = [path for path in checkpoints(folder) if place_of(path).version < first]
+    if not before:
+        raise ConfigError(
+            f"no checkpoint from before version {first} is kept; have more kept with --keep-mib when the run is started"
+        )
+    place, kept = place_of(before[-1]), Journal(folder / JOURNAL).kept()
+    master = Master(job.build(), job.optimizer)
+    master.restore(before[-1])
+    for version in range(place.version + 1, last + 1):
+        try:
+            replay(master, records[Version(version)], kept, sequential=job.local_lr is not None)
+        except CannotReplay as error:
+            raise StorageError(f"version {version} cannot be made again: {error}") from error
+        if version >= first:
+            yield Version(version)
+
+
+def _refuse(fault: str) -> None:
+    raise StorageError(fault)

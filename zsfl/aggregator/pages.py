@@ -1,0 +1,67 @@
+"""What `zsfl audit` prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+from zsfl.aggregator.audit import Audit, audit, replay_versions
+from zsfl.errors import ConfigError
+from zsfl.learning.job import Job, load_job
+
+MOST_FAULTS = 20
+"""Printed; the rest is counted."""
+
+
+def print_audit(folder: Path, versions: str | None, job: Path | None) -> int:
+    """Audit a run's folder, and make versions such as `12..15` again; 0 when all is well, else 1."""
+    found = audit(folder)
+    print(f"{folder}: {_summary(found)}")
+    print(f"contributions kept whole for {_count(found.verified, 'version')}")
+    for fault in found.faults[:MOST_FAULTS]:
+        print(f"WRONG: {fault}")
+    if len(found.faults) > MOST_FAULTS:
+        print(f"WRONG: and {len(found.faults) - MOST_FAULTS} more")
+    if versions is not None:
+        first, last = _range(versions)
+        if job is None:
+            raise ConfigError("--replay needs the job that the run was started with: add --job JOB")
+        again = _as_started(load_job(job), folder)
+        for version in replay_versions(folder, again, first, last):
+            if sys.stdout.isatty():
+                print(f"made again: version {version} of {first} to {last}", end="\r", flush=True)
+        print(f"versions {first} to {last} made again: the same weights, bit for bit")
+    print("all is well" if not found.faults else f"{_count(len(found.faults), 'thing')} wrong")
+    return 1 if found.faults else 0
+
+
+def _summary(found: Audit) -> str:
+    return (
+        f"{_count(found.versions, 'version')} in one unbroken chain, {_count(found.counted, 'step')} of "
+        f"{found.samples:,} samples counted, {found.dropped:,} dropped, {found.pending:,} pending"
+        if not found.faults
+        else f"{_count(found.versions, 'version')}, {found.counted:,} steps counted, {found.dropped:,} dropped"
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _range(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([0-9]{1,15})(?:\.\.([0-9]{1,15}))?", text)
+    if not found:
+        raise ConfigError(f"--replay is {text!r}: expected one version or two, such as 12 or 12..15")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def _as_started(job: Job, folder: Path) -> Job:
+    """The job with as many shards as the run was started with."""
+    try:
+        shards = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["job"]["shards"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{folder / 'settings.json'} does not say how the run was started: {error}") from error
+    return dataclasses.replace(job, shards=int(shards))

@@ -1,0 +1,47 @@
+"""What is known of the nodes of a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zsfl.errors import ConfigError, RunFailed, ZsflError
+from zsfl.ids import Address, Role
+from zsfl.reports import Failed
+
+
+@dataclass(slots=True)
+class NodeInfo:
+    """A node of the cluster, as far as it has told."""
+
+    role: Role
+    flags: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What it was started with, beside the settings of all."""
+    pid: int | None = None
+    address: Address | None = None
+    exit_code: int | None = None
+    failed: Failed | None = None
+    """Its last words, if it had any."""
+
+    @property
+    def was_ready(self) -> bool:
+        """Whether its sockets were open."""
+        return self.address is not None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether they are open still."""
+        return self.was_ready and self.exit_code is None
+
+
+def death(name: str, node: NodeInfo, logs: Path) -> ZsflError:
+    """How a node ended, for people."""
+    if node.failed is not None:
+        kind = ConfigError if node.failed.kind == "ConfigError" else RunFailed
+        return kind(f"{name}: {node.failed.message}")
+    code = node.exit_code or 0
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    last = f", and there is no other {node.role.replace('-', ' ')}" if node.role is not Role.AGGREGATOR else ""
+    return RunFailed(f"{name} {how}{last}; see {logs / name}.log")
