@@ -233,7 +233,8 @@ class Peers:
         except (Busy, DeadlineExceeded, NoPeer):
             self._on(DialFailed(address=address))
         except ZsflError as error:
-            self._refused(address, str(error), final=not isinstance(error, Unavailable))
+            # Who does not understand a HELLO is no node's control socket, but may have taken the port of one that ended.
+            self._refused(address, str(error), final=not isinstance(error, Unavailable | RemoteProtocolError))
         else:
             self._welcomed(welcome.card, address, welcome.codecs, "me")
             self._exchange(welcome.peers)

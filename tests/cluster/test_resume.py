@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,18 @@ import pytest
 import torch
 from helpers.exact import Case, Ran, assert_equal, in_process, in_processes, spills_left
 from helpers.nodes import Nodes
+from helpers.wires import Wires
 from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
 import zsfl
-from zsfl.errors import ConfigError, RunFailed, ZsflError
+from zsfl.errors import ConfigError, RemoteProtocolError, RunFailed, ZsflError
 from zsfl.ids import Cid, Role, Version
+from zsfl.settings import WireLimits
 from zsfl.spill.layout import SpillMeta
 from zsfl.spill.store import SpillStore
+from zsfl.wire.framing import Buffer
+from zsfl.wire.messages import Reply, Request
 
 CASE = Case(optimizer="adam", dropout=0.2, norm=True, sizes=(13, 7, 20, 4), rounds=4)
 WINDOWS = 4
@@ -264,3 +269,23 @@ async def test_a_run_that_diverges_keeps_the_last_good_version(
             _ = [report async for report in cluster.train()]
     kept = load_file(tmp_path / "exact" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in kept.values())
+
+
+async def test_an_address_that_another_program_took_over_is_no_matter(tmp_path: Path) -> None:
+    """As where a node is started with the address of one that has just ended."""
+
+    async def strange(request: Request, _: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
+        raise RemoteProtocolError(f"an aggregator does not answer {type(request).__name__} here")
+
+    wires, nodes = Wires(WireLimits()), Nodes(CASE.job(), tmp_path)
+    try:
+        taken = f"127.0.0.1:{wires.serve(strange).port}"
+        address = await nodes.start("aggregator", Role.AGGREGATOR, rounds=1, peers=(taken,))
+        await nodes.start("server", Role.SPLIT_SERVER, peers=(taken, address))
+        await nodes.start("clients", Role.CLIENT, shards="0-3", peers=(taken, address))
+        async with asyncio.timeout(20):
+            await asyncio.gather(*nodes.tasks.values())
+    finally:
+        await nodes.close()
+        await wires.close()
+    assert sum(f"{taken} refused: " in note and "does not answer Hello here" in note for note in nodes.notes) == 3

@@ -13,7 +13,7 @@ from helpers.ledger import ledger
 from helpers.nodes import Nodes
 
 import zsfl
-from zsfl.aggregator.audit import audit, replay_versions
+from zsfl.aggregator.audit import audit
 from zsfl.aggregator.commit import Ledger, Record
 from zsfl.ids import Role, parse_cid
 
@@ -101,81 +101,3 @@ async def test_modes_that_do_not_wait_go_on_from_the_last_commit_too(
     else:
         assert sum(record["samples"] for record in records) == CASE.rounds * 58
     assert_clean(folder)
-
-
-# --- killed at named points -------------------------------------------------------------------------------
-
-POINTS = {
-    "a contribution is in the journal": ("zsfl.aggregator.journal", "Journal.keep", "after"),
-    "the step is made, and not recorded": ("zsfl.aggregator.commit", "Ledger.commit", "before"),
-    "the record is written, and nothing published": ("zsfl.aggregator.commit", "Ledger.commit", "after"),
-    "the weights are published, and nothing released": (
-        "zsfl.aggregator.training",
-        "Training.publish_weights",
-        "after",
-    ),
-    "the checkpoint is half written": ("zsfl.learning.master", "Master.save", "after"),
-    "old checkpoints are dropped": ("zsfl.aggregator.progress", "Progress.keep_from", "after"),
-}
-"""Where an aggregator is killed: in the module, before or after this function has done what it does."""
-KILL = '''
-import functools, importlib, os, signal
-
-def _kill(module, name, when, call, once):
-    """The process ends in the `call`th call of this function, the first process that gets there."""
-    owner, _, name = name.rpartition(".")
-    owner = functools.reduce(getattr, owner.split("."), importlib.import_module(module))
-    does, calls = getattr(owner, name), []
-
-    def end():
-        try:
-            os.close(os.open(once, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def killing(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call and when == "before":
-            end()
-        result = does(*args, **kwargs)
-        if len(calls) == call and when == "after":
-            end()
-        return result
-
-    setattr(owner, name, killing)
-'''
-
-
-def _killing(case: Case, folder: Path, module: str, name: str, when: str, call: int) -> Path:
-    """A job file whose first aggregator is killed there."""
-    path = case.job_file(folder)
-    once = str(folder / "killed")
-    path.write_text(f"{path.read_text()}\n{KILL}\n_kill({module!r}, {name!r}, {when!r}, {call}, {once!r})\n")
-    return path
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return asyncio.run(in_process(CASE, tmp_path_factory.mktemp("undisturbed"), run="straight"))
-
-
-@pytest.mark.parametrize("point", POINTS)
-async def test_killed_at_a_named_point_it_ends_as_if_nothing_had_happened(
-    point: str, tmp_path: Path, undisturbed: Ran
-) -> None:
-    module, name, when = POINTS[point]
-    call = {"Journal.keep": 30, "Master.save": 3, "Progress.keep_from": 2}.get(name, 6)
-    job = _killing(CASE, tmp_path, module, name, when, call)
-    options: dict[str, Any] = {"split_servers": 1, "client_processes": 1, "mdns": False, "runs": tmp_path}
-    with pytest.raises(zsfl.RunFailed, match="aggregator was killed by signal 9"):
-        async with zsfl.LocalCluster(job, **options) as cluster:
-            _ = [report async for report in cluster.train()]
-    left = (tmp_path / "exact" / "ledger.jsonl").read_bytes()
-    ran = await in_process(CASE, tmp_path, client_processes=1, run="exact", resume=True)
-    assert_equal(ran.weights, undisturbed.weights)
-    assert (ran.folder / "ledger.jsonl").read_bytes().startswith(left)
-    assert len(ledger(ran.folder)) == VERSIONS
-    assert_clean(ran.folder)
-    assert [int(version) for version in replay_versions(ran.folder, CASE.job(), 1, VERSIONS)] == list(range(1, 17))
-    assert spills_left(tmp_path) == []

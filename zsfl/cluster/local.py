@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from zsfl.cluster.chaos import Chaos, wreck
 from zsfl.cluster.keeper import Keeper
-from zsfl.cluster.nodes import NodeInfo, death
+from zsfl.cluster.nodes import NodeInfo, death, rounds_in
 from zsfl.cluster.orders import deadline, order
 from zsfl.cluster.processes import ProcessSpawner
 from zsfl.cluster.spawner import NodeCommand, Spawner
@@ -284,6 +284,8 @@ class LocalCluster:
             case Ready() if node is not None:
                 node.pid, node.address = report.pid, Address(report.address)
             case Assembled():
+                for round_ in rounds_in(Path(report.folder)) if self._assembled else ():
+                    self._take(round_)
                 self._assembled = True
                 self._run, self._rounds_done = Path(report.folder).name, max(self._rounds_done, report.rounds)
                 if self._training:  # it was killed meanwhile, and its order with it

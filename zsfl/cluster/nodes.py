@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from zsfl.errors import ConfigError, RunFailed, ZsflError
 from zsfl.ids import Address, Role
-from zsfl.reports import Failed
+from zsfl.reports import Failed, RoundReport, from_line
 
 
 @dataclass(slots=True)
@@ -45,3 +48,15 @@ def death(name: str, node: NodeInfo, logs: Path) -> ZsflError:
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     last = f", and there is no other {node.role.replace('-', ' ')}" if node.role is not Role.AGGREGATOR else ""
     return RunFailed(f"{name} {how}{last}; see {logs / name}.log")
+
+
+def rounds_in(folder: Path) -> Iterator[RoundReport]:
+    """What a run has left in its folder of its rounds: its aggregator may have been killed before it could tell."""
+    try:
+        lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return
+    for line in lines:
+        with suppress(msgspec.ValidationError):  # JSON has no infinity, so that of a run that diverged some are none
+            if isinstance(report := from_line(line), RoundReport):
+                yield report

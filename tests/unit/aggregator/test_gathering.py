@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
-from hypothesis import given, settings
+import pytest
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from zsfl.aggregator.fates import StepSet
-from zsfl.aggregator.gathering import PARTS, Gathering
+from zsfl.aggregator.gathering import PARTS, Gathering, Verdict
 from zsfl.ids import Cid, NodeId, PartName, RunId, StepId, Version, parse_cid, step_cid
 from zsfl.learning.averaging import Contribution
 from zsfl.wire.messages import SpillOffer
@@ -190,10 +198,13 @@ def test_a_set_of_steps_is_a_set(added: list[StepId], asked: list[StepId]) -> No
 class Collecting(RuleBasedStateMachine):
     """Offers, deliveries, losses, joins and commits in any order, beside a plain account of what must come of them."""
 
+    made = Gathering
+    """What is looked at."""
+
     @initialize(bound=st.integers(0, 3), is_free=st.booleans())
     def starts(self, bound: int, is_free: bool) -> None:
         self.bound, self.is_free = bound, is_free
-        self.gathering = Gathering(RUN, max_staleness=bound, steps_per_version=2, shards=20)
+        self.gathering = self.made(RUN, max_staleness=bound, steps_per_version=2, shards=20)
         self.version, self.is_open = -1, False
         self.asked: dict[Key, NodeId] = {}
         self.held: dict[Cid, set[PartName]] = {}
@@ -313,6 +324,16 @@ class Collecting(RuleBasedStateMachine):
             self.commits()
         self.begins()
 
+    @rule()
+    def the_aggregator_is_killed_and_resumes(self) -> None:
+        """What is in the ledger stays so; all else may come once more."""
+        self.gathering = self.made(FOREIGN, max_staleness=self.bound, steps_per_version=2, shards=20)
+        self.gathering.resume(RUN, [*self.counted, *self.dropped])
+        self.known -= self.held.keys() | self.doomed
+        self.asked, self.held, self.doomed = {}, {}, set()
+        self.version, self.is_open = self.version - self.is_open, False
+        self.begins()
+
     @invariant()
     def each_step_is_counted_dropped_or_pending(self) -> None:
         fates = [*self.counted, *self.dropped, *self.doomed, *self.held]
@@ -336,4 +357,47 @@ class Collecting(RuleBasedStateMachine):
 
 
 TestCollecting = Collecting.TestCase
-TestCollecting.settings = settings(max_examples=80, stateful_step_count=40)
+TestCollecting.settings = settings(max_examples=1000, stateful_step_count=15)
+
+
+class Forgetting(Gathering):
+    """Does not know after a restart what was counted before."""
+
+    def resume(self, run: RunId, settled: Iterable[Cid]) -> None:
+        super().resume(run, ())
+
+
+class Repeating(Gathering):
+    """Takes a step again that a version has counted."""
+
+    def take(self) -> tuple[Sequence[Contribution], Mapping[Cid, str]]:
+        taken = super().take()
+        self._settled = StepSet(2)
+        return taken
+
+
+class Eager(Gathering):
+    """Has spills released that no version has counted."""
+
+    def offered(self, node: NodeId, offers: Iterable[SpillOffer]) -> Verdict:
+        offers = list(offers)
+        verdict = super().offered(node, offers)
+        return Verdict(
+            fetch=verdict.fetch, release=[*verdict.release, *(one.cid for one in offers if not verdict.fetch)]
+        )
+
+
+class Silent(Gathering):
+    """Drops what is late without a record of it."""
+
+    def take(self) -> tuple[Sequence[Contribution], Mapping[Cid, str]]:
+        window, _ = super().take()
+        return window, {}
+
+
+@pytest.mark.parametrize("broken", [Forgetting, Repeating, Eager, Silent])
+def test_what_is_broken_on_purpose_is_caught(broken: type[Gathering]) -> None:
+    machine = type("Broken", (Collecting,), {"made": broken})
+    quick = settings(max_examples=500, stateful_step_count=30, database=None, phases=[Phase.generate], deadline=None)
+    with pytest.raises((AssertionError, KeyError)):
+        run_state_machine_as_test(machine, settings=quick)
