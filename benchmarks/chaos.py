@@ -18,7 +18,7 @@ import math
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -67,10 +67,11 @@ class Wrecked:
     seconds: float = 0.0
     equal: bool = False
     faults: list[str] = field(default_factory=list[str])
-    pauses_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict[str, list[float]](list))
+    pauses_s: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     """By role of who was killed, until the next version was heard of."""
     looks: list[Look] = field(default_factory=list[Look])
-    _open: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
+    waiting: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
+    """Role and moment of kills since the last version was heard of."""
 
     def on(self, report: AnyReport) -> None:
         """For `LocalCluster(on_report=...)`."""
@@ -78,12 +79,12 @@ class Wrecked:
             case Exited() if report.code:
                 role = report.node.rsplit("-", 1)[0] if report.node != "aggregator" else "aggregator"
                 self.kills[role] += 1
-                self._open.append((role, time.perf_counter()))
+                self.waiting.append((role, time.perf_counter()))
             case WindowReport() | RoundReport():
                 now_s = time.perf_counter()
-                for role, killed_s in self._open:
-                    self.pauses_s[role].append(now_s - killed_s)
-                self._open.clear()
+                for role, killed_s in self.waiting:
+                    self.pauses_s.setdefault(role, []).append(now_s - killed_s)
+                self.waiting.clear()
                 if isinstance(report, RoundReport):
                     client = (of for name, of in report.peers.items() if name.startswith("client"))
                     self.made += sum(of.get("steps", 0.0) for of in client)
@@ -187,7 +188,7 @@ def page(runs: Sequence[Wrecked]) -> str:
 def _pauses(runs: Sequence[Wrecked]) -> str:
     rows: list[list[str]] = []
     for role in (Role.CLIENT, Role.SPLIT_SERVER, Role.AGGREGATOR):
-        if taken := [pause for run in runs for pause in run.pauses_s[role]]:
+        if taken := [pause for run in runs for pause in run.pauses_s.get(role, [])]:
             rows.append([role, in_short(taken, "{:.2f}"), str(len(taken))])
     return table(["killed", "s", "times"], rows)
 
@@ -222,7 +223,7 @@ def figures(runs: Sequence[Wrecked]) -> list[Figure]:
         Figure(name="faults found", unit="", values=tuple(float(len(run.faults)) for run in runs), better="lower"),
     ]
     for role in (Role.CLIENT, Role.SPLIT_SERVER, Role.AGGREGATOR):
-        if pauses := tuple(pause for run in runs for pause in run.pauses_s[role]):
+        if pauses := tuple(pause for run in runs for pause in run.pauses_s.get(role, [])):
             handed.append(
                 Figure(name=f"no version after the death of a {role}", unit="s", values=pauses, better="lower")
             )
@@ -251,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.minutes:
         draw(runs[0], path_of(name, about, "png"))
         text += f"\n\n![memory, descriptors and disk over time]({path_of(name, about, 'png').name})"
-    details = {"runs": [{k: v for k, v in dataclasses.asdict(run).items() if k != "_open"} for run in runs]}
+    details = {"runs": [dataclasses.asdict(run) for run in runs]}
     print(f"\n{text}\n\nkept in {write(name, about, details, text)}")
     hand_over(args.json, name, about, figures(runs))
     return 0 if all(run.equal and not run.faults for run in runs) else 1

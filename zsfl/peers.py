@@ -105,6 +105,8 @@ class Peers:
         self._codecs = codecs
         self._start = start
         self._said_codecs: dict[NodeId, tuple[str, ...]] = {}
+        self._refusers: set[Address] = set()
+        """Those of the addresses we were given that will not have us: an end of it only where all of them will not."""
         self._ears: dict[NodeId, asyncio.Task[None]] = {}
         self._mdns: Mdns | None = None
         self._changed = asyncio.Event()
@@ -233,7 +235,7 @@ class Peers:
         except (Busy, DeadlineExceeded, NoPeer):
             self._on(DialFailed(address=address))
         except ZsflError as error:
-            # Who does not understand a HELLO is no node's control socket, but may have taken the port of one that ended.
+            # Who does not understand a HELLO is no control socket, but may have taken the port of one that is gone.
             self._refused(address, str(error), final=not isinstance(error, Unavailable | RemoteProtocolError))
         else:
             self._welcomed(welcome.card, address, welcome.codecs, "me")
@@ -243,7 +245,9 @@ class Peers:
 
     def _refused(self, address: Address, reason: str, *, final: bool) -> None:
         if final and address in self._settings.peers:
-            raise ConfigError(f"{reason}. Start both with the same job file, or correct --peer {address}")
+            self._refusers.add(address)
+            if self._refusers.issuperset(self._settings.peers):
+                raise ConfigError(f"{reason}. Start both with the same job file, or correct --peer {address}")
         if self.table.refusals().get(address) != reason:
             self._user.note(f"{address} refused: {reason}", "warning")
         self._on(Refused(address=address, reason=reason, final=final))

@@ -11,11 +11,16 @@ import pytest
 from helpers.exact import Case, Ran, assert_equal, in_process, spills_left
 from helpers.ledger import ledger
 from helpers.nodes import Nodes
+from helpers.waiting import eventually
 
 import zsfl
 from zsfl.aggregator.audit import audit
 from zsfl.aggregator.commit import Ledger, Record
+from zsfl.aggregator.progress import Progress
+from zsfl.errors import StorageError
 from zsfl.ids import Role, parse_cid
+from zsfl.spill.layout import decode, encode
+from zsfl.spill.segments import Segment
 
 CASE = Case(optimizer="adam", dropout=0.2, sizes=(13, 7, 20, 18), rounds=4)
 WINDOWS, VERSIONS = 4, 16
@@ -101,3 +106,131 @@ async def test_modes_that_do_not_wait_go_on_from_the_last_commit_too(
     else:
         assert sum(record["samples"] for record in records) == CASE.rounds * 58
     assert_clean(folder)
+
+
+async def _resumed_after(case: Case, runs: Path, monkeypatch: pytest.MonkeyPatch, versions: int, **flags: Any) -> None:
+    """Run in one process until the disk fails just after so many versions are recorded, the last of which is lost."""
+    commit = Ledger.commit
+
+    def commit_and_end(self: Ledger, record: Record) -> None:
+        commit(self, record)
+        if record.version == versions:
+            raise StorageError("ended on purpose")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "commit", commit_and_end)
+        with pytest.raises(zsfl.RunFailed, match="ended on purpose"):
+            await in_process(case, runs, run="mine", **flags)
+
+
+@pytest.mark.parametrize("mode", [zsfl.Exact(), zsfl.Elastic(), zsfl.Async()], ids=["exact", "elastic", "async"])
+async def test_what_is_offered_before_all_are_back_waits(
+    mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first version is in progress when the aggregator ends, and a client comes back late."""
+    nodes = Nodes(replace(CASE, mode=mode, rounds=2).job(), tmp_path)
+    commit = Ledger.commit
+
+    def end(_: Ledger, __: Record) -> None:
+        monkeypatch.setattr(Ledger, "commit", commit)
+        nodes.tasks["first"].cancel()
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(Ledger, "commit", end)
+    try:
+        address = await nodes.start("first", Role.AGGREGATOR)
+        await nodes.start("server", Role.SPLIT_SERVER, peers=(address,), beat_s=0.1)
+        client = await nodes.start("clients", Role.CLIENT, shards="0-2", peers=(address,), beat_s=0.1)
+        await nodes.start("late", Role.CLIENT, shards="3", peers=(address,), beat_s=0.1)
+        await asyncio.wait([nodes.tasks["first"]], timeout=20)
+        nodes.tasks["late"].cancel()
+        await nodes.start("second", Role.AGGREGATOR, resume=True, peers=(client,), patience_s=10.0)
+        heard = [note for note in nodes.notes if "clients joined" in note]
+        await eventually(lambda: len([note for note in nodes.notes if "clients joined" in note]) > len(heard), 10)
+        await nodes.start("late-again", Role.CLIENT, shards="3", peers=(client,), beat_s=0.1)
+        async with asyncio.timeout(25):
+            await nodes.tasks["second"]
+    finally:
+        await nodes.close()
+    assert_clean(tmp_path / "nodes")
+
+
+async def test_of_what_came_twice_the_copy_that_was_counted_is_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a body part is made again by another server, whose last bits are others."""
+    await _resumed_after(CASE, tmp_path, monkeypatch, WINDOWS + 2)
+    path = tmp_path / "mine" / "journal" / f"v{WINDOWS + 1:012d}.spills"
+    meta, tensors = decode(_first_spill(path))
+    other = encode(meta, {name: tensor * 1.5 for name, tensor in tensors.items()})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:8] + len(other).to_bytes(8, "little") + other + whole)
+    straight = await in_process(CASE, tmp_path, run="straight")
+    ran = await in_process(CASE, tmp_path, run="mine", resume=True)
+    assert_equal(ran.weights, straight.weights)
+    assert_clean(ran.folder)
+
+
+def _first_spill(path: Path) -> bytes:
+    segment = Segment(path, sealed=True)
+    place, size = next(segment.frames())
+    return segment.read(place, size)
+
+
+async def test_where_versions_were_lost_the_run_has_another_id_from_then_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = await in_process(CASE, tmp_path, run="straight")
+    await _resumed_after(CASE, tmp_path, monkeypatch, WINDOWS + 3)
+    (tmp_path / "mine" / "journal" / f"v{WINDOWS + 1:012d}.spills").unlink()
+    await _resumed_after(CASE, tmp_path, monkeypatch, WINDOWS + 4, resume=True)
+    ran = await in_process(CASE, tmp_path, run="mine", resume=True)
+    runs = [parse_cid(record["counted"][0]).run for record in ledger(ran.folder)]
+    assert len(set(runs[: WINDOWS + 1])) == len(set(runs[WINDOWS + 1 :])) == 1
+    assert runs[0] != runs[-1]
+    assert_equal(ran.weights, straight.weights)
+    found = audit(ran.folder)
+    assert (found.faults, found.pending) == ([], 0)
+
+
+async def test_a_corrupt_checkpoint_is_no_end_where_an_older_one_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = await in_process(CASE, tmp_path, run="straight")
+    await _resumed_after(CASE, tmp_path, monkeypatch, 2 * WINDOWS + 1)
+    (tmp_path / "mine" / "checkpoint" / "round-000002" / "master.safetensors").write_bytes(b"no tensors")
+    ran = await in_process(CASE, tmp_path, run="mine", resume=True)
+    assert_equal(ran.weights, straight.weights)
+
+
+async def test_training_that_was_to_end_early_ends_there_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = replace(replace(CASE, rounds=6).job(), evaluate_every=1, stop_after=2)
+
+    async def run(name: str, **flags: Any) -> tuple[zsfl.Finished, list[int]]:
+        async with zsfl.LocalCluster(job, in_process=True, runs=tmp_path, run=name, **flags) as cluster:
+            rounds = [report.round async for report in cluster.train()]
+        assert cluster.result is not None
+        return cluster.result, rounds
+
+    straight, rounds = await run("straight")
+    assert straight.early
+    keep_model = Progress.keep_model
+
+    def end(self: Progress, state: Any) -> None:
+        monkeypatch.setattr(Progress, "keep_model", keep_model)
+        raise StorageError("ended on purpose")
+
+    monkeypatch.setattr(Progress, "keep_model", end)
+    with pytest.raises(zsfl.RunFailed, match="ended on purpose"):
+        await run("mine")
+    resumed, after = await run("mine", resume=True)
+    assert (resumed.version, resumed.rounds, resumed.best_version) == (
+        straight.version,
+        straight.rounds,
+        straight.best_version,
+    )
+    assert after == rounds
+    ran, whole = (Ran(tmp_path / name, []) for name in ("mine", "straight"))
+    assert_equal(ran.weights, whole.weights)

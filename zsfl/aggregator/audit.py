@@ -43,19 +43,20 @@ def audit(folder: Path) -> Audit:
     Nothing is changed, so that a run in progress may be looked at, too.
     """
     found = Audit()
+    # Before the ledger, which in a run in progress has then at least what came of them.
+    kept = Journal(folder / JOURNAL).kept()
+    acknowledged = {cid for cid, _ in kept} | set(_spilled(folder))
     lines = list(_records(folder, found.faults.append))
     records = [line.record for line in lines]
     settled = _settled(records, found.faults.append)
     found.versions, found.samples = len(records), sum(record.samples for record in records)
     found.counted = sum(len(record.counted) for record in records)
     found.dropped = sum(len(record.dropped) for record in records)
-    kept = Journal(folder / JOURNAL).kept()
     for record in records:
         found.verified += _is_verified(record, kept, found.faults.append)
-    runs, version = {parse_cid(cid).run for cid in settled}, Version(len(records))
-    acknowledged = {cid for cid, _ in kept} | set(_spilled(folder))
-    left = [cid for cid in acknowledged - settled if parse_cid(cid).run in runs]
-    found.pending = len(left)
+    runs = [parse_cid(cid).run for record in records for cid in record.counted[:1]]
+    left = [cid for cid in acknowledged - settled if runs and parse_cid(cid).run == runs[-1]]
+    found.pending, version = len(left), Version(len(records))
     found.faults += [f"{cid} is of a later version than any" for cid in left if parse_cid(cid).version > version]
     _check_checkpoints(folder, lines, found.faults.append)
     return found

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from zsfl.aggregator.gathering import Gathering, Key
 from zsfl.aggregator.journal import Journal
-from zsfl.errors import BadShape, NoPeer, RemoteProtocolError, SpillCorrupt, Unavailable, ZsflError
+from zsfl.errors import BadShape, NoPeer, RemoteProtocolError, SpillCorrupt, StorageError, Unavailable, ZsflError
 from zsfl.ids import Cid, NodeCard, NodeId, PartName, Role, SpillKind
 from zsfl.learning.averaging import Contribution
 from zsfl.node import Node
@@ -50,14 +50,24 @@ class Collector:
     """Keeps one fetch under way per holder; whatever is wanted meanwhile travels in the next."""
 
     def __init__(
-        self, node: Node, gathering: Gathering, journal: Journal, took: Callable[[Contribution], None]
+        self,
+        node: Node,
+        gathering: Gathering,
+        journal: Journal,
+        took: Callable[[Contribution], None],
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
-        """`took` is told of every part that is news, once it is in the journal."""
+        """`took` is told of every part that is news, once it is in the journal; `changed` whenever one is lost."""
         self._node = node
         self._gathering = gathering
         self._journal = journal
         self._took = took
+        self._changed = changed
         self._holders: dict[NodeId, _Holder] = {}
+        self._lost: set[tuple[Cid, PartName]] = set()
+        """Acknowledged and lost: asked for until they come, or do not count any more."""
+        self._remaking: asyncio.Task[None] | None = None
+        self._is_full = False
 
     def joined(self, card: NodeCard) -> None:
         """A peer that may hold spills is there."""
@@ -146,12 +156,26 @@ class Collector:
         if lost:
             others = f" and {len(lost) - 1} others" if len(lost) > 1 else ""
             self._node.note(f"{holder.name} lost its spill of {lost[0][0]}{others}: made again", "warning")
-        for client in [one for one in self._holders.values() if one.role is Role.CLIENT]:
-            for first in range(0, len(lost), MAX_OFFERS):
-                with suppress(Unavailable):  # what a client that is gone had in hand, it makes again when it is back
-                    await client.connection.request(
-                        Remake(lost=tuple(lost[first : first + MAX_OFFERS])), deadline_s=deadline_s
-                    )
+            self._lost.update(lost)
+            self._changed()
+        if self._lost and (self._remaking is None or self._remaking.done()):
+            self._remaking = self._node.start(self._have_remade(), "have lost spills made again")
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether something that may still count was acknowledged and lost."""
+        return any(self._gathering.is_missing(*one) for one in self._lost)
+
+    async def _have_remade(self) -> None:
+        """Ask for what is lost until it is here: a client may be about to take the step in hand, or be away."""
+        settings = self._node.settings
+        while self._lost:
+            lost = tuple(sorted(self._lost)[:MAX_OFFERS])
+            for client in [one for one in self._holders.values() if one.role is Role.CLIENT]:
+                with suppress(ZsflError):
+                    await client.connection.request(Remake(lost=lost), deadline_s=2 * settings.lost_after_s)
+            await asyncio.sleep(2 * settings.beat_s)
+            self._lost = {one for one in self._lost if self._gathering.is_missing(*one)}
 
     def _complain(self, card: NodeCard, holder: _Holder, keys: list[Key], error: ZsflError) -> None:
         """Say why spills do not come: once each, since they are asked for again as often as they are offered."""
@@ -183,8 +207,15 @@ class Collector:
             self._node.counters.add("spills_corrupt")
             self._node.note(f"{name} handed over a corrupt spill: {error}", "warning")
             return False
-        if self._gathering.takes(found):
-            found = self._journal.keep(found, data)
+        try:
+            if self._gathering.takes(found):
+                found = self._journal.keep(found, data)
+        except StorageError as error:  # it stays where it is, and is offered again
+            if not self._is_full:
+                self._node.note(f"contributions wait until there is room for them: {error}", "warning")
+            self._is_full = True
+            return True
+        self._is_full = False
         if self._gathering.arrived(found):
             self._took(found)
         return True

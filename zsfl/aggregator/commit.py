@@ -37,6 +37,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Rounds that were done before the one that this commit is part of."""
     window: int = 0
     """Its place in that round."""
+    without: list[int] = []
+    """Shards whose clients had left by then."""
     memory: dict[str, Any] = {}
     """What the mode's rules knew after it, for a restart; empty in the modes whose rules know nothing."""
 

@@ -79,7 +79,7 @@ class Gathering:
         self._width = steps_per_version
         self._version = Version(0)
         self._expected: frozenset[Cid] | None = None
-        self._open = False
+        self._open = self._begun = False
         self._asked: dict[Key, NodeId] = {}
         self._held: dict[Cid, _Step] = {}
         self._settled = StepSet(steps_per_version)
@@ -92,7 +92,7 @@ class Gathering:
 
         Steps that are too late for it are dropped. The whole late steps that still count, oldest first.
         """
-        self._version, self._open = version, True
+        self._version, self._open, self._begun = version, True, True
         self._answers.clear()
         self._expected = None if expected is None else frozenset(expected)
         late = {cid: step for cid, step in self._held.items() if self._is_too_late(parse_cid(cid))}
@@ -135,10 +135,13 @@ class Gathering:
     def _may_still_count(self, cid: Cid, verdict: Verdict) -> bool:
         """Whether an offered step may; one that is settled is released, one that is too late dropped."""
         step = parse_cid(cid)
-        if not self._is_known(step):
+        is_settled = step.run == self._run and step in self._settled
+        if not is_settled and not self._is_known(step):
             return False
-        if step in self._settled:
+        if is_settled:
             verdict.release.append(cid)
+        elif not self._begun:
+            pass  # it is offered again
         elif self._is_too_late(step):
             self._drop(cid, self._lateness(step))
         else:
@@ -157,7 +160,8 @@ class Gathering:
     def _expects(self, cid: Cid) -> bool:
         step = parse_cid(cid)
         return (
-            self._is_known(step)
+            self._begun
+            and self._is_known(step)
             and not self._is_too_late(step)
             and step not in self._settled
             and cid not in self._dropped
@@ -262,6 +266,10 @@ class Gathering:
     def samples(self, step: StepId) -> int:
         """Samples of a step that is whole."""
         return self._held[step_cid(step.run, step.shard, step.version, step.k)].parts["client"].samples
+
+    def is_missing(self, cid: Cid, part: PartName) -> bool:
+        """Whether this part of a step may still count and is not here."""
+        return self.expects(cid) and not self._has(cid, part)
 
     def is_whole(self, cid: Cid) -> bool:
         """Whether both parts of this step are here, and of all steps that it is merged with."""

@@ -10,10 +10,11 @@ format of `zsfl.spill.segments`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from zsfl.ids import Cid, SpillKind, Version
 from zsfl.learning.averaging import Contribution
 from zsfl.learning.flat import FlatLayout, FlatTensors
 from zsfl.spill.layout import Buffer, decode_contribution, decode_meta, flat_bytes, header_bytes
-from zsfl.spill.segments import SUFFIX, Segment
+from zsfl.spill.segments import SUFFIX, Segment, frames
 
 IN_MEMORY_BYTES = 128 << 10
 """Gradients that are longer are read from the disk when they are summed; shorter ones stay in memory as well."""
@@ -38,18 +39,23 @@ class Journal:
         self._folder = folder
         self._syncs = syncs
         self._live: Segment | None = None
+        self._at = Version(0)
+        """Whose file that is."""
         self._unsynced: list[Segment] = []
         """Written to since they were last brought to the disk."""
-        self._page = bytearray()
-        """What was read last."""
+        self._page = _Page()
+        self._sizes: dict[Version, int] | None = None
 
     def begin(self, version: Version) -> None:
         """What comes from now on comes while this version is gathered."""
         path = self._path(version)
         if self._live is not None and self._live.path == path:
             return
+        if self._live is not None:
+            self._known()[self._at] = self._live.size_bytes
         with self._storing():
             self._folder.mkdir(parents=True, exist_ok=True)
+            self._at = version
             self._live = Segment(path, sealed=path.exists())
             self._live.repair()  # one that a killed process left may be torn at its end
 
@@ -83,32 +89,32 @@ class Journal:
 
     def drop_before(self, version: int) -> None:
         """Delete the files of earlier versions; what was taken from them can still be read."""
-        for before, path in self._files():
-            if before < version:
-                with self._storing():
-                    path.unlink(missing_ok=True)
+        for before in [one for one in self._known() if one < version]:
+            with self._storing():
+                self._path(before).unlink(missing_ok=True)
+            del self._known()[before]
 
-    def sizes(self) -> dict[Version, int]:
+    def sizes(self) -> Mapping[Version, int]:
         """Bytes of the file of each version, oldest first."""
-        found: dict[Version, int] = {}
-        for version, path in self._files():
-            with suppress(FileNotFoundError):
-                found[version] = path.stat().st_size
-        return found
+        known = self._known()
+        if self._live is not None:
+            known[self._at] = self._live.size_bytes
+        return known
+
+    def _known(self) -> dict[Version, int]:
+        """Looked up once, since there may be thousands of them."""
+        if self._sizes is None:
+            self._sizes = {version: path.stat().st_size for version, path in self._files()}
+        return self._sizes
 
     def kept(self, since: int = 0) -> Kept:
-        """What is there of the versions gathered since then."""
-        found: dict[Key, tuple[Segment, int, int]] = {}
-        with self._storing():
-            for version, path in self._files():
-                if version < since:
-                    continue
-                segment = Segment(path, sealed=True)
-                for place, size in segment.frames():
-                    with suppress(SpillCorrupt):
-                        start = segment.read(place, 8)
-                        meta = decode_meta(segment.read(place, min(size, header_bytes(start))))
-                        found.setdefault((meta.cid, meta.kind), (segment, place, size))
+        """What is there of the versions gathered since then; of what came twice the copy that came last."""
+        found: dict[Key, tuple[Path, int, int]] = {}
+        for version, path in self._files():
+            # One that a run in progress deletes meanwhile is no matter.
+            with suppress(FileNotFoundError), self._storing("read"):
+                if version >= since:
+                    found |= _found_in(path)
         return Kept(found)
 
     def _files(self) -> Iterator[tuple[Version, Path]]:
@@ -122,30 +128,57 @@ class Journal:
 
     def _read(self, segment: Segment, place: int, size: int) -> memoryview:
         """What is there, in memory that the next read uses again."""
-        if len(self._page) < size:
-            self._page = bytearray(size)
-        page = memoryview(self._page)[:size]
-        with self._storing():
+        page = self._page.of(size)
+        with self._storing("read"):
             if segment.read_into(place, page) != size:
                 raise StorageError(f"the contributions of a version in {self._folder} can no longer be read")
         return page
 
     @contextmanager
-    def _storing(self) -> Iterator[None]:
+    def _storing(self, does: str = "keep") -> Iterator[None]:
         try:
             yield
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise StorageError(
-                f"cannot keep the contributions of a version in {self._folder}: {os.strerror(error.errno or 0)}; "
-                "check that the disk has room for all of them"
+                f"cannot {does} the contributions of a version in {self._folder}: {os.strerror(error.errno or 0)}; "
+                "check that disk, and that it has room for all of them"
             ) from error
+
+
+class _Page:
+    """Memory for one read after another."""
+
+    def __init__(self) -> None:
+        self._memory = bytearray()
+
+    def of(self, size: int) -> memoryview:
+        if len(self._memory) < size:
+            self._memory = bytearray(size)
+        return memoryview(self._memory)[:size]
+
+
+def _found_in(path: Path) -> dict[Key, tuple[Path, int, int]]:
+    found: dict[Key, tuple[Path, int, int]] = {}
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for place, size in frames(file, os.fstat(file).st_size):
+            with suppress(SpillCorrupt):
+                head = os.pread(file, min(size, header_bytes(os.pread(file, 8, place))), place)
+                meta = decode_meta(head)
+                found[meta.cid, meta.kind] = path, place, size
+    finally:
+        os.close(file)
+    return found
 
 
 class Kept:
     """Contributions in a journal, read when they are asked for."""
 
-    def __init__(self, found: dict[Key, tuple[Segment, int, int]]) -> None:
+    def __init__(self, found: Mapping[Key, tuple[Path, int, int]]) -> None:
         self._found = found
+        self._page = _Page()
 
     def __contains__(self, key: Key) -> bool:
         return key in self._found
@@ -154,34 +187,54 @@ class Kept:
         return iter(self._found)
 
     def read(self, key: Key) -> Contribution:
-        """The contribution; SpillCorrupt when its bytes are not what they were, KeyError when it is not here."""
-        segment, place, size = self._found[key]
-        return decode_contribution(segment.read(place, size))
+        """The contribution, not in memory if it is large; SpillCorrupt when its bytes are not what they were, KeyError
+        when it is not here.
+        """
+        path, place, size = self._found[key]
+        try:
+            data = self._bytes(path, place, size)
+        except OSError as error:
+            raise SpillCorrupt(f"{path}: {error.strerror}") from error
+        one = decode_contribution(data)
+        if not isinstance(one.grads, FlatTensors) or one.grads.size_bytes <= IN_MEMORY_BYTES:
+            return decode_contribution(bytes(data))  # the page is used again
+        start = place + flat_bytes(data).start
+        return replace(one, grads=_OnDisk(one.grads.layout, one.grads.size_bytes, self._bytes, path, start))
+
+    def _bytes(self, path: Path, place: int, size: int) -> memoryview:
+        page = self._page.of(size)
+        with path.open("rb", buffering=0) as file:
+            if os.preadv(file.fileno(), [page], place) != size:
+                raise SpillCorrupt(f"{path} is shorter than it was")
+        return page
 
 
-class _OnDisk(FlatTensors):
+_Home = TypeVar("_Home")
+
+
+class _OnDisk(FlatTensors, Generic[_Home]):
     """Gradients that are read whenever they are asked for."""
 
-    __slots__ = ("_place", "_read", "_segment")
+    __slots__ = ("_home", "_place", "_read")
 
     def __init__(
         self,
         layout: FlatLayout,
         size_bytes: int,
-        read: Callable[[Segment, int, int], memoryview],
-        segment: Segment,
+        read: Callable[[_Home, int, int], memoryview],
+        home: _Home,
         place: int,
     ) -> None:
         super().__init__(layout, torch.empty(0, dtype=layout.dtype))
-        self._read, self._segment, self._place, self.size_bytes = read, segment, place, size_bytes
+        self._read, self._home, self._place, self.size_bytes = read, home, place, size_bytes
 
     def numbers(self) -> Tensor:
-        return torch.frombuffer(self._read(self._segment, self._place, self.size_bytes), dtype=self.layout.dtype)
+        return torch.frombuffer(self._read(self._home, self._place, self.size_bytes), dtype=self.layout.dtype)
 
     def __getitem__(self, name: str) -> Tensor:
         shape, start, count = self.layout.places[name]
         size = self.layout.dtype.itemsize
         if not count:
             return torch.empty(shape, dtype=self.layout.dtype)
-        piece = self._read(self._segment, self._place + start * size, count * size)
+        piece = self._read(self._home, self._place + start * size, count * size)
         return torch.frombuffer(piece, dtype=self.layout.dtype).clone().view(shape)

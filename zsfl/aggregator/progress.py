@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from zsfl.learning.modes import max_staleness
 from zsfl.reports import RoundReport
 
 _PLACE = "place.json"
+MOST_KEPT = 32
+"""Checkpoints; of more, every other one goes."""
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,19 +84,41 @@ class Progress:
         except OSError as error:
             raise StorageError(f"cannot write a checkpoint in {folder}: {error.strerror}; make room there") from error
 
+    def rename_run(self, place: Place, run: str) -> None:
+        """From this checkpoint on the run has another id, as what was made after it is lost in part."""
+        path = self._folder.checkpoint_path / f"round-{place.round:06d}" / _PLACE
+        aside = path.with_suffix(".tmp")
+        try:
+            aside.write_bytes(msgspec.json.encode(msgspec.structs.replace(place, run=run)))
+            aside.rename(path)
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror}; make room there") from error
+
     def keep_from(self, round_: int, room_bytes: int) -> None:
         """The checkpoint of this round is good, and what is older for audits alone: of that, the newest is kept that
         takes no more than `room_bytes`.
         """
         found = [path for path in self._checkpoints() if _round(path) <= round_]
+        if len(found) > MOST_KEPT:  # with the journal, those between are a matter of how long a replay takes
+            for path in found[1:-1:2]:
+                self._drop(path)
+            found = [found[0], *found[2:-1:2], found[-1]]
         versions, sizes = [place_of(path).version for path in found], self._journal.sizes()
-        while len(found) > 1:
-            used = sum(size for version, size in sizes.items() if versions[0] <= version < versions[-1])
-            if used + sum(map(_size_bytes, found[:-1])) <= room_bytes:
-                break
-            shutil.rmtree(found.pop(0), ignore_errors=True)
+        held = [_size_bytes(path) for path in found[:-1]]
+        used = sum(held) + sum(size for version, size in sizes.items() if versions[0] <= version < versions[-1])
+        while len(found) > 1 and used > room_bytes:
+            used -= held.pop(0) + sum(size for one, size in sizes.items() if versions[0] <= one < versions[1])
+            self._drop(found.pop(0))
             versions.pop(0)
         self._journal.drop_before(max(0, versions[0] - self._bound))
+
+    def _drop(self, checkpoint: Path) -> None:
+        """It is there whole, or not at all."""
+        dropped = self._folder.checkpoint_path / "dropped"
+        shutil.rmtree(dropped, ignore_errors=True)
+        with suppress(OSError):
+            checkpoint.rename(dropped)
+        shutil.rmtree(dropped, ignore_errors=True)
 
     def keep_to(self, version: Version) -> None:
         """Weights after this version were not shown to be any good: drop their checkpoints."""
@@ -113,10 +138,17 @@ class Progress:
             raise ConfigError(
                 f"there is no checkpoint in {folder}: the run ended before its first round did; start it anew"
             )
-        place = place_of(found[-1])
-        self._master.restore(found[-1])
-        self._check(place.facts)
-        return place
+        while True:
+            try:
+                place = place_of(found[-1])
+                self._check(place.facts)
+                self._master.restore(found[-1])
+            except StorageError:
+                if len(found) == 1:
+                    raise
+                found.pop()  # the journal leads from an older one to the same version
+            else:
+                return place
 
     def _check(self, before: Mapping[str, str]) -> None:
         """ConfigError, saying what differs, when the run began with other facts."""

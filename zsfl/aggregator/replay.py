@@ -39,6 +39,8 @@ class Recovered:
     """Of the round in progress."""
     memory: Mapping[str, Any]
     """What the mode's rules knew."""
+    without: frozenset[int] = frozenset()
+    """Shards whose clients had left."""
     lost: str = ""
     """Why later versions, of which there are records, are lost."""
 
@@ -61,17 +63,21 @@ def recover(
             for made in windows:
                 replay(master, made.record, kept, sequential=sequential)
             break
-    if not records:
-        ledger.cut()
-        return Recovered(version=place.version, round=place.round, windows=(), memory=place.memory, lost=lost)
-    ledger.last = records[-1].digest
+    if records:
+        ledger.last = records[-1].digest
     ledger.cut()
+    without = frozenset(shard for line in ledger.records()[-1:] for shard in line.record.without)
+    if not records:
+        return Recovered(
+            version=place.version, round=place.round, windows=(), memory=place.memory, without=without, lost=lost
+        )
     last = records[-1].record
     return Recovered(
         version=last.version,
         round=last.round,
         windows=[made for made in windows if made.record.round == last.round],
         memory=last.memory,
+        without=without,
         lost=lost,
     )
 

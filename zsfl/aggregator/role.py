@@ -71,6 +71,7 @@ class AggregatorRole:
         self._held_out = HeldOut(node, self._stage, self._shelf, self._roster, waits=isinstance(mode, Exact))
         self._best = Best()
         self._begun_s = 0.0
+        self._without: frozenset[int] = frozenset()  # shards whose clients had left the run that is resumed
         self._last: RoundReport | None = None
         """The last round that was tested."""
         self._resumed: Place | None = None
@@ -114,7 +115,10 @@ class AggregatorRole:
                 f"going on from version {at.version}, the last that can be made again: {at.lost}", "warning"
             )
         self._shelf.put(*reached)
+        self._without = at.without
         training.resume(at, place.run)
+        if place.run != self._stage.run:
+            self._progress.rename_run(place, self._stage.run)
         for tested in self._folder.tests():
             if tested.version <= at.version:  # what was tested of later ones is lost with them
                 self._best.take(tested)
@@ -122,8 +126,7 @@ class AggregatorRole:
         self._last = done[-1] if done else None
         if place.untested is not None and not any(report.round == place.round for report in done):
             self._untested.append((place.untested, *reached))
-        every = self._job.evaluate_every
-        if every and at.windows and not at.version % every and at.version not in self._best.seen:
+        if at.windows and self._job.tests(at.version) and at.version not in self._best.seen:
             self._untested.append((None, *training.newest))
 
     # --- what the node asks -----------------------------------------------------------------------------
@@ -253,16 +256,17 @@ class AggregatorRole:
         if any(before.get(shard, count) != count for shard, count in samples.items()):
             raise ConfigError("the shards have other sizes than when the run began; resume it with the same data")
         if self._resumed is None:
-            self._save(None)
+            self._keep(None)
         clients, servers = (len(self._node.peers(role)) for role in (Role.CLIENT, Role.SPLIT_SERVER))
         folder, rounds, name = str(self._folder.path), self._training.round, self._node.name
         self._node.report(Assembled(node=name, clients=clients, split_servers=servers, folder=folder, rounds=rounds))
 
     def _missing(self) -> str:
         """What the run cannot begin without, for people."""
-        missing = self._roster.value.missing()
-        enough = self._node.settings.start_with or self._job.shards
-        is_short = self._job.shards - len(missing) < enough
+        missing = [shard for shard in self._roster.value.missing() if shard not in self._without]
+        most = self._job.shards - len(self._without)
+        enough = self._node.settings.start_with * (self._resumed is None) or most  # resumed, with all who were there
+        is_short = most - len(missing) < enough
         wanted = [f"clients for shards {ranges(missing)}"] if is_short else []
         if not self._node.peers(Role.SPLIT_SERVER):
             wanted.append("a split server")
@@ -273,7 +277,7 @@ class AggregatorRole:
         total = self._training.round + rounds
         if not rounds:
             self._node.note(f"the run has its {total} rounds already; ask for more with --rounds", "warning")
-        while self._training.round < total and not self._is_early:
+        while self._training.round < total and (self._training.is_in_round or not self._is_early):
             await self._train_round(total)
         self._stage.enter(phase="idle", version=self._training.version)
         await self._held_out.all_done()
@@ -301,7 +305,7 @@ class AggregatorRole:
     async def _train_round(self, total: int) -> None:
         self._counters.heard(self._node.card.id, self._node.name, self._node.counted())
         self._counters.begin(lambda node: node == self._node.card.id or self._node.peer(node) is not None)
-        tally = await self._training.train_round(total, self._made)
+        tally = await self._training.train_round(total, self._made, lambda: self._is_early)
         self._counters.heard(self._node.card.id, self._node.name, self._node.counted())
         report = tally.round_report(self._training.version, self._counters.added(), time.monotonic())
         absent = [self._roster.value.label(shard) for shard in self._roster.value.missing()]
@@ -311,7 +315,7 @@ class AggregatorRole:
 
     async def _made(self, version: Version) -> bool:
         """A version inside a round is there: have it tested, if the job wants that. Whether training ends here."""
-        if self._job.evaluate_every and version % self._job.evaluate_every == 0:
+        if self._job.tests(version):
             await self._order_test(None, *self._training.newest)
         return self._is_early
 
@@ -356,13 +360,11 @@ class AggregatorRole:
 
     # --- what the run leaves ----------------------------------------------------------------------------
 
-    def _keep(self, report: RoundReport) -> None:
-        """Model and checkpoint of a round; blocking."""
-        self._progress.keep_model(self._training.newest[1])
-        self._save(report)
-
-    def _save(self, report: RoundReport | None) -> None:
+    def _keep(self, report: RoundReport | None) -> None:
+        """Model and checkpoint of a round, or of what it begins with; blocking."""
         training = self._training
+        if report is not None:
+            self._progress.keep_model(training.newest[1])
         self._progress.save(
             Place(
                 run=self._stage.run,
@@ -371,7 +373,7 @@ class AggregatorRole:
                 facts=self._progress.facts,
                 samples=dict(self._roster.value.samples()),
                 commit=training.ledger.last,
-                memory=training.memory(),
+                memory=training.rules.state(),
                 untested=report,
             )
         )
@@ -393,6 +395,5 @@ class AggregatorRole:
         self._stage.enter(phase=phase)
         with suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL_S):
-                await self._roster.wait_for(
-                    lambda _: not self._node.peers(Role.CLIENT) and not self._node.peers(Role.SPLIT_SERVER)
-                )
+                others = (Role.CLIENT, Role.SPLIT_SERVER)
+                await self._roster.wait_for(lambda _: not any(map(self._node.peers, others)))

@@ -41,6 +41,11 @@ class Rules:
             self.pacer.restore(state["pace"])
         self.skipped = state.get("skipped", 0)
 
+    def there(self, samples: Mapping[int, int]) -> None:
+        """These shards take part, with so many training samples each."""
+        if self.shares is not None:
+            self.shares.there(samples)
+
     def weigh(self, window: Sequence[Contribution], version: Version, sizes: Sizes) -> Sequence[Contribution]:
         """What is late moves the weights less; in async mode, who contributes beyond its share counts less."""
         if self.shares is not None and window:

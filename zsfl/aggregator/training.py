@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 from torch import Tensor
@@ -78,9 +78,9 @@ class Training:
             shards=job.shards,
         )
         self._closing = closing_for(mode, steps)
-        self._rules = Rules(job)
-        self._pacer = self._rules.pacer
-        self.collector = Collector(node, self._gathering, self.journal, self._took)
+        self.rules = Rules(job)
+        self._pacer = self.rules.pacer
+        self.collector = Collector(node, self._gathering, self.journal, self._took, roster.touch)
         self.version = stage.state.version
         """Of the master; peers hear of it only together with what is asked of them at it."""
         self.round = 0
@@ -113,7 +113,7 @@ class Training:
         What peers hold of the run counts further on, unless versions were lost that it may belong to.
         """
         self._retold = at.windows
-        self._rules.restore(at.memory)
+        self.rules.restore(at.memory)
         if run and not at.lost and not self._merges:  # a merged batch may be one of others the next time
             self._stage.resume(RunId(run))
             records = [line.record for line in self.ledger.records()]
@@ -123,9 +123,10 @@ class Training:
                 self._stage.settle(records[-1].counted, records[-1].dropped)
         self.begin_at(at.version, at.round)
 
-    def memory(self) -> dict[str, Any]:
-        """What the mode's rules know, for a checkpoint."""
-        return self._rules.state()
+    @property
+    def is_in_round(self) -> bool:
+        """Whether a former process has begun the round that comes next."""
+        return bool(self._retold)
 
     def publish_weights(self) -> None:
         """Hand the newest version to everybody who listens."""
@@ -134,10 +135,12 @@ class Training:
 
     # --- rounds and windows -----------------------------------------------------------------------------
 
-    async def train_round(self, rounds: int, made: Callable[[Version], Awaitable[bool]]) -> Tally:
+    async def train_round(
+        self, rounds: int, made: Callable[[Version], Awaitable[bool]], ends: Callable[[], bool]
+    ) -> Tally:
         """One round, of so many in all; what it adds up to.
 
-        `made` is told of every version but the last; the round ends there when it says so.
+        `made` is told of every version but the last; the round ends there when it says so, or when `ends` does.
         """
         there = await self._until_somebody_is_there()
         samples = self._roster.value.samples(there)
@@ -151,12 +154,12 @@ class Training:
         )
         self._stage.place(round=self.round, rounds=rounds, windows=plan.windows)
         window = self._retell()
-        while self._goes_on(window, plan, samples):
+        while self._goes_on(window, plan, samples) and not (window and ends()):
             match await self._make_version(plan, window):
                 case "alone":
                     await self._until_somebody_is_there()
                 case "idle":
-                    window, self._rules.skipped = window + 1, self._rules.skipped + 1
+                    window, self.rules.skipped = window + 1, self.rules.skipped + 1
                 case "enough":
                     window += 1
                     await self._report(window)
@@ -226,15 +229,14 @@ class Training:
             return "alone"
         for message, level in self._attendance.now(there, self._roster.value.label):
             self._node.note(message, level)
-        self._attempt, self._place = attempt, self.version + self._rules.skipped if self._is_async else window
+        self._attempt, self._place = attempt, self.version + self.rules.skipped if self._is_async else window
         slices = self._pace(there)
         self._sizes = {shard: [size] * self._job.steps for shard, (_, size) in slices.items()} or plan.sizes(
             self._roster.value.samples(there), self._place % plan.windows
         )
         if not self._participants(there):
             return "idle"
-        if self._rules.shares is not None:
-            self._rules.shares.there(self._roster.value.samples(there))
+        self.rules.there(self._roster.value.samples(there))
         self.journal.begin(self.version)
         late = self._gathering.begin(self.version, None if self._is_async else self._cids(self._sizes))
         now_s = self._progress_s = time.monotonic()
@@ -278,7 +280,8 @@ class Training:
         if not self._merges:
             return self._is_exact and self._gathering.is_stuck(there)
         merger = self._stage.state.merger
-        return merger is None or self._node.peer(merger) is None or set(there) != self._sizes.keys()
+        fell_apart = merger is None or self._node.peer(merger) is None or set(there) != self._sizes.keys()
+        return fell_apart or self.collector.has_lost
 
     def _cids(self, sizes: Sizes) -> list[Cid]:
         return [
@@ -355,9 +358,11 @@ class Training:
         """Make the next version of what has come, record it, publish it; of nothing, one with the same weights."""
         gathered, dropped = self._gathering.take()
         self._gathering.end()
-        window = self._rules.weigh(gathered, self.version, self._sizes)
+        window = self.rules.weigh(gathered, self.version, self._sizes)
         state = self._stage.state
         window_of = "" if self._is_async else f", window {state.window + 1} of {state.windows}"
+        roster = self._roster.value
+        without = sorted(set(roster.samples()) - set(roster.taking_part(time.monotonic())))
         said = f"round {self.round + 1}{window_of} (version {self.version})"
 
         def step() -> None:
@@ -368,7 +373,7 @@ class Training:
             if self._syncs:
                 self.journal.sync()
             record = record_of(self.version, window, dropped, self._master.digest())
-            place = {"round": self.round, "window": place_in_round, "memory": self.memory()}
+            place = {"round": self.round, "window": place_in_round, "without": without, "memory": self.rules.state()}
             self.ledger.commit(msgspec.structs.replace(record, **place))
             self._take_state(Version(self.version + 1))
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from zsfl.cluster.chaos import Chaos, wreck
 from zsfl.cluster.keeper import Keeper
-from zsfl.cluster.nodes import NodeInfo, death, rounds_in
+from zsfl.cluster.nodes import NodeInfo, death, port_again, rounds_in
 from zsfl.cluster.orders import deadline, order
 from zsfl.cluster.processes import ProcessSpawner
 from zsfl.cluster.spawner import NodeCommand, Spawner
@@ -89,6 +89,8 @@ class LocalCluster:
         self._port = base.port
         self._join_s = min(base.join_s, START_S)
         self._runs = base.runs
+        self._aggregator: Address | None = None
+        """Where it was found last."""
         self._run = ""
         """Name of the run's folder, once there is one."""
         self._spawner: Spawner
@@ -258,9 +260,14 @@ class LocalCluster:
             raise ConfigError(f"there is a node {name} already; choose another name")
         common: dict[str, Any] = {**self._settings, "clients": self._shards, "port": 0}
         there = [other.address for other in self.nodes.values() if other.is_there]
+        # The aggregator first, also while it is away: it comes back to its port, and all are to find one another there.
+        if role is not Role.AGGREGATOR and self._aggregator and self._aggregator not in there[:1]:
+            there.insert(0, self._aggregator)
         if not self._mdns and there:
             common["peers"] = tuple(there[:MOST_PEERS])
-        again = {"resume": True, "run": self._run} if role is Role.AGGREGATOR and self._run else {}
+        again: dict[str, Any] = {}
+        if role is Role.AGGREGATOR and self._run:
+            again = {"resume": True, "run": self._run, "port": port_again(self._aggregator)}
         self.nodes[name] = node = NodeInfo(role, flags)
         await self._spawner.start(NodeCommand(name=name, role=role, flags={**common, **flags, **again}))
         return node
@@ -283,6 +290,7 @@ class LocalCluster:
         match report:
             case Ready() if node is not None:
                 node.pid, node.address = report.pid, Address(report.address)
+                self._aggregator = node.address if node.role is Role.AGGREGATOR else self._aggregator
             case Assembled():
                 for round_ in rounds_in(Path(report.folder)) if self._assembled else ():
                     self._take(round_)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -60,3 +61,15 @@ def rounds_in(folder: Path) -> Iterator[RoundReport]:
         with suppress(msgspec.ValidationError):  # JSON has no infinity, so that of a run that diverged some are none
             if isinstance(report := from_line(line), RoundReport):
                 yield report
+
+
+def port_again(address: Address | None) -> int:
+    """The port of a node that has ended, or 0 (any free one) where somebody else has it by now."""
+    host, _, port = (address or "").rpartition(":")
+    try:
+        with socket.socket() as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((host, int(port)))
+    except (OSError, ValueError):
+        return 0
+    return int(port)

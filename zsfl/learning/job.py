@@ -249,6 +249,10 @@ class Job:
             where = f"{_said(error)}{_line(error, None)}"
             raise self._wrong(f"{call} failed: {where}; correct the {call.partition('(')[0]}'s function") from error
 
+    def tests(self, version: int) -> bool:
+        """Whether a version is tested although it ends no round."""
+        return bool(self.evaluate_every) and version % (self.evaluate_every or 1) == 0
+
     @property
     def merges(self) -> bool:
         """Whether split servers may merge waiting steps."""

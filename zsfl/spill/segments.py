@@ -24,6 +24,17 @@ _MOST_PIECES = 512
 """Handed to the operating system at once, which takes 1,024 at most."""
 
 
+def frames(file: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+    """As `Segment.frames`, of an open file of this size."""
+    end = 0
+    while (frame := os.pread(file, _FRAME_BYTES, end)).startswith(_MAGIC) and len(frame) == _FRAME_BYTES:
+        place, size = end + _FRAME_BYTES, int.from_bytes(frame[len(_MAGIC) :], "little")
+        end = place + size
+        if end > size_bytes:
+            break
+        yield place, size
+
+
 class Segment:
     """One such file. Every call may raise OSError."""
 
@@ -84,13 +95,7 @@ class Segment:
 
     def frames(self) -> Iterator[tuple[int, int]]:
         """Where the spill of every record begins and how long it is, unverified; a torn end is passed over."""
-        end = 0
-        while (frame := os.pread(self._file, _FRAME_BYTES, end)).startswith(_MAGIC) and len(frame) == _FRAME_BYTES:
-            place, size = end + _FRAME_BYTES, int.from_bytes(frame[len(_MAGIC) :], "little")
-            end = place + size
-            if end > self.size_bytes:
-                break
-            yield place, size
+        return frames(self._file, self.size_bytes)
 
     def repair(self) -> None:
         """Cut off what is torn at the end, so that more can be appended."""

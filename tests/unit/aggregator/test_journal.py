@@ -135,5 +135,5 @@ def test_what_was_altered_is_not_whole(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "journal").write_text("a file")
-    with pytest.raises(StorageError, match="check that the disk has room"):
+    with pytest.raises(StorageError, match="check that disk, and that it has room"):
         journal_at(tmp_path)
