@@ -96,9 +96,7 @@ class LocalCluster:
         self._spawner: Spawner
         self._events: asyncio.Queue[AnyReport | None] = asyncio.Queue()
         self._changed = asyncio.Event()
-        self._assembled = False
-        self._closing = False
-        self._training = False
+        self._assembled = self._closing = self._training = False
         self._rounds_done = self._reported = 0
         self._ordered: int | None = None
         """Rounds that are to be done in all; None: what the job says."""
