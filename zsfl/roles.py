@@ -128,9 +128,9 @@ async def _play(role: Role, front: Front, job: Job, cuts: Cuts, spills: Path) ->
             with RunFolder.create(settings.runs, settings.run or job.name, settings.resume) as folder:
 
                 async def make(node: Node) -> RoleShell:
-                    folder.write_settings(describe(job, settings, node.facts))
                     aggregator = AggregatorRole(node, job, cuts, folder)
                     aggregator.prepare()
+                    folder.write_settings(describe(job, settings, node.facts))
                     return aggregator
 
                 await front.run(make)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
 import zsfl
+from zsfl.aggregator.audit import replay_versions
 from zsfl.errors import ConfigError, RemoteProtocolError, RunFailed, ZsflError
 from zsfl.ids import Cid, Role, Version
 from zsfl.settings import WireLimits
@@ -289,3 +290,33 @@ async def test_an_address_that_another_program_took_over_is_no_matter(tmp_path: 
         await nodes.close()
         await wires.close()
     assert sum(f"{taken} refused: " in note and "does not answer Hello here" in note for note in nodes.notes) == 3
+
+
+async def test_another_learning_rate_loses_no_commit(tmp_path: Path) -> None:
+    """What was committed is made again at the rate of then, and the new one counts from there on."""
+
+    def job(lr: float) -> zsfl.Job:
+        return replace(CASE.job(), optimizer=zsfl.adam(lr=lr))
+
+    async def train(lr: float, rounds: int | None, **flags: Any) -> None:
+        async with zsfl.LocalCluster(job(lr), in_process=True, runs=tmp_path, run="mine", **flags) as cluster:
+            _ = [report async for report in cluster.train(rounds)]
+
+    await train(0.02, 2)
+    ledger, folder = tmp_path / "mine" / "ledger.jsonl", tmp_path / "mine"
+    left = ledger.read_bytes()
+    shutil.rmtree(folder / "checkpoint" / "round-000002")  # as a crash in the second round leaves it
+    (folder / "checkpoint" / "round-000001.bak").mkdir()  # and what somebody put beside them
+    with (folder / "metrics.jsonl").open("ab") as metrics:
+        metrics.write(b"\xff no JSON\n")
+    await train(0.005, None, resume=True)
+    assert ledger.read_bytes().startswith(left)
+    assert list(replay_versions(folder, job(0.02), 1, 2 * WINDOWS)) == list(range(1, 2 * WINDOWS + 1))
+    assert list(replay_versions(folder, job(0.005), 2 * WINDOWS + 1, 4 * WINDOWS))[-1] == 4 * WINDOWS
+
+
+@pytest.mark.parametrize("rounds", [0, -1, 2**70])
+async def test_no_such_number_of_rounds_is_trained(rounds: int, tmp_path: Path) -> None:
+    async with zsfl.LocalCluster(CASE.job(), in_process=True, runs=tmp_path) as cluster:
+        with pytest.raises(ConfigError, match="use a number from 1 to"):
+            _ = [report async for report in cluster.train(rounds)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +48,24 @@ async def test_what_is_killed_comes_back_and_no_bit_is_another(tmp_path: Path) -
     records = ledger(ran.folder)
     assert len(records) == 4 * rounds
     assert [record["weights"] for record in records] == [record["weights"] for record in ledger(straight.folder)]
+
+
+async def test_all_killed_at_once_find_one_another_again(tmp_path: Path) -> None:
+    job = replace(CASE, rounds=10_000).job_file(tmp_path)
+    settings = {"run": "killed", "split_servers": 1, "client_processes": 1, "mdns": False, "beat_s": 0.2}
+    async with zsfl.LocalCluster(job, runs=tmp_path, keep_alive=True, lost_after_s=1.0, **settings) as cluster:  # type: ignore[arg-type]
+        rounds = len([report async for report in cluster.train(1)])
+        training = asyncio.create_task(_trained(cluster, 2))
+        await cluster.until(lambda: cluster.is_training)
+        await asyncio.gather(*(cluster.kill(name) for name in cluster.nodes))
+        async with asyncio.timeout(40):
+            rounds += await training
+    straight = await in_process(replace(CASE, rounds=rounds), tmp_path, run="straight")
+    assert_equal(Ran(tmp_path / "killed", []).weights, straight.weights)
+
+
+async def _trained(cluster: zsfl.LocalCluster, rounds: int) -> int:
+    return len([report async for report in cluster.train(rounds)])
 
 
 def test_equal_seeds_make_equal_plans_and_roles_take_turns() -> None:

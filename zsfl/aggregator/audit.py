@@ -9,16 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zsfl.aggregator.commit import Record, RecordLine, read_record
-from zsfl.aggregator.journal import Journal, Kept
-from zsfl.aggregator.progress import place_of
+from zsfl.aggregator.journal import Journal, Kept, found_in
+from zsfl.aggregator.progress import checkpoints, place_of
 from zsfl.aggregator.replay import CannotReplay, replay, window_of
 from zsfl.aggregator.run_folder import CHECKPOINT, JOURNAL, LEDGER, whole_lines
-from zsfl.errors import BadShape, ConfigError, SpillCorrupt, StorageError, ZsflError
+from zsfl.errors import BadShape, ConfigError, StorageError, ZsflError
 from zsfl.ids import Cid, Version, parse_cid
 from zsfl.learning.job import Job
-from zsfl.learning.master import Master, saved_digest
-from zsfl.spill.layout import decode_meta, header_bytes
-from zsfl.spill.segments import SUFFIX, Segment
+from zsfl.learning.master import Master, saved_state, state_digest
+from zsfl.spill.segments import SUFFIX
 
 
 @dataclass(slots=True)
@@ -52,13 +51,14 @@ def audit(folder: Path) -> Audit:
     found.versions, found.samples = len(records), sum(record.samples for record in records)
     found.counted = sum(len(record.counted) for record in records)
     found.dropped = sum(len(record.dropped) for record in records)
+    places = _check_checkpoints(folder, lines, found.faults.append)
     for record in records:
-        found.verified += _is_verified(record, kept, found.faults.append)
-    runs = [parse_cid(cid).run for record in records for cid in record.counted[:1]]
-    left = [cid for cid in acknowledged - settled if runs and parse_cid(cid).run == runs[-1]]
+        found.verified += _is_verified(record, kept, min(places, default=0), found.faults.append)
+    counted = [cid for record in records for cid in record.counted if cid in settled]
+    last = parse_cid(counted[-1]).run if counted else ""
+    left = [cid for cid in acknowledged - settled if parse_cid(cid).run == last]
     found.pending, version = len(left), Version(len(records))
     found.faults += [f"{cid} is of a later version than any" for cid in left if parse_cid(cid).version > version]
-    _check_checkpoints(folder, lines, found.faults.append)
     return found
 
 
@@ -96,23 +96,23 @@ def _settled(records: Sequence[Record], fault: Callable[[str], None]) -> set[Cid
         for cid, fate in ways:
             if cid in fates:
                 fault(f"{cid} was {fates[cid]}, and {fate}")
-            fates[cid] = fate
             try:
                 step = parse_cid(cid)
             except BadShape as error:
                 fault(f"the record of version {record.version} names what is no step: {error}")
-            else:
-                if fate.startswith("counted") and step.version >= record.version:
-                    fault(f"{cid} was {fate}, before it can have been made")
+                continue
+            fates[cid] = fate
+            if fate.startswith("counted") and step.version >= record.version:
+                fault(f"{cid} was {fate}, before it can have been made")
     return set(fates)
 
 
-def _is_verified(record: Record, kept: Kept, fault: Callable[[str], None]) -> bool:
-    """Whether what the record counts is here, and adds up to what it says."""
+def _is_verified(record: Record, kept: Kept, since: int, fault: Callable[[str], None]) -> bool:
+    """Whether what the record counts is here, as it must be of versions after `since`, and adds up to what it says."""
     try:
         window = window_of(record, kept)
     except CannotReplay as error:
-        if not isinstance(error.__cause__, KeyError | None):
+        if error.is_damaged or record.version > since:
             fault(f"version {record.version}: {error}")
         return False
     steps = [one for one in window if one.part == "client"]
@@ -125,33 +125,32 @@ def _is_verified(record: Record, kept: Kept, fault: Callable[[str], None]) -> bo
 def _spilled(folder: Path) -> Iterator[Cid]:
     """Steps of which nodes that keep their runs in the same folder hold a spill."""
     for path in (folder.parent / "spills").glob("*/*/*"):
-        with suppress(OSError, SpillCorrupt):
+        with suppress(OSError, BadShape):
             if path.suffix == SUFFIX:
-                segment = Segment(path, sealed=True)
-                for place, size in segment.frames():
-                    head = segment.read(place, min(size, header_bytes(segment.read(place, 8))))
-                    yield decode_meta(head).cid
+                yield from (cid for cid, _ in found_in(path))
             elif path.suffix == ".safetensors":
-                yield Cid(path.name.partition(".")[0])
+                parse_cid(cid := path.name.partition(".")[0])
+                yield Cid(cid)
 
 
-def _check_checkpoints(folder: Path, lines: Sequence[RecordLine], fault: Callable[[str], None]) -> None:
+def _check_checkpoints(folder: Path, lines: Sequence[RecordLine], fault: Callable[[str], None]) -> list[Version]:
+    """The versions of those that are kept."""
     weights = {line.record.version: line.record.weights for line in lines}
     digests = {line.record.version: line.digest for line in lines}
-    for path in checkpoints(folder):
+    versions: list[Version] = []
+    for path in checkpoints(folder / CHECKPOINT):
         try:
-            place, digest = place_of(path), saved_digest(path)
+            place, digest = place_of(path), state_digest(saved_state(path))
         except ZsflError as error:
             if path.exists():  # one that a run in progress has dropped meanwhile is no fault
                 fault(str(error))
             continue
+        versions.append(place.version)
         if place.version and (weights.get(place.version), digests.get(place.version)) != (digest, place.commit):
             fault(f"the checkpoint {path.name} is not of version {place.version} as the ledger has it")
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Of a run's folder, oldest first."""
-    return sorted((folder / CHECKPOINT).glob("round-*"))
+    if lines and not versions:
+        fault(f"there is no checkpoint in {folder / CHECKPOINT} that a resume could go on from")
+    return versions
 
 
 def replay_versions(folder: Path, job: Job, first: int, last: int) -> Iterator[Version]:
@@ -162,16 +161,19 @@ def replay_versions(folder: Path, job: Job, first: int, last: int) -> Iterator[V
     records = {line.record.version: line.record for line in _records(folder, _refuse)}
     if not 1 <= first <= last <= len(records):
         raise ConfigError(f"versions {first} to {last} cannot be made again: the ledger has 1 to {len(records)}")
-    before = [path for path in checkpoints(folder) if place_of(path).version < first]
+    before = [path for path in checkpoints(folder / CHECKPOINT) if place_of(path).version < first]
     if not before:
         raise ConfigError(
             f"no checkpoint from before version {first} is kept; have more kept with --keep-mib when the run is started"
         )
     place, kept = place_of(before[-1]), Journal(folder / JOURNAL).kept()
+    again = {place_of(path).version: path for path in checkpoints(folder / CHECKPOINT)}
     master = Master(job.build(), job.optimizer)
     master.restore(before[-1])
     for version in range(place.version + 1, last + 1):
         try:
+            if version - 1 in again:  # options of the optimizer may have changed there
+                master.restore(again[Version(version - 1)])
             replay(master, records[Version(version)], kept, sequential=job.local_lr is not None)
         except CannotReplay as error:
             raise StorageError(f"version {version} cannot be made again: {error}") from error

@@ -114,7 +114,7 @@ class Journal:
             # One that a run in progress deletes meanwhile is no matter.
             with suppress(FileNotFoundError), self._storing("read"):
                 if version >= since:
-                    found |= _found_in(path)
+                    found |= found_in(path)
         return Kept(found)
 
     def _files(self) -> Iterator[tuple[Version, Path]]:
@@ -159,7 +159,8 @@ class _Page:
         return memoryview(self._memory)[:size]
 
 
-def _found_in(path: Path) -> dict[Key, tuple[Path, int, int]]:
+def found_in(path: Path) -> dict[Key, tuple[Path, int, int]]:
+    """Where in a segment the spill of each key is; nothing is changed."""
     found: dict[Key, tuple[Path, int, int]] = {}
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from zsfl.errors import ConfigError, StorageError
 from zsfl.ids import Version
 from zsfl.learning.cuts import Cuts
 from zsfl.learning.job import Job
-from zsfl.learning.master import Master
+from zsfl.learning.master import Master, saved_state
 from zsfl.learning.modes import max_staleness
 from zsfl.reports import RoundReport
 
@@ -128,7 +128,16 @@ class Progress:
 
     def _checkpoints(self) -> list[Path]:
         """Oldest first."""
-        return sorted(self._folder.checkpoint_path.glob("round-*"))
+        return checkpoints(self._folder.checkpoint_path)
+
+    def untested(self, done: Collection[int], last: int) -> list[tuple[RoundReport, Version, dict[str, Tensor]]]:
+        """Of rounds up to the `last` that are not `done`, as their test was not: report, and what is to be tested."""
+        places = [(place_of(path), path) for path in self._checkpoints()]
+        return [
+            (place.untested, place.version, saved_state(path))
+            for place, path in places
+            if place.untested is not None and place.round <= last and place.round not in done
+        ]
 
     def restore(self) -> Place:
         """Bring the master to the newest checkpoint; ConfigError when there is none, or it is of another job."""
@@ -160,6 +169,11 @@ class Progress:
         ]
         if differ:
             raise ConfigError(f"the job has changed since the run began: {'; '.join(differ)}. Resume it unchanged")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(path for path in folder.glob("round-*") if path.name.removeprefix("round-").isdecimal())
 
 
 def _round(checkpoint: Path) -> int:

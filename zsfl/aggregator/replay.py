@@ -18,6 +18,9 @@ from zsfl.learning.master import Master
 class CannotReplay(Exception):
     """A version cannot be made again; says why."""
 
+    is_damaged = False
+    """Whether what it needs is there, but not as it was."""
+
 
 @dataclass(frozen=True, slots=True)
 class Made:
@@ -110,7 +113,9 @@ def _read(kept: Kept, key: Key) -> Contribution:
     except KeyError:
         raise CannotReplay(f"the {kind} contribution of {cid} is not kept any more") from None
     except (SpillCorrupt, OSError) as error:
-        raise CannotReplay(f"the {kind} contribution of {cid} cannot be read: {error}") from error
+        damaged = CannotReplay(f"the {kind} contribution of {cid} cannot be read: {error}")
+        damaged.is_damaged = True
+        raise damaged from error
 
 
 def replay(master: Master, record: Record, kept: Kept, *, sequential: bool) -> Made:

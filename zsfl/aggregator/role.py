@@ -101,7 +101,6 @@ class AggregatorRole:
     def _resume(self, place: Place) -> None:
         """Go on from a checkpoint, and from what was committed after it."""
         self._resumed, training = place, self._training
-        reached = place.version, self._master.state()
         at = recover(
             place,
             self._master,
@@ -114,7 +113,7 @@ class AggregatorRole:
             self._node.note(
                 f"going on from version {at.version}, the last that can be made again: {at.lost}", "warning"
             )
-        self._shelf.put(*reached)
+        self._master.take_options()
         self._without = at.without
         training.resume(at, place.run)
         if place.run != self._stage.run:
@@ -124,8 +123,9 @@ class AggregatorRole:
                 self._best.take(tested)
         done = [report for report in self._folder.rounds() if report.round <= at.round]
         self._last = done[-1] if done else None
-        if place.untested is not None and not any(report.round == place.round for report in done):
-            self._untested.append((place.untested, *reached))
+        for report, version, state in self._progress.untested({report.round for report in done}, place.round):
+            self._shelf.put(version, state)
+            self._untested.append((report, version, state))
         if at.windows and self._job.tests(at.version) and at.version not in self._best.seen:
             self._untested.append((None, *training.newest))
 

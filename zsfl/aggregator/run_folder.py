@@ -130,7 +130,7 @@ class RunFolder:
     def _metrics(self) -> Iterator[AnyReport]:
         """Those that can be read: JSON has no infinity, so that of a run that diverged some cannot."""
         for line in whole_lines(self.path / _METRICS):
-            with suppress(msgspec.ValidationError):
+            with suppress(msgspec.DecodeError):
                 yield from_line(line)
 
     def write_model(self, state: Mapping[str, Tensor], load_lines: str) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 START_S = 60.0
 """What a cluster may take until all nodes have found one another."""
+MOST_ROUNDS = 1 << 30
 MOST_PEERS = 16
 """Addresses that a node is told to find the others by."""
 STOP_S = 10.0
@@ -156,6 +157,8 @@ class LocalCluster:
 
         Rounds that an earlier `train` left undone are done first. RunFailed when the run cannot go on.
         """
+        if rounds is not None and not 1 <= rounds <= MOST_ROUNDS:
+            raise ConfigError(f"{rounds} rounds cannot be trained: use a number from 1 to {MOST_ROUNDS}, or None")
         await self.until(lambda: not self._training)
         events = self._events = asyncio.Queue[AnyReport | None]()
         self._ordered = None if rounds is None else self._rounds_done + rounds
@@ -198,7 +201,7 @@ class LocalCluster:
         return name
 
     async def restart(self, name: str) -> str:
-        """Start a node again that has ended; its name, once it is ready. An aggregator goes on from its last commit."""
+        """Start a client or split server again that has ended; its name, once it is ready."""
         if (node := self.nodes.get(name)) is None or node.exit_code is None:
             raise ConfigError(f"there is no node {name} that has ended; start another one with another name")
         return await self._start_and_wait(name, node.role, node.flags)

@@ -58,7 +58,7 @@ def rounds_in(folder: Path) -> Iterator[RoundReport]:
     except FileNotFoundError:
         return
     for line in lines:
-        with suppress(msgspec.ValidationError):  # JSON has no infinity, so that of a run that diverged some are none
+        with suppress(msgspec.DecodeError):  # JSON has no infinity, so that of a run that diverged some are none
             if isinstance(report := from_line(line), RoundReport):
                 yield report
 

@@ -203,7 +203,7 @@ class Master:
 
     @torch.no_grad()
     def restore(self, folder: Path) -> None:
-        """Go on from what `save` wrote, bit for bit; options that the job now states otherwise are the job's.
+        """Go on from what `save` wrote, bit for bit, under the optimizer's options of then; see `take_options`.
 
         `StorageError` when the file is missing or corrupt, `ConfigError` when of another model or optimizer.
         """
@@ -222,10 +222,15 @@ class Master:
             )
         for name, tensor in weights.items():
             state[name].copy_(tensor)
-        self._optimizer.param_groups[0].update(_from_json(described["options"], tensors) | self._spec.options)
+        self._optimizer.param_groups[0].update(_from_json(described["options"], tensors))
         self._lr = self._optimizer.param_groups[0]["lr"]
         for name, parameter in self._trained.items():
             self._optimizer.state[parameter] = _from_json(described["state"][name], tensors)
+
+    def take_options(self) -> None:
+        """From now on the optimizer has the options that the job states."""
+        self._optimizer.param_groups[0].update(self._spec.options)
+        self._lr = self._optimizer.param_groups[0]["lr"]
 
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,11 +276,10 @@ def _not_finite(name: str, contributions: Sequence[Contribution]) -> RunFailed:
     return RunFailed(f"the sum over all contributions overflows in {name}: lower the learning rate")
 
 
-def saved_digest(folder: Path) -> str:
-    """`state_digest` of the state that `Master.save` wrote; `StorageError` when it is missing or corrupt."""
-    tensors, _ = _read(folder / _FILE)
-    prefix = "weights/"
-    return state_digest({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+def saved_state(folder: Path) -> dict[str, Tensor]:
+    """The state that `Master.save` wrote; `StorageError` when it is missing or corrupt."""
+    tensors, prefix = _read(folder / _FILE)[0], "weights/"
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

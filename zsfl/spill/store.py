@@ -102,6 +102,11 @@ class SpillStore:
     def _check_room(self, more_bytes: int) -> None:
         if not self._limit_bytes:
             return
+        if more_bytes > self._limit_bytes:
+            raise StorageError(
+                f"a spill of {more_bytes} bytes never has room in {self.folder}, which may take "
+                f"{self._limit_bytes >> 20} MiB: allow more with --spill-mib"
+            )
         segments = {id(held.segment): held.segment for held in self._held.values() if held.segment is not None}
         used = sum(segment.size_bytes for segment in segments.values())
         used += sum(held.offer.size_bytes for held in self._held.values() if held.segment is None)

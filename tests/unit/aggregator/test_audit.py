@@ -115,15 +115,25 @@ def test_a_line_that_is_no_record_is_told_by_its_place(folder: Path) -> None:
     assert any("line 10 of" in fault for fault in audit(folder).faults)
 
 
-def test_contributions_that_were_altered_are_found_and_those_that_are_gone_are_no_fault(folder: Path) -> None:
+def test_contributions_that_were_altered_are_found_and_those_that_a_resume_would_miss(folder: Path) -> None:
     path = folder / "journal" / "v000000000004.spills"
     altered = bytearray(path.read_bytes())
     altered[-1] ^= 1
     path.write_bytes(altered)
     assert any("version 5" in fault and "checksum" in fault for fault in audit(folder).faults)
     path.unlink()
+    assert any("version 5: the" in fault and "is not kept any more" in fault for fault in audit(folder).faults)
+    for round_ in (0, 1):
+        shutil.rmtree(folder / "checkpoint" / f"round-{round_:06d}")
     found = audit(folder)
-    assert (found.faults, found.verified) == ([], VERSIONS - 1)
+    assert (found.faults, found.verified) == ([], VERSIONS - 1), "nobody needs it to go on"
+    shutil.rmtree(folder / "checkpoint" / "round-000002")
+    shutil.rmtree(folder / "checkpoint" / "round-000003")
+    assert any("no checkpoint" in fault for fault in audit(folder).faults)
+
+
+def test_what_is_gone_cannot_be_made_again(folder: Path) -> None:
+    (folder / "journal" / "v000000000004.spills").unlink()
     with pytest.raises(StorageError, match=r"version 5 cannot be made again: .* is not kept any more"):
         list(replay_versions(folder, CASE.job(), 5, 5))
 
@@ -170,6 +180,18 @@ def test_the_command_says_that_all_is_well(sound: Path, tmp_path: Path, capsys: 
         "versions 2 to 9 made again: the same weights, bit for bit",
         "all is well",
     ]
+
+
+def test_files_of_others_are_none_of_its_business(folder: Path) -> None:
+    (folder.parent / "spills" / "x" / "y").mkdir(parents=True)
+    (folder.parent / "spills" / "x" / "y" / "foo.safetensors").write_bytes(b"")
+    (folder / "checkpoint" / "round-000001.bak").mkdir()
+    assert audit(folder).faults == []
+
+
+def test_a_record_that_names_what_is_no_step_is_a_fault(folder: Path) -> None:
+    rewritten(folder, lambda records: records[2]["counted"].append("nonsense"))
+    assert any("names what is no step" in fault for fault in audit(folder).faults)
 
 
 def test_the_command_says_what_is_wrong(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -302,6 +302,7 @@ def test_options_that_the_job_states_now_are_the_jobs(tmp_path: Path) -> None:
     before.save(tmp_path)
     slower = Master(model(), sgd(0.0, momentum=0.9))
     slower.restore(tmp_path)
+    slower.take_options()
     train(slower, range(1, 2))
     assert slower.digest() == before.digest()
 

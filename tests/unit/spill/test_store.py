@@ -431,6 +431,9 @@ def test_no_more_is_put_than_may_be_until_some_is_released(numbers: int, tmp_pat
     assert used <= 1 << 20 < used + used // len(put)
     store.release(put)
     assert store.put(meta(1001), tensors)
+    with pytest.raises(StorageError, match="never has room") as caught:
+        store.put(meta(1002), {"grad/a": torch.zeros(1 << 19)})
+    assert not isinstance(caught.value, SpillFull), "there is nothing to wait for"
 
 
 def test_what_is_damaged_or_gone_is_set_aside_and_what_is_whole_stays(tmp_path: Path) -> None:
