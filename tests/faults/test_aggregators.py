@@ -64,8 +64,9 @@ async def _taken_over(case: Case, runs: Path, monkeypatch: pytest.MonkeyPatch, v
     return nodes, left
 
 
-@pytest.mark.parametrize("merge", [False, True], ids=["single", "merged"])
-@pytest.mark.parametrize("versions", [1, WINDOWS + 2, 2 * WINDOWS])
+@pytest.mark.parametrize(
+    ("versions", "merge"), [(1, False), (WINDOWS + 2, False), (WINDOWS + 2, True), (2 * WINDOWS, False)]
+)
 async def test_another_aggregator_goes_on_from_the_last_commit(
     versions: int, merge: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
