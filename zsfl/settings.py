@@ -267,7 +267,7 @@ def _check_shards(text: str) -> None:
 def _at_least(low: int, high: float = math.inf) -> Callable[[int | None], None]:
     def check(value: int | None) -> None:
         if value is not None and not low <= value <= high:
-            raise ValueError(f"a whole number from {low}" + (f" to {high:g}" if high < math.inf else " upwards"))
+            raise ValueError(f"a whole number from {low}" + (f" to {high:.0f}" if high < math.inf else " upwards"))
 
     return check
 
