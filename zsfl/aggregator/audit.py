@@ -32,7 +32,6 @@ class Audit:
     samples: int = 0
     verified: int = 0
     """Versions of which all contributions are kept, whole and as recorded."""
-    replayed: list[Version] = field(default_factory=list[Version])
     faults: list[str] = field(default_factory=list[str])
 
 
@@ -169,10 +168,11 @@ def replay_versions(folder: Path, job: Job, first: int, last: int) -> Iterator[V
     place, kept = place_of(before[-1]), Journal(folder / JOURNAL).kept()
     again = {place_of(path).version: path for path in checkpoints(folder / CHECKPOINT)}
     master = Master(job.build(), job.optimizer)
-    master.restore(before[-1])
     for version in range(place.version + 1, last + 1):
         try:
-            if version - 1 in again:  # options of the optimizer may have changed there
+            if (
+                version - 1 in again
+            ):  # where it begins; and later ones, as the optimizer's options may have changed there
                 master.restore(again[Version(version - 1)])
             replay(master, records[Version(version)], kept, sequential=job.local_lr is not None)
         except CannotReplay as error:

@@ -141,14 +141,12 @@ class LocalCluster:
     async def _close(self) -> None:
         self._fail(RunFailed(NOT_RUNNING))
         self._closing = True
-        # Shielded: a second Ctrl-C must not leave processes behind.
         for errand in self._errands:
             errand.cancel()
-        await asyncio.gather(*self._errands, return_exceptions=True)
+        # Shielded: a second Ctrl-C must not leave processes behind.
         await asyncio.shield(self._spawner.close())
         self._pump.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._pump
+        await asyncio.gather(self._pump, *self._errands, return_exceptions=True)
 
     # --- what one does with a cluster -------------------------------------------------------------------
 
