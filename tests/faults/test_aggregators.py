@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from zsfl.aggregator.commit import Ledger, Record
 from zsfl.aggregator.progress import Progress
 from zsfl.errors import StorageError
 from zsfl.ids import Role, parse_cid
+from zsfl.reports import AnyReport, Waiting
 from zsfl.spill.layout import decode, encode
 from zsfl.spill.segments import Segment
 
@@ -235,3 +238,45 @@ async def test_training_that_was_to_end_early_ends_there_after_a_resume(
     assert after == rounds
     ran, whole = (Ran(tmp_path / name, []) for name in ("mine", "straight"))
     assert_equal(ran.weights, whole.weights)
+
+
+async def test_one_that_is_back_before_it_was_missed_finds_every_window_made(tmp_path: Path) -> None:
+    """Its clients are in the middle of a window when they hear that another one has its address, and the same run."""
+    stuck = asyncio.Event()
+
+    def on_report(report: AnyReport) -> None:
+        if isinstance(report, Waiting) and report.node == "aggregator" and "the steps of" in report.what:
+            stuck.set()
+
+    cluster = zsfl.LocalCluster(
+        replace(CASE, rounds=10_000).job_file(tmp_path),
+        run="mine",
+        split_servers=1,
+        runs=tmp_path,
+        mdns=False,
+        keep_alive=True,
+        on_report=on_report,
+        beat_s=0.2,
+        lost_after_s=20.0,
+    )
+    async with asyncio.timeout(50), cluster:
+        server = cluster.nodes["split-server-0"].pid
+        assert server is not None
+        os.kill(server, signal.SIGSTOP)
+        try:
+            training = asyncio.create_task(_reports(cluster))
+            await stuck.wait()
+            first = cluster.nodes["aggregator"]
+            await cluster.kill("aggregator")
+            await cluster.until(lambda: (now := cluster.nodes["aggregator"]) is not first and now.address)
+        finally:
+            os.kill(server, signal.SIGCONT)
+        assert cluster.nodes["aggregator"].address == first.address
+        assert await training == [1]
+    straight = await in_process(replace(CASE, rounds=1), tmp_path, run="straight")
+    assert_equal(Ran(tmp_path / "mine", []).weights, straight.weights)
+    assert_clean(tmp_path / "mine")
+
+
+async def _reports(cluster: zsfl.LocalCluster) -> list[int]:
+    return [report.round async for report in cluster.train(1)]

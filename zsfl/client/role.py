@@ -194,8 +194,9 @@ class ClientRole:
             state = await self._member.state.wait_for(lambda now, done=done: self._asked(now) not in (None, done))
             if state is None or self._member.check(state):
                 return
+            asked = self._asked(state)  # said now: who asks may be another one when the attempt is over
             if await self._attempt(self._make_window(data, state), state):
-                done = self._asked(state)
+                done = asked
 
     def _driver_of(self, data: ShardData) -> StepDriver:
         return self._drivers[self._cuts.of(data.shard)]
