@@ -49,11 +49,13 @@ examples, for a LAN of three machines (give each its own address with --host):
   zsfl node split-server mnist.py --host 192.168.1.20 --device cuda
   zsfl node client mnist.py --host 192.168.1.30 --shard 0
   zsfl node client mnist.py --host 192.168.1.30 --shards 1-4       four clients in one process
+  zsfl node standby mnist.py --host 192.168.1.20     takes over when the aggregator is gone
 
 Nodes find one another by mDNS. Where multicast is blocked, one address is enough:
   zsfl node aggregator mnist.py --host 192.168.1.10 --port 7700
   zsfl node split-server mnist.py --host 192.168.1.20 --peer 192.168.1.10:7700
   zsfl node client mnist.py --host 192.168.1.30 --shard 0 --peer 192.168.1.10:7700
+  zsfl node standby mnist.py --host 192.168.1.20 --peer 192.168.1.10:7700
 """
 
 BASELINE_EXAMPLES = """\
@@ -168,6 +170,7 @@ _ROLE_HELP = {
     Role.CLIENT: "trains head and tail where the data is",
     Role.SPLIT_SERVER: "runs the body for whoever asks",
     Role.AGGREGATOR: "averages, steps and publishes",
+    Role.STANDBY: "keeps a copy of the run, and takes over when its aggregator is gone",
 }
 
 
@@ -190,6 +193,9 @@ def _add_cluster_flags(target: argparse.ArgumentParser, *, clients: int | None) 
     said = "what the job says" if clients is None else str(clients)
     target.add_argument("--clients", type=int, default=clients, metavar="N", help=f"how many clients; default: {said}")
     target.add_argument("--split-servers", type=int, default=2, metavar="N", help="how many split servers; default: 2")
+    target.add_argument(
+        "--standbys", type=int, default=0, metavar="N", help="aggregators that stand by to take over; default: 0"
+    )
     target.add_argument(
         "--client-processes", type=int, metavar="N", help="processes the clients share; default: one each"
     )
@@ -287,6 +293,7 @@ async def _train(job: Path, flags: dict[str, Any]) -> None:
         cluster = LocalCluster(
             job,
             split_servers=flags["split_servers"],
+            standbys=flags["standbys"],
             client_processes=flags["client_processes"],
             in_process=flags["in_process"],
             on_report=printer.on,

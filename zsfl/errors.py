@@ -18,6 +18,7 @@ ZsflError
 ├── StorageError           the local disk
 │   ├── SpillFull              no room for another spill
 │   └── SpillCorrupt           a spill does not match its checksum
+├── Fenced                 another aggregator has taken over
 └── RunFailed              the training run itself cannot go on
 
 A message says what happened, to which node, and what to do.
@@ -108,3 +109,7 @@ class SpillCorrupt(StorageError):
 
 class RunFailed(ZsflError):
     """The training run cannot go on; the last good version is kept."""
+
+
+class Fenced(ZsflError):
+    """Another aggregator has taken over: this one may commit nothing any more."""

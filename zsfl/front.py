@@ -15,7 +15,7 @@ import msgspec
 import zmq.asyncio
 
 from zsfl.errors import ZsflError
-from zsfl.ids import NodeCard, NodeId, Role
+from zsfl.ids import Address, NodeCard, NodeId, Role
 from zsfl.lane import soon_in_lane, to_lane
 from zsfl.metrics import Counters
 from zsfl.node import Node, RoleShell
@@ -158,6 +158,10 @@ class Front:
         self._dialer.close()
         self._control.close()
         self._publisher.close(GOODBYE_LINGER_S)
+
+    def known(self) -> tuple[Address, ...]:
+        """Where live peers are, those that serve first: what to tell a node that goes on in this one's place."""
+        return tuple(hint.address for hint in self._peers.hints())
 
     def start(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[None]:
         """Run something for as long as the node lives; its failure ends the node."""

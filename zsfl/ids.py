@@ -35,7 +35,7 @@ Portion = NewType("Portion", str)
 """Which weights nodes of one kind need: `body`, `client`, or where a job has several cuts `client/CUT`."""
 BODY = Portion("body")
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Version of the wire protocol; peers that differ refuse one another."""
 
 
@@ -45,6 +45,7 @@ class Role(StrEnum):
     CLIENT = "client"
     SPLIT_SERVER = "split-server"
     AGGREGATOR = "aggregator"
+    STANDBY = "standby"
     OBSERVER = "observer"
 
 

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from zsfl.errors import NoPeer, RemoteProtocolError, RunFailed, StorageError
-from zsfl.ids import Cid, NodeCard, Role, RunId, parse_cid
+from zsfl.ids import Cid, NodeCard, Role, RunId, Version, parse_cid
 from zsfl.latest import Latest
+from zsfl.lease import Candidate, Promise, clock_s
 from zsfl.node import STATE_TOPIC, Node
 from zsfl.spill.coded import SpillCoder
 from zsfl.spill.store import SpillStore
 from zsfl.weights.follower import WeightsFollower
+from zsfl.wire.fields import MAX_CARRIED_BYTES
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import (
-    MAX_CARRIED_BYTES,
     MAX_OFFERS,
     Announcement,
     Beat,
@@ -34,6 +35,7 @@ from zsfl.wire.messages import (
     SpillOffer,
     Spills,
 )
+from zsfl.wire.succession import Grant, Granted
 
 OFFERS_BYTES = 256 << 10
 """Spills that travel with one digest of offers: they fit one frame."""
@@ -58,6 +60,7 @@ class Member:
         self._weights = weights
         self._listening: asyncio.Task[None] | None = None
         self.spills = SpillStore(spills, coder, node.settings.spill_mib << 20)
+        self.promise = Promise(clock_s(), node.settings.lost_after_s)
         self.followed = 0
         """How often this node began to follow an aggregator: what an earlier one asked for is asked anew."""
         self._run: RunId | None = None
@@ -87,30 +90,43 @@ class Member:
         """Follow another aggregator, if there is one, when this was ours."""
         if self.aggregator.value is None or card.id != self.aggregator.value.id:
             return
+        self._leave(card, f"is gone: {reason}")
+        for other in self._node.peers(Role.AGGREGATOR):
+            self.joined(other)
+            return
+
+    def _leave(self, card: NodeCard, why: str) -> None:
+        """Follow this aggregator no more."""
         if self.state.value is None or self.state.value.phase not in ("finished", "failed"):
-            self._node.note(f"{card.name} is gone: {reason}", "warning")
+            self._node.note(f"{card.name} {why}", "warning")
         if self._listening is not None:
             self._listening.cancel()
         for follower in self._weights:
             follower.unfollow()
         self.state.set(None)
         self.aggregator.set(None)
-        for other in self._node.peers(Role.AGGREGATOR):
-            self.joined(other)
-            return
 
     def heard(self, broadcast: Broadcast) -> None:
         """Take over what the aggregator says of the run; release what its commit names."""
         ours = self.aggregator.value
         match broadcast:
-            case Beat() if ours and broadcast.card.id == ours.id and broadcast.state is not None:
-                if broadcast.state != self.state.value:
-                    self._take(broadcast.state)
-            case Announcement() if ours and broadcast.node == ours.id:
+            case Beat(state=RunState() as state) if ours and broadcast.card.id == ours.id:
+                if state != self.state.value and state.epoch >= self.promise.epoch:
+                    self._take(state)
+            case Beat(state=RunState() as state) if ours:
+                self._mind_successor(ours, broadcast.card, state)
+            case Announcement() if ours and broadcast.node == ours.id and broadcast.state.epoch >= self.promise.epoch:
                 self._take(broadcast.state)
                 self._release((*broadcast.counted, *broadcast.dropped))
             case _:
                 pass
+
+    def _mind_successor(self, ours: NodeCard, other: NodeCard, state: RunState) -> None:
+        """Follow another aggregator that has taken over, though ours is there still, or again."""
+        known = self.state.value
+        if other.role is Role.AGGREGATOR and state.epoch > (0 if known is None else known.epoch):
+            self._leave(ours, f"is succeeded by {other.name}")
+            self.joined(other)
 
     def _take(self, state: RunState) -> None:
         """Take part in this run; once it has begun, nothing that was made for another one counts any more.
@@ -120,6 +136,7 @@ class Member:
         known = self.state.value
         if known is not None and known.run == state.run and state.serial <= known.serial:
             return
+        self.promise.heard_of(state.epoch, state.version)
         self.state.set(state)
         if state.phase == "waiting" or state.run == self._run:
             return
@@ -218,6 +235,13 @@ class Member:
             self._node.note(f"spills that are settled could not be deleted: {error}", "warning")
         for call in self.deleted:
             call()
+
+    def promised(self, grant: Grant, shards: Sequence[int]) -> Granted:
+        """Follow nobody else for so long, if that can be promised for these shards."""
+        by = Candidate(holder=grant.holder, name=grant.name, epoch=grant.epoch, version=grant.version)
+        newest = Version(self.promise.version)
+        refused = self.promise.ask(by, grant.lease_s, clock_s())
+        return Granted(shards=tuple(shards), refused=refused, epoch=self.promise.epoch, version=newest)
 
     def check(self, state: RunState) -> bool:
         """Whether the run is over; RunFailed when it failed."""

@@ -22,7 +22,7 @@ from zsfl.settings import NodeSettings, WireLimits
 from zsfl.waits import LOOK_S, Overdue, Waits
 from zsfl.wire.connection import Connection, Dialer
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import Announcement, Broadcast, Load, Offers, Reply, Request, RunState, SpillOffer
+from zsfl.wire.messages import Announcement, Broadcast, Committed, Load, Offers, Reply, Request, RunState, SpillOffer
 from zsfl.wire.pubsub import Heard, Publisher, Subscriber, in_pieces
 from zsfl.wire.server import Handler, Server
 
@@ -159,13 +159,16 @@ class Node:
             self._links[card.id] = self.connect(card, card.control_port)
         return self._links[card.id]
 
-    def publish(self, broadcast: Offers | Announcement, parts: Sequence[Buffer] = ()) -> None:
+    def publish(self, broadcast: Offers | Announcement | Committed, parts: Sequence[Buffer] = ()) -> None:
         """Say something to every aggregator, or as one to every member."""
-        if isinstance(broadcast, Offers):
-            self.publisher.publish(OFFERS_TOPIC, broadcast, parts)
-        else:
-            for one in in_pieces(broadcast):
-                self.publisher.publish(STATE_TOPIC, one)
+        match broadcast:
+            case Offers():
+                self.publisher.publish(OFFERS_TOPIC, broadcast, parts)
+            case Announcement():
+                for one in in_pieces(broadcast):
+                    self.publisher.publish(STATE_TOPIC, one)
+            case Committed():
+                self.publisher.publish(STATE_TOPIC, broadcast)
 
     # --- what roles use ---------------------------------------------------------------------------------
 

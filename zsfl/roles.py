@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,25 +20,32 @@ from typing import Any
 import torch
 import zmq.asyncio
 
+from zsfl.aggregator.mirror import Mirror, Standing
 from zsfl.aggregator.role import AggregatorRole
 from zsfl.aggregator.run_folder import RunFolder
+from zsfl.aggregator.standby import Elected, StandbyRole
 from zsfl.client.role import ClientRole
 from zsfl.dashboard.progress import plain_line
-from zsfl.errors import ConfigError, StorageError, ZsflError
+from zsfl.errors import ConfigError, Fenced, StorageError, ZsflError
 from zsfl.front import Front, failed
 from zsfl.ids import Role
 from zsfl.lane import compute, use_threads
 from zsfl.learning.cuts import Cuts
 from zsfl.learning.job import Job, load_job
-from zsfl.learning.modes import mode_name
+from zsfl.learning.modes import max_staleness, mode_name
 from zsfl.locks import LOCK, lock_folder
 from zsfl.node import Node, RoleShell
 from zsfl.reports import AnyReport, Failed, Ready, to_line
 from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings, parse_shards
 from zsfl.split_server.role import SplitServerRole
 from zsfl.tensors.codec import SUPPORTED
+from zsfl.wire.sockets import is_free
 
 Reporter = Callable[[AnyReport], None]
+MOST_KNOWN = 16
+"""Addresses that a node takes over from its former role."""
+PORT_LOOKS, PORT_LOOK_S = 200, 0.01
+"""How often, and after what pause, to see whether a port that this node itself used is free again."""
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -68,19 +76,22 @@ async def run_role(
     # Where all of torch runs: elsewhere it would disturb the random numbers of other nodes of this process.
     cuts = await compute(job.build_cuts)
     name = settings.name or default_name(role, settings)
-    front = Front(
-        role,
+    front = partial(
+        Front,
         name=name,
         settings=settings,
         facts=job.facts(cuts) | {"cluster": settings.cluster},
         codecs=SUPPORTED,
         report=report,
         context=context,
-        stopping=stop,
+        stopping=stop or asyncio.Event(),
     )
     spills = settings.runs / "spills" / (settings.cluster or settings.run or job.name) / name
     with _own_folder(spills):
-        await _play(role, front, job, cuts, spills)
+        if role in (Role.AGGREGATOR, Role.STANDBY):
+            await _aggregate(role, front, name, job, cuts, settings)
+        else:
+            await _play(front(role), job, cuts, spills)
 
 
 @contextmanager
@@ -102,9 +113,9 @@ def _own_folder(spills: Path) -> Iterator[None]:
         os.close(lock)
 
 
-async def _play(role: Role, front: Front, job: Job, cuts: Cuts, spills: Path) -> None:
+async def _play(front: Front, job: Job, cuts: Cuts, spills: Path) -> None:
     settings = front.settings
-    match role:
+    match front.card.role:
         case Role.CLIENT:
             shards = parse_shards(settings.shards, job.shards) if settings.shards else ()
             if not shards:
@@ -124,25 +135,91 @@ async def _play(role: Role, front: Front, job: Job, cuts: Cuts, spills: Path) ->
                 return server
 
             await front.run(make)
-        case Role.AGGREGATOR:
-            with RunFolder.create(settings.runs, settings.run or job.name, settings.resume) as folder:
-
-                async def make(node: Node) -> RoleShell:
-                    aggregator = AggregatorRole(node, job, cuts, folder)
-                    aggregator.prepare()
-                    folder.write_settings(describe(job, settings, node.facts))
-                    return aggregator
-
-                await front.run(make)
-        case _:
+        case role:
             raise ConfigError(f"{role} is not a role that a node can play")
+
+
+async def _aggregate(
+    role: Role, front: Callable[..., Front], name: str, job: Job, cuts: Cuts, settings: NodeSettings
+) -> None:
+    """Aggregate, or stand by and aggregate once that is called for; whoever is succeeded stands by from then on.
+
+    Where somebody else may have taken over meanwhile, it is found out first who aggregates.
+    """
+    run = settings.run or job.name
+    with (
+        RunFolder.of_copy(settings.runs, f"{run}.{name}")
+        if role is Role.STANDBY
+        else RunFolder.create(settings.runs, run, settings.resume)
+    ) as folder:
+        known: tuple[str, ...] = ()
+        while True:
+            elected, standing = None, Standing.of(folder.path)
+            if role is Role.STANDBY or standing.shared:
+                standby = front(Role.STANDBY, settings=_knowing(settings, known))
+                elected = await _stand_by(standby, job, folder, standing)
+                if elected is None:
+                    return
+                known = standby.known()
+                await _until_free(settings)
+            rounds = settings.rounds or ((elected and elected.rounds) or None)
+            leading = front(Role.AGGREGATOR, settings=dataclasses.replace(_knowing(settings, known), rounds=rounds))
+
+            async def make(node: Node, elected: Elected | None = elected) -> RoleShell:
+                aggregator = AggregatorRole(node, job, cuts, folder, elected)
+                aggregator.prepare()
+                folder.write_settings(describe(job, settings, node.facts))
+                return aggregator
+
+            try:
+                await leading.run(make)
+            except Fenced as fenced:
+                leading.note(str(fenced), "warning")
+                role, known = Role.STANDBY, leading.known()
+                await _until_free(settings)
+            else:
+                return
+
+
+async def _until_free(settings: NodeSettings) -> None:
+    """Returns when the control port that this process used is free again: ZeroMQ closes it a moment later."""
+    for _ in range(PORT_LOOKS):
+        if not settings.port or is_free(settings.host, settings.port):
+            return
+        await asyncio.sleep(PORT_LOOK_S)
+
+
+def _knowing(settings: NodeSettings, known: Sequence[str]) -> NodeSettings:
+    """The same, and these addresses to find the others by."""
+    return dataclasses.replace(settings, peers=tuple(dict.fromkeys((*settings.peers, *known)))[:MOST_KNOWN])
+
+
+async def _stand_by(front: Front, job: Job, folder: RunFolder, standing: Standing) -> Elected | None:
+    """Stand by until this node is elected; None: the run is over, or the node was asked to leave."""
+    made: list[StandbyRole] = []
+
+    def warm_up() -> None:
+        """What the first optimizer of a process imports takes seconds."""
+        job.optimizer.build([torch.nn.Parameter(torch.zeros(1))])
+
+    async def make(node: Node) -> RoleShell:
+        syncs = front.settings.durability == "power"
+        mirror = Mirror(folder.path, max_staleness(job.how), syncs=syncs)
+        made.append(StandbyRole(node, mirror, standing, shards=job.shards, warm_up=warm_up))
+        return made[-1]
+
+    await front.run(make)
+    return made[-1].elected
 
 
 def default_name(role: Role, settings: NodeSettings) -> str:
     """A name that is free in most LANs: a client's by its shards, any other's by its process."""
     if role is Role.CLIENT:
         return f"client-{settings.shards.replace(',', '.')}"
-    return f"{role}-{os.uname().nodename.split('.')[0][:20]}-{os.getpid()}"
+    host = os.uname().nodename.split(".")[0][:20]
+    if role is Role.STANDBY:  # its copy of the run is found again by it
+        return f"{role}-{host}"
+    return f"{role}-{host}-{os.getpid()}"
 
 
 def describe(job: Job, settings: NodeSettings, facts: Mapping[str, str]) -> dict[str, object]:

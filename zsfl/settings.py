@@ -76,7 +76,16 @@ class NodeSettings:
     resume: bool = field(default=False, metadata=_doc("continue the run of that name"))
     durability: str = field(
         default="process",
-        metadata=_doc("what a committed version outlasts: the end of the process, or of power (slower)"),
+        metadata=_doc(
+            "what a committed version outlasts: process, its end; power, that of the power (slower); replica, the end "
+            "of this machine, as one that stands by has it too"
+        ),
+    )
+    takeover: str = field(
+        default="majority",
+        metadata=_doc(
+            "when one that stands by takes over: majority, where most clients agree; always, by itself alone; never"
+        ),
     )
     keep_mib: int = field(
         default=256, metadata=_doc("MiB of counted contributions and old checkpoints that are kept for audits")
@@ -127,7 +136,8 @@ _COMMON = (
 NODE_FLAGS: dict[Role, tuple[str, ...]] = {
     Role.CLIENT: ("shards", "device", "codec", "spill_mib", *_COMMON),
     Role.SPLIT_SERVER: ("device", "slots", "codec", "spill_mib", *_COMMON),
-    Role.AGGREGATOR: ("rounds", "start_with", "resume", "hold", "durability", "keep_mib", *_COMMON),
+    Role.AGGREGATOR: ("rounds", "start_with", "resume", "hold", "durability", "keep_mib", "takeover", *_COMMON),
+    Role.STANDBY: ("rounds", "durability", "keep_mib", "takeover", *_COMMON),
 }
 """Settings that make sense for a role on the command line."""
 
@@ -337,7 +347,8 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "clients": _at_least(0),
     "start_with": _at_least(0),
     "mode": _matches(r"|exact|elastic|async", "exact, elastic or async"),
-    "durability": _matches(r"process|power", "process or power"),
+    "durability": _matches(r"process|power|replica", "process, power or replica"),
+    "takeover": _matches(r"majority|always|never", "majority, always or never"),
     "keep_mib": _at_least(0, 1 << 30),
     "spill_mib": _at_least(0, 1 << 30),
     "shards": _check_shards,

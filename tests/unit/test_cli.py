@@ -23,7 +23,7 @@ COMMON = {
 CLUSTER = {
     "--client-processes", "--clients", "--cluster", "--codec", "--device", "--durability", "--host", "--in-process",
     "--keep-mib", "--mdns", "--mode", "--no-mdns", "--no-resume", "--patience-s", "--resume", "--rounds", "--run",
-    "--runs", "--slots", "--spill-mib", "--split-servers", "--threads",
+    "--runs", "--slots", "--spill-mib", "--split-servers", "--standbys", "--threads",
 }  # fmt: skip
 RESUMING = {"--no-resume", "--resume", "--rounds"}
 FLAGS = {
@@ -36,7 +36,10 @@ FLAGS = {
     "node": set[str](),
     "node client": {*COMMON, "JOB", "--codec", "--device", "--shard", "--shards", "--spill-mib"},
     "node split-server": {*COMMON, "JOB", "--codec", "--device", "--slots", "--spill-mib"},
-    "node aggregator": {*COMMON, "JOB", "--durability", "--hold", "--keep-mib", "--no-hold", *RESUMING, "--start-with"},
+    "node aggregator": {
+        *COMMON, "JOB", "--durability", "--hold", "--keep-mib", "--no-hold", *RESUMING, "--start-with", "--takeover",
+    },
+    "node standby": {*COMMON, "JOB", "--durability", "--keep-mib", "--rounds", "--takeover"},
 }
 """Every flag of every command. A change here is a change that people notice."""
 

@@ -14,9 +14,9 @@ from zsfl.learning.averaging import Contribution
 from zsfl.node import Node
 from zsfl.spill.layout import decode_contribution
 from zsfl.wire.connection import Connection
+from zsfl.wire.fields import MAX_CARRIED_BYTES
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import (
-    MAX_CARRIED_BYTES,
     MAX_OFFERS,
     FetchSpills,
     Recheck,

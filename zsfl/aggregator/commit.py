@@ -37,6 +37,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Rounds that were done before the one that this commit is part of."""
     window: int = 0
     """Its place in that round."""
+    epoch: int = 0
+    """How often another aggregator had taken over, and one more; 0: nobody stood by."""
     without: list[int] = []
     """Shards whose clients had left by then."""
     memory: dict[str, Any] = {}

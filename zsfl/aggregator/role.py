@@ -7,20 +7,23 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import msgspec
 from torch import Tensor
 
 from zsfl.aggregator.held_out import Best, HeldOut, Order
 from zsfl.aggregator.progress import Place, Progress
+from zsfl.aggregator.reign import Reign
 from zsfl.aggregator.replay import recover
 from zsfl.aggregator.roster import Roster, ranges
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.aggregator.stage import Stage
+from zsfl.aggregator.standby import Elected
 from zsfl.aggregator.tally import PeerCounters
 from zsfl.aggregator.training import Training
 from zsfl.errors import ConfigError, NoPeer, RemoteProtocolError, RunFailed, StorageError
-from zsfl.ids import NodeCard, NodeId, Role, Version
+from zsfl.ids import NodeCard, NodeId, Role, Version, parse_cid
 from zsfl.latest import Latest, first_of
 from zsfl.learning.cuts import Cuts
 from zsfl.learning.job import Job
@@ -54,21 +57,24 @@ FAREWELL_S = 2.0
 class AggregatorRole:
     """Runs one job from its first version to its last."""
 
-    def __init__(self, node: Node, job: Job, cuts: Cuts, folder: RunFolder) -> None:
+    def __init__(self, node: Node, job: Job, cuts: Cuts, folder: RunFolder, elected: Elected | None = None) -> None:
+        """`elected`: how this node came to aggregate, where it stood by before."""
         self._node = node
         self._job = job
         self._folder = folder
         self._master = master = Master(cuts.first, job.optimizer)
-        self._shelf = Shelf(cuts.portions(), max_staleness(job.how))
-        mode = job.how
-        return_s = mode.return_s if isinstance(mode, Exact) else 0.0
+        bound = max_staleness(job.how)
+        self._shelf = Shelf(cuts.portions(), bound)
+        return_s = job.how.return_s if isinstance(job.how, Exact) else 0.0
         self._roster: Latest[Roster] = Latest(Roster(job.shards, return_s))
         self._counters = PeerCounters()
         self._orders: asyncio.Queue[int | None] = asyncio.Queue(maxsize=16)
         self._stage = Stage(node)
-        self._training = Training(node, job, folder, self._stage, master, self._roster, self._shelf)
+        self._reign = Reign(node, folder.path, self._stage, shards=job.shards, bound=bound)
+        self._elected = elected
+        self._training = Training(node, job, folder, self._stage, master, self._roster, self._shelf, self._reign)
         self._progress = Progress(folder, job, cuts, master, self._training.journal)
-        self._held_out = HeldOut(node, self._stage, self._shelf, self._roster, waits=isinstance(mode, Exact))
+        self._held_out = HeldOut(node, self._stage, self._shelf, self._roster, waits=isinstance(job.how, Exact))
         self._best = Best()
         self._begun_s = 0.0
         self._without: frozenset[int] = frozenset()  # shards whose clients had left the run that is resumed
@@ -79,7 +85,6 @@ class AggregatorRole:
         """Versions that were to be tested when the run ended that is resumed, with the report of the round they end."""
         self._server = node.serve(self._answer)
         self._ears: dict[NodeId, asyncio.Task[None]] = {}
-        """For what members offer."""
         self.hears = frozenset(Role)
 
     @property
@@ -90,13 +95,14 @@ class AggregatorRole:
     def prepare(self) -> None:
         """Restore what is to be resumed, and have the first version ready."""
         training = self._training
-        if self._node.settings.resume:
+        if self._node.settings.resume or self._elected:
             self._resume(self._progress.restore())
         else:
             training.begin_at(Version(0), 0)
         for warning in self._job.warnings():
             self._node.note(warning, "warning")
         self._stage.place(version=training.version, round=training.round)
+        self._reign.begin(training.version)
 
     def _resume(self, place: Place) -> None:
         """Go on from a checkpoint, and from what was committed after it."""
@@ -109,13 +115,16 @@ class AggregatorRole:
             self._progress.restore,
             sequential=self._job.local_lr is not None,
         )
+        if self._elected and self._elected.is_behind:
+            at = replace(at, lost="later ones were published by one that did not hand them on")
         if at.lost:
             self._node.note(
                 f"going on from version {at.version}, the last that can be made again: {at.lost}", "warning"
             )
         self._master.take_options()
         self._without = at.without
-        training.resume(at, place.run)
+        counted = [cid for made in at.windows for cid in made.record.counted]
+        training.resume(at, parse_cid(counted[-1]).run if counted else place.run)
         if place.run != self._stage.run:
             self._progress.rename_run(place, self._stage.run)
         for tested in self._folder.tests():
@@ -162,7 +171,7 @@ class AggregatorRole:
         if card.news_port:
             ear = self._node.listen(card, [OFFERS_TOPIC], lambda offers, parts: self._heard_of(card, offers, parts))
             self._ears[card.id] = self._node.start(ear.run(), f"offers of {card.name}")
-        if card.role is not Role.OBSERVER:
+        if card.role not in (Role.OBSERVER, Role.STANDBY):
             self._node.note(f"{card.name} joined from {card.address}")
         self._roster.value.returned(card.id)
         self._roster.touch()
@@ -170,6 +179,7 @@ class AggregatorRole:
     def lost(self, card: NodeCard, reason: str) -> None:
         """A peer is gone."""
         self._training.collector.lost(card)
+        self._reign.lost(card)
         if ear := self._ears.pop(card.id, None):
             ear.cancel()
         self._roster.value.lost(card.id, time.monotonic(), said_goodbye=reason.endswith(SAID_GOODBYE))
@@ -182,7 +192,7 @@ class AggregatorRole:
         if isinstance(broadcast, Beat):
             self._counters.heard(broadcast.card.id, broadcast.card.name, broadcast.counters)
             self._training.collector.offered(broadcast.card.id, broadcast.offers)
-            self._mind_rival(broadcast)
+            self._reign.mind(broadcast, self._job.name)
 
     def _heard_of(self, card: NodeCard, offers: Broadcast, parts: Sequence[Buffer]) -> None:
         if isinstance(offers, Offers) and self._node.peer(card.id):
@@ -194,18 +204,11 @@ class AggregatorRole:
         """Heartbeats carry the state of the run, so that a lost announcement is no loss."""
         return BeatExtras(state=self._stage.state)
 
-    def _mind_rival(self, beat: Beat) -> None:
-        """Two aggregators would make two histories of one job: the one that has not begun leaves."""
-        if beat.state is None or self._stage.state.phase != "waiting":
-            return
-        if beat.state.phase != "waiting" or beat.card.id < self._node.card.id:
-            raise ConfigError(
-                f"{beat.card.name} at {beat.card.address} already aggregates job {self._job.name!r}; stop either"
-            )
-
     def _answer(self, request: Request, _parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
         if isinstance(request, FetchWeights):
             return self._shelf.answer(request)
+        if answer := self._reign.answer(request):
+            return answer
         raise RemoteProtocolError(f"an aggregator does not answer {type(request).__name__} here")
 
     # --- the run ----------------------------------------------------------------------------------------
@@ -215,7 +218,7 @@ class AggregatorRole:
         async with asyncio.TaskGroup() as tasks:
             serving = tasks.create_task(self._server.run(), name="data")
             try:
-                await first_of(self._run_job(), self._held_out.run())
+                await first_of(self._run_job(), self._held_out.run(), self._reign.run())
             except (RunFailed, StorageError) as error:
                 await self._fail(error)
                 raise
@@ -263,11 +266,9 @@ class AggregatorRole:
 
     def _missing(self) -> str:
         """What the run cannot begin without, for people."""
-        missing = [shard for shard in self._roster.value.missing() if shard not in self._without]
-        most = self._job.shards - len(self._without)
-        enough = self._node.settings.start_with * (self._resumed is None) or most  # resumed, with all who were there
-        is_short = most - len(missing) < enough
-        wanted = [f"clients for shards {ranges(missing)}"] if is_short else []
+        start_with = self._node.settings.start_with * (self._resumed is None)  # resumed, with all who were there
+        absent = self._roster.value.absent(self._without, start_with)
+        wanted = [f"clients for shards {ranges(absent)}"] if absent else []
         if not self._node.peers(Role.SPLIT_SERVER):
             wanted.append("a split server")
         return " and ".join(wanted)
@@ -308,8 +309,8 @@ class AggregatorRole:
         tally = await self._training.train_round(total, self._made, lambda: self._is_early)
         self._counters.heard(self._node.card.id, self._node.name, self._node.counted())
         report = tally.round_report(self._training.version, self._counters.added(), time.monotonic())
-        absent = [self._roster.value.label(shard) for shard in self._roster.value.missing()]
-        report = msgspec.structs.replace(report, without=tuple(absent[:MOST_NAMED]))
+        absent = [self._roster.value.label(shard) for shard in self._roster.value.missing()[:MOST_NAMED]]
+        report = msgspec.structs.replace(report, without=tuple(absent))
         self._keep(report)
         await self._order_test(report, *self._training.newest)
 
@@ -339,20 +340,15 @@ class AggregatorRole:
                 f"the held-out loss became {tested.loss} after round {order.round} (version {order.version}): lower "
                 "the learning rate, or look for bad samples"
             )
-        is_best = tested.loss is not None and self._best.take(tested)
-
-        def keep() -> None:
-            if is_best:
-                self._progress.keep_best(order.state)
-            self._folder.append_metrics(tested)
-            if whole is not None:
-                self._folder.append_metrics(whole)
-                if not order.left_out:
-                    self._progress.keep_from(whole.round, self._node.settings.keep_mib << 20)
-
+        if tested.loss is not None and self._best.take(tested):
+            self._progress.keep_best(order.state)
         tested = msgspec.structs.replace(tested, ends_round=report is not None)
         whole = None if report is None else msgspec.structs.replace(report, loss=tested.loss, accuracy=tested.accuracy)
-        keep()
+        self._folder.append_metrics(tested)
+        if whole is not None:
+            self._folder.append_metrics(whole)
+            if not order.left_out:
+                self._progress.keep_from(whole.round, self._node.settings.keep_mib << 20)
         self._node.report(tested)
         if whole is not None:
             self._last = whole
@@ -395,5 +391,5 @@ class AggregatorRole:
         self._stage.enter(phase=phase)
         with suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL_S):
-                others = (Role.CLIENT, Role.SPLIT_SERVER)
+                others = (Role.CLIENT, Role.SPLIT_SERVER, Role.STANDBY)
                 await self._roster.wait_for(lambda _: not any(map(self._node.peers, others)))

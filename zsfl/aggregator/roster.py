@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -88,6 +88,12 @@ class Roster:
     def missing(self) -> list[int]:
         """Shards that no live client holds."""
         return [s for s in range(self._shards) if s not in self._seats or not self._seats[s].present]
+
+    def absent(self, without: Collection[int], enough: int) -> list[int]:
+        """Shards, but for those `without`, that no live client holds; none where `enough` (0: all) are there."""
+        missing = [shard for shard in self.missing() if shard not in without]
+        most = self._shards - len(without)
+        return missing if most - len(missing) < (enough or most) else []
 
     def label(self, shard: int) -> str:
         """Who holds a shard, in short."""

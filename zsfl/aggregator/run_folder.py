@@ -9,7 +9,8 @@ runs/NAME/
 ├── model.safetensors   the merged weights
 ├── best.safetensors    those of the version that was best in its held-out test
 ├── load_model.py       the lines that load them into ordinary PyTorch
-└── checkpoint/         what --resume goes on from
+├── checkpoint/         what --resume goes on from
+└── succession.json     who aggregates, where others stand by
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from zsfl.reports import AnyReport, RoundReport, Tested, WindowReport, from_line
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_METRICS = "metrics.jsonl"
-LEDGER, JOURNAL, CHECKPOINT = "ledger.jsonl", "journal", "checkpoint"
+LEDGER, METRICS, JOURNAL, CHECKPOINT = "ledger.jsonl", "metrics.jsonl", "journal", "checkpoint"
+STANDING = "succession.json"
 _TRAIN, _TEST = "#7f7f7f", "#1f6fb4"
 """Colours of the plot: what was trained on stays behind what counts."""
 
@@ -63,8 +64,20 @@ class RunFolder:
             if not resume:
                 path = _new_folder(runs, name)
             lock = lock_folder(path, "stop it first, or give this run another name with --run")
-            for file in (_METRICS, LEDGER):
+            for file in (METRICS, LEDGER):
                 _drop_torn_line(path / file)
+        return cls(path, lock)
+
+    @classmethod
+    def of_copy(cls, runs: Path, name: str) -> Self:
+        """The copy of a run that whoever stands by keeps in `runs`/`name`, a new one or the one that is there."""
+        path = runs / name
+        with _storing(runs):
+            path.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(path, "does it stand by already? Give this node another --name")
+        if any(entry.name != LOCK for entry in path.iterdir()) and not (path / STANDING).exists():
+            os.close(lock)
+            raise ConfigError(f"{path} is no copy of a run; give this node another --name, or move that folder away")
         return cls(path, lock)
 
     def close(self) -> None:
@@ -100,7 +113,7 @@ class RunFolder:
 
     def append_metrics(self, report: RoundReport | WindowReport | Tested) -> None:
         """One more line of metrics.jsonl."""
-        _append_line(self.path / _METRICS, to_line(report))
+        _append_line(self.path / METRICS, to_line(report))
 
     def append_commit(self, record: Mapping[str, Any], *, sync: bool = False) -> None:
         """One more line of ledger.jsonl, handed to the operating system when this returns; with `sync` to the disk."""
@@ -129,7 +142,7 @@ class RunFolder:
 
     def _metrics(self) -> Iterator[AnyReport]:
         """Those that can be read: JSON has no infinity, so that of a run that diverged some cannot."""
-        for line in whole_lines(self.path / _METRICS):
+        for line in whole_lines(self.path / METRICS):
             with suppress(msgspec.DecodeError):
                 yield from_line(line)
 

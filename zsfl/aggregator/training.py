@@ -16,6 +16,7 @@ from zsfl.aggregator.commit import Ledger, check_losses, record_of
 from zsfl.aggregator.gathering import Gathering
 from zsfl.aggregator.journal import Journal
 from zsfl.aggregator.pacing import Slices
+from zsfl.aggregator.reign import Reign
 from zsfl.aggregator.replay import Made, Recovered
 from zsfl.aggregator.roster import Attendance, Roster
 from zsfl.aggregator.rules import Rules
@@ -54,6 +55,7 @@ class Training:
         master: Master,
         roster: Latest[Roster],
         shelf: Shelf,
+        reign: Reign,
     ) -> None:
         self._node = node
         self._job = job
@@ -62,6 +64,7 @@ class Training:
         self._master = master
         self._roster = roster
         self._shelf = shelf
+        self._reign = reign
         self._syncs = node.settings.durability == "power"
         self.ledger = Ledger(folder, sync=self._syncs)
         self.journal = Journal(folder.journal_path, syncs=self._syncs)
@@ -186,10 +189,6 @@ class Training:
         await self._until("client", lambda roster: bool(roster.present()))
         return self._roster.value.taking_part(time.monotonic())
 
-    async def _until_server(self) -> None:
-        """Wait for a split server to merge the batches."""
-        await self._until("split server", lambda _: bool(self._node.peers(Role.SPLIT_SERVER)))
-
     async def _until(self, what: str, fits: Callable[[Roster], bool]) -> None:
         """Wait for a peer that the run cannot go on without."""
         patience_s = self._node.settings.patience_s
@@ -223,7 +222,7 @@ class Training:
     async def _gather(self, plan: Plan, window: int, attempt: int) -> Outcome:
         """Ask for the steps of one window, and wait until there are enough."""
         if self._merges:
-            await self._until_server()
+            await self._until("split server", lambda _: bool(self._node.peers(Role.SPLIT_SERVER)))
         there = self._roster.value.taking_part(time.monotonic())
         if not there:
             return "alone"
@@ -365,23 +364,22 @@ class Training:
         without = sorted(set(roster.samples()) - set(roster.taking_part(time.monotonic())))
         said = f"round {self.round + 1}{window_of} (version {self.version})"
 
-        def step() -> None:
+        try:
             check_losses(window, said)
             if window:
                 self._master.step(window, version=self.version, sequential=self._job.local_lr is not None)
-            self.proven = self.newest
-            if self._syncs:
-                self.journal.sync()
-            record = record_of(self.version, window, dropped, self._master.digest())
-            place = {"round": self.round, "window": place_in_round, "without": without, "memory": self.rules.state()}
-            self.ledger.commit(msgspec.structs.replace(record, **place))
-            self._take_state(Version(self.version + 1))
-
-        try:
-            step()
         except RunFailed:
             self.newest = self.proven
             raise
+        self.proven = self.newest
+        if self._syncs:
+            self.journal.sync()
+        record = record_of(self.version, window, dropped, self._master.digest())
+        place = {"round": self.round, "window": place_in_round, "without": without, "memory": self.rules.state()}
+        await self._reign.assured()
+        self.ledger.commit(msgspec.structs.replace(record, epoch=state.epoch, **place))
+        self._take_state(Version(self.version + 1))
+        await self._reign.recorded(self.newest[0])
         self._tally.counted(window, self.version, dropped)
         self.version = Version(self.version + 1)
         self.publish_weights()

@@ -30,6 +30,7 @@ from zsfl.tensors.plan import CodecPlan
 from zsfl.weights.follower import WeightsFollower
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import MAX_JOINED, Beat, Broadcast, Evaluated, Join, Ok, Remake, Reply, Request, RunState
+from zsfl.wire.succession import Grant
 
 DRY_RUN_SAMPLES = 2
 HELD_TIMES = 3.0
@@ -116,7 +117,9 @@ class ClientRole:
         """Nothing to hand over: a step in hand is made again, under the same cid, by whoever takes the shard."""
 
     async def control(self, request: Request) -> Reply:
-        """A client answers no control requests."""
+        """Answer an aggregator, or somebody who would be one."""
+        if isinstance(request, Grant):
+            return self._member.promised(request, self._shards)
         raise RemoteProtocolError(f"{self._node.name} is a client and does not answer {type(request).__name__}")
 
     def joined(self, card: NodeCard) -> None:

@@ -78,4 +78,6 @@ async def wreck(cluster: Killable, chaos: Chaos, killed: list[str]) -> None:
 
 
 def _there(cluster: Killable, role: Role) -> list[str]:
-    return sorted(name for name, node in cluster.nodes.items() if node.role is role and node.is_there)
+    """Those who stand by count as aggregators, since each may be the one that aggregates."""
+    roles = {role, Role.STANDBY} if role is Role.AGGREGATOR else {role}
+    return sorted(name for name, node in cluster.nodes.items() if node.role in roles and node.is_there)

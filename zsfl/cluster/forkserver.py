@@ -8,16 +8,15 @@ reason, it ends all nodes; when it is killed itself, they notice and leave: noth
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import importlib
 import os
 import selectors
 import signal
 import sys
-import tempfile
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +57,11 @@ class ForkServer:
     def __init__(self, job: Path) -> None:
         self._job = job
         self._pids: dict[int, str] = {}
+        self._inputs: dict[int, Input] = {}
+        """By process."""
         self._lifeline = os.pipe()
         self._wakeup = os.pipe()
+        self._waiting = selectors.DefaultSelector()
         self._out = Output(os.dup(1))
         self._ending = False
         self._had_aggregator = False
@@ -71,12 +73,12 @@ class ForkServer:
         signal.set_wakeup_fd(self._wakeup[1])
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._asked_to_end)
-        waiting = selectors.DefaultSelector()
-        waiting.register(0, selectors.EVENT_READ)
-        waiting.register(self._wakeup[0], selectors.EVENT_READ)
+        self._waiting.register(0, selectors.EVENT_READ)
+        self._waiting.register(self._wakeup[0], selectors.EVENT_READ)
         rest = b""
         while not self._ending:
-            ready = {key.fd for key, _ in waiting.select()}
+            ready = {key.fd for key, _ in self._waiting.select()}
+            self._relay(ready)
             if self._wakeup[0] in ready:
                 os.read(self._wakeup[0], 4096)
                 self._reap()
@@ -108,16 +110,20 @@ class ForkServer:
             ):  # what its optimizer imports, 1.4 s each time, the first has imported beside others
                 importlib.import_module("torch._dynamo")
             self._had_aggregator = True
+        read, write = os.pipe()
         pid = os.fork()
         if pid:
-            self._pids[pid] = order.name
+            os.close(write)
+            self._pids[pid], self._inputs[pid] = order.name, Input(read)
+            self._waiting.register(read, selectors.EVENT_READ)
             return
         code = 1
         try:
+            os.close(read)
             self._become_node(order)
             from zsfl.roles import run_node
 
-            code = run_node(order.role, self._job, order.flags, self._out.report)
+            code = run_node(order.role, self._job, order.flags, Output(write).report)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -128,7 +134,8 @@ class ForkServer:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
-        for end in (self._lifeline[1], *self._wakeup):
+        self._waiting.close()
+        for end in (self._lifeline[1], *self._wakeup, *(one.pipe for one in self._inputs.values())):
             os.close(end)
         log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         # What the job prints must not get between the reports.
@@ -138,11 +145,20 @@ class ForkServer:
         os.dup2(nothing, 0)
         threading.Thread(target=_leave_with, args=(self._lifeline[0],), daemon=True).start()
 
+    def _relay(self, ready: Collection[int]) -> None:
+        """Pass on what nodes report."""
+        for one in self._inputs.values():
+            if one.pipe in ready:
+                self._out.write(one.read())
+
     def _reap(self) -> None:
         for pid in list(self._pids):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                name = self._pids.pop(pid)
+                name, last = self._pids.pop(pid), self._inputs.pop(pid)
+                self._waiting.unregister(last.pipe)
+                self._out.write(last.read())
+                last.close()
                 self._out.report(Exited(node=name, code=os.waitstatus_to_exitcode(status)))
 
     def _end_all(self) -> None:
@@ -151,6 +167,7 @@ class ForkServer:
                 os.kill(pid, number)
             deadline = time.monotonic() + patience_s
             while self._pids and time.monotonic() < deadline:
+                self._relay([one.pipe for one in self._inputs.values()])
                 self._reap()
                 time.sleep(0.01)
 
@@ -164,21 +181,43 @@ def _leave_with(lifeline: int) -> None:
 
 
 class Output:
-    """Where all processes of the cluster report: one pipe, and a lock, since a long line is not written at once."""
+    """Where one process reports: a pipe of its own, so that one that is stopped in the middle holds up no other."""
 
     def __init__(self, pipe: int) -> None:
         self._pipe = pipe
-        self._lock = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
 
     def report(self, report: AnyReport) -> None:
-        """Write one line. It begins with a line end too, in case a process was killed while it wrote."""
-        line = b"\n" + to_line(report)
-        fcntl.lockf(self._lock, fcntl.LOCK_EX)
+        """Write one line; returns when it is written."""
+        self.write(to_line(report))
+
+    def write(self, lines: bytes) -> None:
+        """Write whole lines."""
         # Nobody may be listening any more, and the nodes must be ended all the same.
         with contextlib.suppress(OSError):
-            while line:
-                line = line[os.write(self._pipe, line) :]
-        fcntl.lockf(self._lock, fcntl.LOCK_UN)
+            while lines:
+                lines = lines[os.write(self._pipe, lines) :]
+
+
+class Input:
+    """The other end of a node's pipe: whole lines only, whatever becomes of the one that writes them."""
+
+    def __init__(self, pipe: int) -> None:
+        self.pipe = pipe
+        os.set_blocking(pipe, False)
+        self._rest = b""
+
+    def read(self) -> bytes:
+        """The lines that have come to their end."""
+        pieces = [self._rest]
+        with contextlib.suppress(BlockingIOError):
+            while piece := os.read(self.pipe, 1 << 20):
+                pieces.append(piece)
+        lines, end, self._rest = b"".join(pieces).rpartition(b"\n")
+        return lines + end
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        os.close(self.pipe)
 
 
 def preload(job: Path) -> None:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from zsfl.cluster.chaos import Chaos, wreck
 from zsfl.cluster.keeper import Keeper
-from zsfl.cluster.nodes import NodeInfo, death, port_again, rounds_in
+from zsfl.cluster.nodes import Leader, NodeInfo, check_counts, death, port_again, rounds_in
 from zsfl.cluster.orders import deadline, order
-from zsfl.cluster.processes import ProcessSpawner
 from zsfl.cluster.spawner import NodeCommand, Spawner
+from zsfl.cluster.spawners import loaded, spawner_for
 from zsfl.errors import ConfigError, RunFailed, Unavailable
 from zsfl.ids import Address, Role
 from zsfl.reports import AnyReport, Assembled, Exited, Failed, Finished, Ready, RoundReport
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 START_S = 60.0
 """What a cluster may take until all nodes have found one another."""
 MOST_ROUNDS = 1 << 30
+AGGREGATING = frozenset({Role.AGGREGATOR, Role.STANDBY})
 MOST_PEERS = 16
 """Addresses that a node is told to find the others by."""
 STOP_S = 10.0
@@ -56,6 +57,7 @@ class LocalCluster:
         *,
         clients: int | None = None,
         split_servers: int = 2,
+        standbys: int = 0,
         client_processes: int | None = None,
         in_process: bool = False,
         mdns: bool | None = None,
@@ -64,20 +66,22 @@ class LocalCluster:
         on_report: Callable[[AnyReport], None] | None = None,
         **settings: Any,
     ) -> None:
-        """`job` is a job file, or with `in_process` also a `Job`. `clients` overrides its number of shards.
+        """`job` is a job file, or with `in_process` also a `Job`. `clients` overrides its number of shards. Each of the
+        `standbys` keeps a copy of the run, and takes over when the aggregator is gone.
 
         Clients share `client_processes` processes, by default one each. With `keep_alive` nodes that are killed are
         started again, and the aggregator goes on from its last commit. `chaos` kills some on purpose while the cluster
         trains, to see what a job survives. `settings` are fields of `zsfl.settings.NodeSettings` for all nodes.
         """
-        for what, count in (("split server", split_servers), ("client", clients), ("process", client_processes)):
-            if count is not None and count < 1:
-                raise ConfigError(f"a cluster needs at least one {what}, not {count}")
+        check_counts(clients, split_servers, standbys, client_processes)
+        if settings.get("durability") == "replica" and not standbys:
+            raise ConfigError("durability is replica, and nobody stands by: use one standby at least")
         # Said here once for all nodes, so that a flag, a file or a variable means the same to each of them.
         base = load_settings({**settings, "clients": clients}, os.environ)
         self._job = job
         self._shards = base.clients
         self._split_servers = split_servers
+        self._standbys = standbys
         self._client_processes = client_processes
         self._in_process = in_process
         self._mdns = (base.mdns and not in_process) if mdns is None else mdns
@@ -90,10 +94,7 @@ class LocalCluster:
         self._port = base.port
         self._join_s = min(base.join_s, START_S)
         self._runs = base.runs
-        self._aggregator: Address | None = None
-        """Where it was found last."""
-        self._run = ""
-        """Name of the run's folder, once there is one."""
+        self._leader = Leader()
         self._spawner: Spawner
         self._events: asyncio.Queue[AnyReport | None] = asyncio.Queue()
         self._changed = asyncio.Event()
@@ -114,13 +115,16 @@ class LocalCluster:
 
     async def __aenter__(self) -> Self:
         self._failure = None
-        self._spawner = self._make_spawner()
+        self._spawner = spawner_for(self._job, self._logs, in_process=self._in_process)
         self._pump = asyncio.create_task(self._read_reports())
         try:
             async with asyncio.timeout(self._join_s):
                 await self._spawner.open()
                 await self._start_all()
                 await self.until(lambda: self._assembled and all(node.address for node in self.nodes.values()))
+                for number in range(self._standbys):
+                    await self._start(f"standby-{number}", Role.STANDBY, {"hold": True})
+                await self.until(lambda: all(node.address for node in self.nodes.values()))
         except TimeoutError:
             await self._close()
             late = [name for name, node in self.nodes.items() if node.address is None]
@@ -223,26 +227,8 @@ class LocalCluster:
     def _logs(self) -> Path:
         return self._runs / "logs"
 
-    def _make_spawner(self) -> Spawner:
-        if not self._in_process:
-            if not isinstance(self._job, str | Path):
-                raise ConfigError(
-                    "a job of real processes is a file, which each of them imports; give its path, or in_process=True"
-                )
-            return ProcessSpawner(Path(self._job), self._logs)
-        from zsfl.cluster.in_process import InProcessSpawner
-
-        return InProcessSpawner(self._loaded())
-
-    def _loaded(self) -> Job:
-        if isinstance(self._job, str | Path):
-            from zsfl.learning.job import load_job
-
-            return load_job(Path(self._job))
-        return self._job
-
     async def _start_all(self) -> None:
-        shards = self._shards = self._shards or self._loaded().shards
+        shards = self._shards = self._shards or loaded(self._job).shards
         await self._start("aggregator", Role.AGGREGATOR, {"hold": True, "port": self._port})
         if not self._mdns:
             await self.until(lambda: self.nodes["aggregator"].address is not None)
@@ -260,13 +246,13 @@ class LocalCluster:
         common: dict[str, Any] = {**self._settings, "clients": self._shards, "port": 0}
         there = [other.address for other in self.nodes.values() if other.is_there]
         # The aggregator first, also while it is away: it comes back to its port, and all are to find one another there.
-        if role is not Role.AGGREGATOR and self._aggregator and self._aggregator not in there[:1]:
-            there.insert(0, self._aggregator)
+        if role is not Role.AGGREGATOR and self._leader.address and self._leader.address not in there[:1]:
+            there.insert(0, self._leader.address)
         if not self._mdns and there:
             common["peers"] = tuple(there[:MOST_PEERS])
-        again: dict[str, Any] = {}
-        if role is Role.AGGREGATOR and self._run:
-            again = {"resume": True, "run": self._run, "port": port_again(self._aggregator)}
+        again: dict[str, Any] = {"run": self._leader.run} if role is Role.STANDBY else {}
+        if role is Role.AGGREGATOR and self._leader.run:
+            again = {"resume": True, "run": self._leader.run, "port": port_again(self._leader.first)}
         self.nodes[name] = node = NodeInfo(role, flags)
         await self._spawner.start(NodeCommand(name=name, role=role, flags={**common, **flags, **again}))
         return node
@@ -289,12 +275,14 @@ class LocalCluster:
         match report:
             case Ready() if node is not None:
                 node.pid, node.address = report.pid, Address(report.address)
-                self._aggregator = node.address if node.role is Role.AGGREGATOR else self._aggregator
+                if report.role == Role.AGGREGATOR:
+                    self._leader.is_now(report.node, node.address)
             case Assembled():
                 for round_ in rounds_in(Path(report.folder)) if self._assembled else ():
                     self._take(round_)
                 self._assembled = True
-                self._run, self._rounds_done = Path(report.folder).name, max(self._rounds_done, report.rounds)
+                self._leader.run = self._leader.run or Path(report.folder).name
+                self._rounds_done = max(self._rounds_done, report.rounds)
                 if self._training:  # it was killed meanwhile, and its order with it
                     self._run_errand(self._give_order())
             case Failed():
@@ -323,8 +311,9 @@ class LocalCluster:
         if self._assembled and self._keeper is not None and self._keeper.starts_again(name, node):
             self._run_errand(self._revive(name))
             return
-        others = [other for other in self.nodes.values() if other.role is node.role and other.exit_code is None]
-        may_go = node.role is Role.SPLIT_SERVER or (node.role is Role.CLIENT and node.failed is None)
+        group = AGGREGATING if node.role in AGGREGATING else {node.role}
+        others = [other for other in self.nodes.values() if other.role in group and other.exit_code is None]
+        may_go = node.role is Role.SPLIT_SERVER or node.failed is None
         if self._assembled and may_go and others:
             return
         # What the others know of a failed run they have from the aggregator, whose own words are on the way.
@@ -382,7 +371,7 @@ class LocalCluster:
     async def _give_order(self) -> None:
         """Have the aggregator train; where it is killed meanwhile and kept alive, it is told again once it is back."""
         try:
-            await order(self.nodes["aggregator"].address, Train(rounds=self._ordered))
+            await order(self.nodes[self._leader.name].address, Train(rounds=self._ordered))
         except Unavailable:
-            if self._keeper is None:
+            if self._keeper is None and not self._standbys:
                 raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import msgspec
 from zsfl.errors import ConfigError, RunFailed, ZsflError
 from zsfl.ids import Address, Role
 from zsfl.reports import Failed, RoundReport, from_line
+from zsfl.wire.sockets import is_free
 
 
 @dataclass(slots=True)
@@ -38,6 +38,32 @@ class NodeInfo:
     def is_there(self) -> bool:
         """Whether they are open still."""
         return self.was_ready and self.exit_code is None
+
+
+@dataclass(slots=True)
+class Leader:
+    """Who aggregates, as far as it has told."""
+
+    name: str = "aggregator"
+    address: Address | None = None
+    first: Address | None = None
+    """Where the run's first aggregator was found."""
+    run: str = ""
+    """Name of the first one's run folder, once there is one."""
+
+    def is_now(self, name: str, address: Address) -> None:
+        """Somebody says so."""
+        self.name, self.address = name, address
+        self.first = self.first or address
+
+
+def check_counts(clients: int | None, split_servers: int, standbys: int, processes: int | None) -> None:
+    """ConfigError when there are too few of something."""
+    for what, count in (("split server", split_servers), ("client", clients), ("process", processes)):
+        if count is not None and count < 1:
+            raise ConfigError(f"a cluster needs at least one {what}, not {count}")
+    if standbys < 0:
+        raise ConfigError(f"a cluster cannot have {standbys} standbys; use 0 or more")
 
 
 def death(name: str, node: NodeInfo, logs: Path) -> ZsflError:
@@ -66,10 +92,4 @@ def rounds_in(folder: Path) -> Iterator[RoundReport]:
 def port_again(address: Address | None) -> int:
     """The port of a node that has ended, or 0 (any free one) where somebody else has it by now."""
     host, _, port = (address or "").rpartition(":")
-    try:
-        with socket.socket() as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind((host, int(port)))
-    except (OSError, ValueError):
-        return 0
-    return int(port)
+    return int(port) if port.isdecimal() and is_free(host, int(port)) else 0

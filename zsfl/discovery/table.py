@@ -43,9 +43,10 @@ _WANTED: dict[Role, frozenset[Role]] = {
     Role.CLIENT: frozenset({Role.SPLIT_SERVER, Role.AGGREGATOR}),
     Role.SPLIT_SERVER: frozenset({Role.AGGREGATOR}),
     Role.AGGREGATOR: frozenset(Role),
+    Role.STANDBY: frozenset({Role.AGGREGATOR, Role.CLIENT}),
     Role.OBSERVER: frozenset(Role),
 }
-_EXCHANGE_ORDER = (Role.AGGREGATOR, Role.SPLIT_SERVER, Role.OBSERVER, Role.CLIENT)
+_EXCHANGE_ORDER = (Role.AGGREGATOR, Role.SPLIT_SERVER, Role.STANDBY, Role.OBSERVER, Role.CLIENT)
 
 
 def wants_of(role: Role) -> Callable[[Role], bool]:

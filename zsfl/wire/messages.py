@@ -1,4 +1,4 @@
-"""Every message that travels between nodes. This file is their only home.
+"""Every message that travels between nodes; those of aggregators among themselves are in `zsfl.wire.succession`.
 
 A message is a small header (one of the structs below, in msgpack) and parts (raw tensor or file bytes).
 Requests and their replies stand together; what is broadcast stands last.
@@ -11,48 +11,32 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from zsfl.ids import CID_PATTERN, Address, Cid, NodeCard, NodeId, PartName, Portion, Role, RunId, SpillKind, Version
+from zsfl.ids import Address, NodeCard, NodeId, PartName, Role, RunId, SpillKind
 from zsfl.tensors.spec import TensorSpec
-
-MAX_PEERS_EXCHANGED = 256
-"""Addresses in one peer exchange: enough for a LAN, small enough for a heartbeat."""
-MAX_OFFERS = 256
-"""Spills in one message: a heartbeat stays small; the rest follows in the next."""
-MAX_CARRIED_BYTES = 64 << 10
-"""Spills that are longer do not travel with their offer."""
-MAX_MEMBERS = 64
-"""Steps in one merged spill."""
-MAX_SETTLED = 4096
-"""Cids in one announcement; there are several where a version settles more."""
-MAX_TENSORS = 4000
-"""Tensors of one part of the model."""
-
-MAX_CLASSES = 1024
-"""Classes that a job may adjust to; counts of more are refused where they are made."""
-MAX_SHARDS = 4096
-MAX_JOINED = 64
-"""Shards in one Join; a client with more says it in several."""
+from zsfl.wire.fields import (
+    MAX_CLASSES,
+    MAX_JOINED,
+    MAX_MEMBERS,
+    MAX_OFFERS,
+    MAX_PEERS_EXCHANGED,
+    MAX_SETTLED,
+    MAX_SHARDS,
+    MAX_TENSORS,
+    CidText,
+    ClassCounts,
+    Count,
+    LongText,
+    Message,
+    PortionName,
+    Samples,
+    Seconds,
+    ShortText,
+    VersionNumber,
+)
+from zsfl.wire.succession import FetchPiece, Follow, Following, Grant, Granted, Piece
 
 Phase = Literal["waiting", "training", "idle", "finished", "failed"]
 """What the aggregator asks of its peers; see `RunState`."""
-
-Count = Annotated[int, Meta(ge=0, le=1 << 53)]
-ShortText = Annotated[str, Meta(max_length=200)]
-LongText = Annotated[str, Meta(max_length=4000)]
-CidText = Annotated[Cid, Meta(max_length=64, pattern=CID_PATTERN)]
-VersionNumber = Annotated[Version, Meta(ge=0, le=1 << 53)]
-PortionName = Annotated[Portion, Meta(pattern=r"^(body|client(/[a-z0-9][a-z0-9-]{0,39})?)\Z")]
-Samples = Annotated[int, Meta(ge=0, le=1 << 40)]
-"""Of one shard; sums over all shards are a `Count`."""
-ClassCounts = Annotated[tuple[Count, ...], Meta(max_length=MAX_CLASSES)]
-Seconds = Annotated[float, Meta(ge=0, le=86_400)]
-"""A bound also keeps NaN out, which would compare as neither early nor late."""
-
-
-class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", forbid_unknown_fields=True):
-    """Base of everything that travels."""
-
-
 Keys = Annotated[tuple[tuple[CidText, SpillKind], ...], Meta(max_length=MAX_OFFERS)]
 """Spills, as they are asked for."""
 
@@ -324,6 +308,8 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     windows: Count
     """Windows in this round; in async mode, where `window` counts on for ever, those in which all data is gone through
     once."""
+    epoch: Count = 0
+    """Counts takeovers by other aggregators: what is said in an earlier one counts no more."""
     attempt: Count = 0
     """Counts how often the merged batch of this window was asked for before."""
     slices: Annotated[tuple[tuple[Count, Count, Count], ...], Meta(max_length=MAX_SHARDS)] = ()
@@ -364,7 +350,7 @@ class Offers(Message, frozen=True, kw_only=True, tag="offers"):
 
     node: NodeId
     offers: Annotated[tuple[SpillOffer, ...], Meta(max_length=MAX_OFFERS)]
-    counters: Annotated[dict[ShortText, float], Meta(max_length=64)] = {}
+    counters: Annotated[dict[ShortText, float], Meta(max_length=64)] = msgspec.field(default_factory=dict[str, float])
     """Empty where they were told a moment ago."""
 
 
@@ -375,6 +361,13 @@ class Announcement(Message, frozen=True, kw_only=True, tag="announcement"):
     state: RunState
     counted: Annotated[tuple[CidText, ...], Meta(max_length=MAX_SETTLED)] = ()
     dropped: Annotated[tuple[CidText, ...], Meta(max_length=MAX_SETTLED)] = ()
+
+
+class Committed(Message, frozen=True, kw_only=True, tag="committed"):
+    """For those who stand by: a version is recorded, and may wait for them to have it before it is announced."""
+
+    node: NodeId
+    version: VersionNumber
 
 
 SAID_GOODBYE = "it said goodbye"
@@ -390,8 +383,8 @@ class Goodbye(Message, frozen=True, kw_only=True, tag="goodbye"):
 
 Request = (
     Hello | Join | Evaluated | Train | Forward | Infer | Backward | Step
-    | FetchSpills | Recheck | Remake | ReleaseSpills | FetchWeights
+    | FetchSpills | Recheck | Remake | ReleaseSpills | FetchWeights | Grant | Follow | FetchPiece
 )  # fmt: skip
-Reply = Welcome | Ok | Refusal | Output | Spilled | Spills | Weights
-Broadcast = Beat | Offers | Announcement | Goodbye | Weights
+Reply = Welcome | Ok | Refusal | Output | Spilled | Spills | Weights | Granted | Following | Piece
+Broadcast = Beat | Offers | Announcement | Committed | Goodbye | Weights
 AnyMessage = Request | Reply | Broadcast

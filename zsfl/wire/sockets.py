@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -46,5 +47,16 @@ def send_now(socket: zmq.Socket[bytes], frames: Sequence[Buffer], *, copy: bool)
     try:
         cast(Any, socket).send_multipart(frames, zmq.DONTWAIT, copy)
     except zmq.Again:
+        return False
+    return True
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether a socket could be bound there now."""
+    try:
+        with socket.socket() as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((host, port))
+    except OSError:
         return False
     return True

@@ -1,0 +1,145 @@
+"""Aggregators that stand by: one takes over when the one that leads is gone, and there is one history."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.exact import Case, Ran, assert_equal, in_process
+from helpers.ledger import ledger
+
+import zsfl
+from zsfl.aggregator.audit import audit
+from zsfl.ids import parse_cid
+from zsfl.reports import AnyReport, Note, Waiting
+
+CASE = Case(optimizer="adam", dropout=0.2, sizes=(13, 7, 20, 18))
+LEASE_S = 1.0
+
+
+class Seen:
+    """What a cluster reported, and events for some of it."""
+
+    def __init__(self) -> None:
+        self.reports: list[AnyReport] = []
+        self._awaited: list[tuple[Callable[[AnyReport], bool], asyncio.Event]] = []
+
+    def __call__(self, report: AnyReport) -> None:
+        self.reports.append(report)
+        for fits, event in self._awaited:
+            if fits(report):
+                event.set()
+
+    def notes(self, text: str) -> list[AnyReport]:
+        return [report for report in self.reports if says(text)(report)]
+
+    async def wait_for(self, fits: Callable[[AnyReport], bool]) -> None:
+        event = asyncio.Event()
+        self._awaited.append((fits, event))
+        if not any(map(fits, self.reports)):
+            await event.wait()
+
+
+def says(text: str) -> Callable[[AnyReport], bool]:
+    def fits(report: AnyReport) -> bool:
+        return (isinstance(report, Note) and text in report.message) or (
+            isinstance(report, Waiting) and text in report.what
+        )
+
+    return fits
+
+
+def cluster(runs: Path, seen: Seen, case: Case = CASE, **flags: Any) -> zsfl.LocalCluster:
+    settings = {"run": "mine", "split_servers": 2, "standbys": 1, "mdns": False, "beat_s": 0.2} | flags
+    return zsfl.LocalCluster(
+        replace(case, rounds=10_000).job_file(runs), runs=runs, on_report=seen, lost_after_s=LEASE_S, **settings
+    )
+
+
+async def trained(nodes: zsfl.LocalCluster, rounds: int) -> int:
+    return len([report async for report in nodes.train(rounds)])
+
+
+def folder_of(nodes: zsfl.LocalCluster) -> Path:
+    """Of whoever led last."""
+    assert nodes.result is not None
+    return Path(nodes.result.folder)
+
+
+READY = "another aggregator stands by, and may take over"
+
+
+async def test_one_that_is_killed_is_succeeded_and_stands_by_when_it_is_back(tmp_path: Path) -> None:
+    seen = Seen()
+    async with asyncio.timeout(50), cluster(tmp_path, seen, keep_alive=True) as nodes:
+        await seen.wait_for(says(READY))
+        rounds = await trained(nodes, 1)
+        os.kill(nodes.nodes["aggregator"].pid or 0, signal.SIGSTOP)  # so that it is not back before it is succeeded
+        await seen.wait_for(says("taking over"))
+        await nodes.kill("aggregator")
+        rounds += await trained(nodes, 2)
+        await seen.wait_for(says("standing by standby-0"))
+        await nodes.kill("standby-0")
+        rounds += await trained(nodes, 1)
+        last = folder_of(nodes)
+    straight = await in_process(replace(CASE, rounds=rounds), tmp_path, run="straight")
+    wanted = [record["weights"] for record in ledger(straight.folder)]
+    for name in ("mine", "mine.standby-0"):
+        records = ledger(tmp_path / name)
+        assert [record["weights"] for record in records] == wanted[: len(records)]
+    assert_equal(Ran(last, []).weights, straight.weights)
+    found = audit(last)
+    assert (found.faults, found.pending, found.versions) == ([], 0, len(wanted))
+    epochs = [record["epoch"] for record in ledger(last)]
+    assert epochs == sorted(epochs)
+    assert epochs[-1] >= 2
+
+
+@pytest.mark.parametrize("durability", ["process", "replica"])
+async def test_one_that_was_stopped_and_wakes_adds_nothing(durability: str, tmp_path: Path) -> None:
+    seen = Seen()
+    async with asyncio.timeout(50), cluster(tmp_path, seen, durability=durability) as nodes:
+        await seen.wait_for(says(READY))
+        rounds = await trained(nodes, 1)
+        training = asyncio.create_task(trained(nodes, 6))
+        stopped = nodes.nodes["aggregator"].pid or 0
+        os.kill(stopped, signal.SIGSTOP)
+        await seen.wait_for(says("taking over"))
+        os.kill(stopped, signal.SIGCONT)
+        rounds += await training
+        await seen.wait_for(says("standing by standby-0"))
+        rounds += await trained(nodes, 1)
+    assert not seen.notes("no commit record")
+    straight = await in_process(replace(CASE, rounds=rounds), tmp_path, run="straight")
+    first, second = ledger(tmp_path / "mine"), ledger(tmp_path / "mine.standby-0")
+    assert first == second[: len(first)]
+    assert [record["weights"] for record in second] == [record["weights"] for record in ledger(straight.folder)]
+    found = audit(tmp_path / "mine.standby-0")
+    assert (found.faults, found.pending) == ([], 0)
+    if durability == "replica":  # nothing was lost, so that nothing was made under another id
+        assert len({parse_cid(cid).run for record in second for cid in record["counted"]}) == 1
+
+
+async def test_without_most_clients_nobody_takes_over_unless_told_so(tmp_path: Path) -> None:
+    seen = Seen()
+    async with asyncio.timeout(50), cluster(tmp_path, seen, keep_alive=True) as nodes:
+        await seen.wait_for(says(READY))
+        rounds = await trained(nodes, 1)
+        clients = [nodes.nodes[f"client-{shard}"].pid or 0 for shard in (0, 1)]
+        leader = nodes.nodes["aggregator"].pid or 0
+        for pid in (*clients, leader):
+            os.kill(pid, signal.SIGSTOP)
+        await seen.wait_for(says("consent of most clients to take over (2 of 4 shards, 3 are needed)"))
+        assert not seen.notes("taking over")
+        for pid in (*clients, leader):
+            os.kill(pid, signal.SIGCONT)
+        rounds += await trained(nodes, 1)
+        last = folder_of(nodes)
+    straight = await in_process(replace(CASE, rounds=rounds), tmp_path, run="straight")
+    assert_equal(Ran(last, []).weights, straight.weights)

@@ -1,0 +1,165 @@
+"""Leases: whatever happens to voters and candidates, nobody leads beside another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from zsfl.lease import BEHIND_LEASES, MARGIN, Candidate, Lease, Promise, most_of
+
+LEASE_S = 2.0
+SHARDS, CANDIDATES = 5, 3
+
+
+def candidate(holder: str, epoch: int, version: int = 0) -> Candidate:
+    return Candidate(holder=holder, name=holder, epoch=epoch, version=version)
+
+
+class Aggregating:
+    """Somebody who leads or would: what it asks for, and the promises that it holds."""
+
+    def __init__(self, holder: str) -> None:
+        self.holder, self.epoch, self.lease = holder, 1, Lease(SHARDS)
+
+
+class OneLeads(RuleBasedStateMachine):
+    """Requests and answers are lost, come late, and voters and candidates are killed and start again, at any moment."""
+
+    promise: Callable[[float], Promise] = staticmethod(lambda now_s: Promise(now_s, LEASE_S))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 100.0
+        self.voters = [self.promise(0.0) for _ in range(SHARDS)]
+        self.all = [Aggregating(f"holder-{number}") for number in range(CANDIDATES)]
+        self.answers: list[tuple[Aggregating, int, float]] = []
+        """On their way: to whom, of which shard, and when it was asked."""
+
+    @rule(seconds=st.floats(0.05, 1.5))
+    def wait(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    @rule(who=st.integers(0, CANDIDATES - 1), shards=st.sets(st.integers(0, SHARDS - 1)), late=st.booleans())
+    def ask(self, who: int, shards: set[int], late: bool) -> None:
+        one = self.all[who]
+        for shard in shards:
+            if not self.voters[shard].ask(candidate(one.holder, one.epoch), LEASE_S, self.now_s):
+                if late:
+                    self.answers.append((one, shard, self.now_s))
+                else:
+                    one.lease.promised([shard], self.now_s, LEASE_S)
+
+    @rule()
+    def answers_come(self) -> None:
+        for one, shard, asked_s in self.answers:
+            one.lease.promised([shard], asked_s, LEASE_S)
+        self.answers.clear()
+
+    @rule(who=st.integers(0, CANDIDATES - 1), by=st.integers(1, 2))
+    def stand_in_a_later_epoch(self, who: int, by: int) -> None:
+        one = self.all[who]
+        one.epoch, one.lease = one.epoch + by, Lease(SHARDS)
+        self.answers = [answer for answer in self.answers if answer[0] is not one]
+
+    @rule(shard=st.integers(0, SHARDS - 1))
+    def voter_starts_again(self, shard: int) -> None:
+        self.voters[shard] = self.promise(self.now_s)
+
+    @rule(who=st.integers(0, CANDIDATES - 1))
+    def candidate_starts_again(self, who: int) -> None:
+        self.all[who].lease = Lease(SHARDS)
+        self.answers = [answer for answer in self.answers if answer[0] is not self.all[who]]
+
+    @invariant()
+    def at_most_one_leads(self) -> None:
+        assert sum(one.lease.is_held(self.now_s) for one in self.all) <= 1
+
+
+class Forgetful(OneLeads):
+    """Broken on purpose: who starts again believes that it promised nothing."""
+
+    promise = staticmethod(lambda _: Promise(-LEASE_S, LEASE_S))
+
+
+class _Unfenced(Promise):
+    def ask(self, by: Candidate, lease_s: float, now_s: float) -> str:
+        self._until_s = now_s
+        return super().ask(by, lease_s, now_s)
+
+
+class Unfenced(OneLeads):
+    """Broken on purpose: a later epoch does not wait for the promise to run out."""
+
+    promise = staticmethod(lambda now_s: _Unfenced(now_s, LEASE_S))
+
+
+RUNS = settings(max_examples=300, stateful_step_count=40, suppress_health_check=list(HealthCheck), deadline=None)
+
+
+def test_nobody_leads_beside_another() -> None:
+    run_state_machine_as_test(OneLeads, settings=RUNS)
+
+
+@pytest.mark.parametrize("broken", [Forgetful, Unfenced])
+def test_what_is_broken_is_found(broken: type[OneLeads]) -> None:
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(broken, settings=settings(RUNS, max_examples=2_000, database=None))
+
+
+def test_a_promise_runs_out_sooner_for_its_holder_than_for_who_gave_it() -> None:
+    voter, lease = Promise(0.0, LEASE_S), Lease(1)
+    assert voter.ask(candidate("a", 1), LEASE_S, 10.0) == ""
+    lease.promised([0], 10.0, LEASE_S)
+    assert lease.is_held(10.0 + MARGIN * LEASE_S - 0.01)
+    assert not lease.is_held(10.0 + MARGIN * LEASE_S)
+    assert "promised to a" in voter.ask(candidate("b", 2), LEASE_S, 10.0 + LEASE_S - 0.01)
+    assert voter.ask(candidate("b", 2), LEASE_S, 10.0 + LEASE_S) == ""
+    assert voter.ask(candidate("a", 1), LEASE_S, 20.0) == "epoch 2 has begun"
+    assert "epoch 2 has begun" in voter.ask(candidate("c", 2), LEASE_S, 20.0)
+
+
+def test_its_holder_may_go_on_after_a_restart_at_once_and_in_a_later_epoch() -> None:
+    voter = Promise(0.0, LEASE_S)
+    for epoch in (1, 1, 2):
+        assert voter.ask(candidate("a", epoch), LEASE_S, 10.0) == ""
+
+
+def test_a_voter_that_has_just_started_promises_nothing_yet() -> None:
+    voter = Promise(10.0, LEASE_S)
+    assert "before a restart" in voter.ask(candidate("a", 1), LEASE_S, 11.0)
+    assert voter.ask(candidate("a", 1), LEASE_S, 12.0) == ""
+
+
+def test_who_lacks_versions_is_passed_over_for_a_while() -> None:
+    voter = Promise(0.0, LEASE_S)
+    voter.heard_of(1, 7)
+    behind, up_to_date = candidate("a", 2, version=6), candidate("b", 2, version=7)
+    assert "version 7 is there, and a has 6" in voter.ask(behind, LEASE_S, 10.0)
+    assert voter.ask(up_to_date, LEASE_S, 10.1) == ""
+    other = Promise(0.0, LEASE_S)
+    other.heard_of(1, 7)
+    assert other.ask(behind, LEASE_S, 10.0)
+    assert other.ask(behind, LEASE_S, 10.0 + BEHIND_LEASES * LEASE_S) == ""
+    assert other.version == 6
+
+
+def test_what_was_said_in_an_earlier_epoch_is_not_taken_in() -> None:
+    voter = Promise(0.0, LEASE_S)
+    voter.heard_of(2, 5)
+    voter.heard_of(1, 9)
+    assert (voter.epoch, voter.version) == (2, 5)
+
+
+@pytest.mark.parametrize(("shards", "most"), [(1, 1), (2, 2), (3, 2), (4, 3), (5, 3)])
+def test_most_is_more_than_half(shards: int, most: int) -> None:
+    assert most_of(shards) == most
+    lease = Lease(shards)
+    lease.promised(range(most - 1), 0.0, LEASE_S)
+    lease.promised([shards, -1], 0.0, LEASE_S)  # no shard of this job
+    assert not lease.is_held(0.0)
+    lease.promised(range(most), 0.0, LEASE_S)
+    assert lease.is_held(0.0)

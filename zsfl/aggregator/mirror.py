@@ -1,0 +1,296 @@
+"""A second copy of a run's folder, on the machine of whoever stands by.
+
+It holds what a restart needs: the newest checkpoint, the contributions of the versions since, and the ledger, which is
+extended last, by records whose contributions are there. So at any moment the copy is one that `--resume` goes on from.
+All of this blocks on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from io import BufferedRandom, BufferedWriter
+from pathlib import Path
+
+import msgspec
+
+from zsfl.aggregator.commit import read_record
+from zsfl.aggregator.progress import checkpoints, place_of
+from zsfl.aggregator.run_folder import CHECKPOINT, JOURNAL, LEDGER, METRICS, STANDING, whole_lines
+from zsfl.errors import StorageError
+from zsfl.ids import NodeId, Version
+from zsfl.spill.segments import SUFFIX
+from zsfl.wire.framing import Buffer
+from zsfl.wire.succession import MAX_FILES, PIECE_BYTES, FetchPiece, FileInfo, Follow, Following, Piece
+
+_WHOLE = ("model.safetensors", "best.safetensors", "load_model.py")
+_CHECKPOINT_FILES = ("master.safetensors", "place.json")
+"""The last makes a checkpoint of it."""
+_KEPT_CHECKPOINTS = 2
+_TAIL_BYTES = 1 << 16
+"""Of a ledger, read at once to find its last record."""
+
+
+class Standing(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run folder remembers of who aggregates."""
+
+    holder: str
+    """Identity of this folder."""
+    origin: str = ""
+    """Of the folder in which the run began."""
+    epoch: int = 0
+    """The last that it heard of."""
+    led: bool = False
+    """Whether the run was made here in that epoch."""
+    shared: bool = False
+    """Whether another may have taken over by now: there was one who stood by."""
+
+    @classmethod
+    def of(cls, folder: Path) -> Standing:
+        """What was remembered, or a new identity. `StorageError` when it cannot be read."""
+        try:
+            return msgspec.json.decode((folder / STANDING).read_bytes(), type=cls)
+        except FileNotFoundError:
+            return cls(holder=secrets.token_hex(6))
+        except (OSError, msgspec.MsgspecError) as error:
+            raise StorageError(f"{folder / STANDING} cannot be read: {error}; restore it, or start anew") from error
+
+    def keep(self, folder: Path) -> None:
+        """Remember it, also over a loss of power: two aggregators of one epoch would make two histories."""
+        aside = folder / f".{STANDING}.tmp"
+        try:
+            with aside.open("wb") as file:
+                file.write(msgspec.json.encode(self))
+                file.flush()
+                os.fsync(file.fileno())
+            aside.rename(folder / STANDING)
+        except OSError as error:
+            raise StorageError(f"cannot write {folder / STANDING}: {error.strerror}; make room there") from error
+
+
+# --- where the run is made -----------------------------------------------------------------------------------
+
+
+class Source:
+    """Answers those who stand by."""
+
+    def __init__(self, folder: Path, bound: int) -> None:
+        """`bound`: how many versions a contribution may be late."""
+        self._folder = folder
+        self._bound = bound
+
+    def follow(self, request: Follow, version: Version) -> Following:
+        """What there is that the standby has not, at this version of the ledger."""
+        if not self._agrees(request.ledger_bytes, request.last):
+            return Following(agrees=False)
+        found = checkpoints(self._folder / CHECKPOINT)
+        if not found:
+            return Following(agrees=True)  # the run has not begun
+        since, new = request.since, request.checkpoint != _round(found[-1])
+        if request.checkpoint is None:
+            since = max(since, place_of(found[-1]).version - self._bound)
+        paths = [*_journal(self._folder, since, version), self._folder / LEDGER]
+        paths += [found[-1] / name for name in _CHECKPOINT_FILES] if new else []
+        paths += [self._folder / name for name in (*_WHOLE, METRICS)]
+        # Where there are too many the rest is named in the next answer.
+        return Following(agrees=True, files=tuple(_infos(self._folder, paths[:MAX_FILES])))
+
+    def _agrees(self, size_bytes: int, last: str) -> bool:
+        if not size_bytes:
+            return True
+        return last == _last_digest(self._folder / LEDGER, size_bytes)
+
+    def piece(self, request: FetchPiece) -> tuple[Piece, Sequence[bytes]]:
+        """Bytes of a file; its name was checked when the request was decoded."""
+        try:
+            with (self._folder / request.name).open("rb") as file:
+                return Piece(), [os.pread(file.fileno(), min(request.size_bytes, PIECE_BYTES), request.offset)]
+        except FileNotFoundError:
+            return Piece(), []
+
+
+def _infos(folder: Path, paths: Sequence[Path]) -> list[FileInfo]:
+    infos: list[FileInfo] = []
+    for path in paths:
+        with suppress(FileNotFoundError):
+            found = path.stat()
+            name = path.relative_to(folder).as_posix()
+            infos.append(FileInfo(name=name, size_bytes=found.st_size, changed_us=found.st_mtime_ns // 1000))
+    return infos
+
+
+def _round(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("round-"))
+
+
+def _last_digest(ledger: Path, size_bytes: int) -> str | None:
+    """Digest of the record that ends at this place; None when none does."""
+    try:
+        with ledger.open("rb") as file:
+            length = _TAIL_BYTES
+            while True:
+                start = max(0, size_bytes - length)
+                tail = os.pread(file.fileno(), size_bytes - start, start)
+                if len(tail) != size_bytes - start or not tail.endswith(b"\n"):
+                    return None
+                *before, line = tail[:-1].split(b"\n")
+                if before or start == 0:
+                    return hashlib.sha256(line).hexdigest()
+                length *= 2
+    except FileNotFoundError:
+        return None
+
+
+# --- where the copy is ---------------------------------------------------------------------------------------
+
+
+class Mirror:
+    """The copy. What is told of it is what is there, so that it goes on wherever its process was ended."""
+
+    def __init__(self, folder: Path, bound: int, *, syncs: bool) -> None:
+        """With `syncs` a record outlasts a loss of power once it is there."""
+        self.folder = folder
+        self._bound = bound
+        self._syncs = syncs
+        self._changed_us: dict[str, int] = {}
+        """Of files that change as a whole, as the source told when they were fetched."""
+        self._look()
+
+    def _look(self) -> None:
+        """Find out what is there."""
+        ledger = self.folder / LEDGER
+        lines = whole_lines(ledger)
+        self._bytes = sum(len(line) + 1 for line in lines)
+        self._last = ""
+        self.version = Version(0)
+        """Of the last record."""
+        if lines:
+            record, self._last = read_record(lines[-1], f"the last line of {ledger}")
+            self.version = record.version
+        self.tidy()
+        found = checkpoints(self.folder / CHECKPOINT)
+        self._checkpoint = _round(found[-1]) if found else None
+        self._complete = self.version
+        """Contributions of earlier versions are all there."""
+
+    def tidy(self) -> None:
+        """Remove a checkpoint that has not come whole."""
+        for path in checkpoints(self.folder / CHECKPOINT):
+            if not (path / _CHECKPOINT_FILES[-1]).exists():
+                shutil.rmtree(path)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether a run can go on from it."""
+        return self._checkpoint is not None
+
+    def wish(self, node: NodeId) -> Follow:
+        """What to ask a source for."""
+        return Follow(
+            node=node,
+            version=self.version,
+            ledger_bytes=self._bytes,
+            last=self._last,
+            since=self._complete,
+            checkpoint=self._checkpoint,
+        )
+
+    def go_back(self) -> None:
+        """The source knows nothing of the last record: who made it had been succeeded, and it never counted."""
+        lines = whole_lines(self.folder / LEDGER)[:-1]
+        os.truncate(self.folder / LEDGER, sum(len(line) + 1 for line in lines))
+        version = read_record(lines[-1], "a ledger").record.version if lines else 0
+        for path in checkpoints(self.folder / CHECKPOINT):
+            if place_of(path).version > version:
+                shutil.rmtree(path)
+        for path in _journal(self.folder, since=version):
+            path.unlink()
+        (self.folder / METRICS).unlink(missing_ok=True)
+        self._look()
+
+    def lacks(self, info: FileInfo) -> bool:
+        """Whether this file is to be fetched."""
+        path = self.folder / info.name
+        size = path.stat().st_size if path.exists() else -1
+        if info.name == LEDGER:
+            return info.size_bytes > self._bytes
+        if info.name in (*_WHOLE, METRICS):
+            return self._changed_us.get(info.name) != info.changed_us or size != info.size_bytes
+        if size == info.size_bytes:
+            self._has(info.name)
+        return size != info.size_bytes
+
+    def begins_at(self, info: FileInfo) -> int:
+        """From where on it is to be fetched."""
+        return self._bytes if info.name == LEDGER else 0
+
+    @contextmanager
+    def receiving(self, info: FileInfo) -> Generator[Callable[[Buffer], object], None, None]:
+        """Takes the pieces of a file, which is in place at the end; StorageError when the disk has no room."""
+        path = self.folder / info.name
+        aside = path.with_name(f".{path.name}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with aside.open("wb") as file:
+                yield file.write
+                self._sync(file)
+            if info.name == LEDGER:
+                self._extend(path, aside.read_bytes())
+            else:
+                aside.rename(path)
+        except OSError as error:
+            raise StorageError(
+                f"the copy of the run in {self.folder} cannot be written: {error.strerror}; make room there"
+            ) from error
+        self._changed_us[info.name] = info.changed_us
+        self._has(info.name)
+
+    def _has(self, name: str) -> None:
+        """A file is there."""
+        if name.startswith(JOURNAL):
+            self._complete = max(self._complete, Version(int(Path(name).stem[1:])))
+        elif name.endswith(_CHECKPOINT_FILES[-1]):
+            self._drop_old()
+
+    def _extend(self, path: Path, data: bytes) -> None:
+        """Append whole lines."""
+        data = data[: data.rfind(b"\n") + 1]
+        if not data:
+            return
+        record, last = read_record(data[:-1].rpartition(b"\n")[2], f"what follows the last line of {path}")
+        with path.open("r+b" if path.exists() else "w+b") as file:
+            file.seek(self._bytes)
+            file.truncate()
+            file.write(data)
+            self._sync(file)
+        self._bytes, self._last = self._bytes + len(data), last
+        self.version = record.version
+
+    def _sync(self, file: BufferedWriter | BufferedRandom) -> None:
+        file.flush()
+        if self._syncs:
+            os.fdatasync(file.fileno())
+
+    def _drop_old(self) -> None:
+        """What an older checkpoint than the last two needs."""
+        found = checkpoints(self.folder / CHECKPOINT)
+        if _round(found[-1]) == self._checkpoint:
+            return
+        self._checkpoint = _round(found[-1])
+        for path in found[:-_KEPT_CHECKPOINTS]:
+            shutil.rmtree(path, ignore_errors=True)
+        first = place_of(found[-_KEPT_CHECKPOINTS:][0]).version - self._bound
+        for path in _journal(self.folder, before=first):
+            path.unlink()
+
+
+def _journal(folder: Path, since: float = 0, before: float = math.inf) -> Iterator[Path]:
+    """Files of the contributions that came for versions, oldest first."""
+    for path in sorted((folder / JOURNAL).glob(f"v*{SUFFIX}")):
+        if path.stem[1:].isdecimal() and since <= int(path.stem[1:]) < before:
+            yield path

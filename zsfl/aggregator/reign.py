@@ -1,0 +1,175 @@
+"""The right of an aggregator to commit, once somebody stands by who might take over."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from zsfl.aggregator.mirror import Source, Standing
+from zsfl.aggregator.stage import Stage
+from zsfl.errors import ConfigError, Fenced, RunFailed, ZsflError
+from zsfl.ids import NodeCard, NodeId, Role, Version
+from zsfl.latest import Latest
+from zsfl.lease import Lease, clock_s, most_of
+from zsfl.node import Node
+from zsfl.wire.framing import Buffer
+from zsfl.wire.messages import Beat, Committed, Reply, Request
+from zsfl.wire.succession import FetchPiece, Follow, Grant, Granted
+
+RENEWALS = 4
+"""How often a lease is renewed in its time."""
+
+
+class Reign:
+    """Renews the promises of the clients, and knows how far those who stand by have come."""
+
+    def __init__(self, node: Node, folder: Path, stage: Stage, *, shards: int, bound: int) -> None:
+        """`bound`: how many versions a contribution may be late."""
+        self._node = node
+        self._folder = folder
+        self._stage = stage
+        self._shards = shards
+        self._standing = Standing.of(folder)
+        self._source = Source(folder, bound)
+        self._lease = Lease(shards)
+        self._is_alone = node.settings.takeover == "always"
+        """Nobody's consent is needed: a later epoch is all that ends an earlier one."""
+        self._followers: Latest[dict[NodeId, Version]] = Latest({})
+        """Of those who stand by, the newest version that each has."""
+        self._promised = Latest(None)
+        self._version = stage.state.version
+
+    def begin(self, version: Version) -> None:
+        """The run is at this version; blocking."""
+        self._version = version
+        self._keep(led=True, origin=self._standing.origin or self._standing.holder)
+
+    def _keep(self, **changes: object) -> None:
+        standing = msgspec.structs.replace(self._standing, **changes)
+        if standing != self._standing or not standing.shared:
+            standing.keep(self._folder)
+        self._standing = standing
+        self._stage.place(epoch=standing.epoch)
+
+    # --- the lease --------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Renew the lease, while there is one; Fenced when another has taken over."""
+        while True:
+            await self._followers.wait_for(lambda followers: bool(followers) or self._standing.shared)
+            if not self._standing.epoch:
+                self._keep(epoch=1)
+            await self._renew()
+            if not self._standing.shared and self._lease.is_held(clock_s()):
+                self._keep(shared=True)
+                self._node.note("another aggregator stands by, and may take over from now on")
+            await asyncio.sleep(self._node.settings.lost_after_s / RENEWALS)
+
+    async def _renew(self) -> None:
+        lease_s = self._node.settings.lost_after_s
+        grant = Grant(
+            holder=self._standing.holder,
+            name=self._node.name,
+            epoch=self._standing.epoch,
+            version=self._version,
+            lease_s=lease_s,
+        )
+        asked_s = clock_s()
+        for granted in await asked_of_all(self._node, grant, lease_s):
+            if granted.refused and granted.epoch > self._standing.epoch:
+                self._fenced()
+            if not granted.refused:
+                self._lease.promised(granted.shards, asked_s, lease_s)
+        self._promised.touch()
+
+    def _fenced(self) -> None:
+        self._keep(led=False)
+        raise Fenced("another aggregator has taken over meanwhile: what was not recorded by then is made again there")
+
+    async def assured(self) -> None:
+        """Returns while nobody else can lead; RunFailed when that does not come about in time."""
+        if not self._standing.shared or self._is_alone or self._lease.is_held(clock_s()):
+            return
+        patience_s = self._node.settings.patience_s
+        try:
+            with self._node.waiting(self._lacking):
+                async with asyncio.timeout(patience_s):
+                    await self._promised.wait_for(lambda _: self._lease.is_held(clock_s()))
+        except TimeoutError:
+            raise RunFailed(
+                f"for {patience_s:g} s there was no {self._lacking()}: with another aggregator standing by, a run goes "
+                "on where most of its clients are. Start them, then go on with --resume"
+            ) from None
+
+    def _lacking(self) -> str:
+        held = self._lease.held_of(clock_s())
+        return f"consent of most clients ({held} of {self._shards} shards, {most_of(self._shards)} are needed)"
+
+    def mind(self, beat: Beat, job: str) -> None:
+        """Of two aggregators the one of the earlier epoch gives way, or of equal ones that which has not begun.
+
+        Two would make two histories of one job. Fenced when another has taken over, else ConfigError.
+        """
+        mine, theirs = self._stage.state, beat.state
+        if theirs is None or theirs.epoch < mine.epoch:
+            return
+        if theirs.epoch > mine.epoch and self._standing.shared:
+            self._fenced()
+        if mine.phase == "waiting" and (theirs.phase != "waiting" or beat.card.id < self._node.card.id):
+            raise ConfigError(f"{beat.card.name} at {beat.card.address} already aggregates job {job!r}; stop either")
+
+    # --- those who stand by -----------------------------------------------------------------------------
+
+    def answer(self, request: Request) -> tuple[Reply, Sequence[Buffer]] | None:
+        """Answer somebody who stands by; None: it was not asked by one."""
+        match request:
+            case Follow():
+                epoch = self._standing.epoch if self._standing.shared else 0
+                following = self._source.follow(request, self._version)
+                following = msgspec.structs.replace(following, origin=self._standing.origin, epoch=epoch)
+                if following.agrees and self._node.peer(request.node):
+                    self._followers.value[request.node] = request.version
+                    self._followers.touch()
+                return following, ()
+            case FetchPiece():
+                return self._source.piece(request)
+            case _:
+                return None
+
+    def lost(self, card: NodeCard) -> None:
+        """A peer is gone."""
+        if self._followers.value.pop(card.id, None) is not None:
+            self._followers.touch()
+
+    async def recorded(self, version: Version) -> None:
+        """A version is recorded; returns when it is on as many machines as the settings ask for."""
+        self._version = version
+        self._node.publish(Committed(node=self._node.card.id, version=version))
+        if self._node.settings.durability != "replica":
+            return
+        patience_s = self._node.settings.patience_s
+        try:
+            with self._node.waiting("another aggregator that stands by to have the version, as durability is replica"):
+                async with asyncio.timeout(patience_s):
+                    await self._followers.wait_for(lambda now: any(has >= version for has in now.values()))
+        except TimeoutError:
+            raise RunFailed(
+                f"for {patience_s:g} s no aggregator that stands by had version {version}, and durability is replica: "
+                "start one with zsfl node standby JOB, or use --durability power; then go on with --resume"
+            ) from None
+
+
+async def asked_of_all(node: Node, grant: Grant, deadline_s: float) -> list[Granted]:
+    """What the clients that are there answer in time."""
+
+    async def ask(card: NodeCard) -> Granted | None:
+        with suppress(ZsflError):
+            return (await node.link(card).request(grant, deadline_s=deadline_s)).expect(Granted)
+        return None
+
+    answers = await asyncio.gather(*(ask(card) for card in node.peers(Role.CLIENT)))
+    return [answer for answer in answers if answer is not None]

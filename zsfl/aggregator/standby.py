@@ -1,0 +1,311 @@
+"""Stands by: keeps a copy of the run, and takes over when its aggregator is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import msgspec
+
+from zsfl.aggregator.mirror import Mirror, Standing
+from zsfl.aggregator.reign import asked_of_all
+from zsfl.errors import ConfigError, NoPeer, RemoteProtocolError, RunFailed, Unavailable, ZsflError
+from zsfl.ids import NodeCard, NodeId, Role
+from zsfl.latest import Latest
+from zsfl.lease import HANDOVER_S, Lease, clock_s, most_of
+from zsfl.node import STATE_TOPIC, BeatExtras, Node
+from zsfl.wire.connection import Connection
+from zsfl.wire.messages import Announcement, Beat, Broadcast, Committed, Reply, Request, RunState
+from zsfl.wire.succession import PIECE_BYTES, FetchPiece, FileInfo, Following, Grant, Piece
+
+RIVAL_LEASES = (0.5, 3.0)
+"""How long whoever finds another standing too asks nobody, in leases: the promises that each has run out meanwhile."""
+FIRST_LEASES = 2.0
+"""How long an aggregator is waited for after a start, before this node stands, in leases."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Elected:
+    """That this node is to aggregate from now on."""
+
+    is_behind: bool
+    """Whether versions were published that it has not: they are made again."""
+    rounds: int
+    """How many rounds the run was to have; 0: not known."""
+
+
+class StandbyRole:
+    """One node that stands by. Its run ends when it is elected, or the training run ends."""
+
+    def __init__(
+        self, node: Node, mirror: Mirror, standing: Standing, *, shards: int, warm_up: Callable[[], None]
+    ) -> None:
+        """`warm_up` does beforehand, in a thread, what would hold up a takeover."""
+        self._node = node
+        self._mirror = mirror
+        self._standing = standing
+        self._shards = shards
+        self._warm_up = warm_up
+        self._lease = Lease(shards)
+        self._epoch = standing.epoch if standing.led else standing.epoch + 1
+        """That it would lead in."""
+        self._has_rival = False
+        """Whether another stood in the same epoch, or a later one, when it was asked last."""
+        self._known = 0
+        """The newest version that clients know of."""
+        self._states: Latest[dict[NodeId, RunState]] = Latest({})
+        """Of the aggregators that are there."""
+        self._rounds = 0
+        self._ears: dict[NodeId, asyncio.Task[None]] = {}
+        self._followed: tuple[NodeId, Connection] | None = None
+        self._random = random.Random(node.card.id)
+        self.elected: Elected | None = None
+        self.hears = frozenset({Role.AGGREGATOR})
+
+    @property
+    def data_port(self) -> int:
+        """It answers nobody."""
+        return 0
+
+    async def drain(self, timeout_s: float) -> None:
+        """Nothing to wait for: the copy is on the disk."""
+
+    async def control(self, request: Request) -> Reply:
+        """It answers nobody."""
+        raise RemoteProtocolError(f"{self._node.name} stands by and does not answer {type(request).__name__}")
+
+    def joined(self, card: NodeCard) -> None:
+        """A peer is there."""
+        if card.role is Role.AGGREGATOR:
+            ear = self._node.listen(card, [STATE_TOPIC], lambda broadcast, _: self._heard_of(card, broadcast))
+            self._ears[card.id] = self._node.start(ear.run(), f"state of {card.name}")
+        self._states.touch()
+
+    def lost(self, card: NodeCard, reason: str) -> None:
+        """A peer is gone."""
+        if ear := self._ears.pop(card.id, None):
+            ear.cancel()
+            self._states.value.pop(card.id, None)
+            if self._followed is not None and self._followed[0] == card.id:
+                self._followed[1].close(f"is gone ({reason})")
+            self._node.note(f"{card.name} is gone: {reason}", "warning")
+        self._states.touch()
+
+    def heard(self, broadcast: Broadcast) -> None:
+        """Take in where the run stands."""
+        if isinstance(broadcast, Beat) and broadcast.state is not None:
+            self._take(broadcast.card.id, broadcast.state)
+
+    def _heard_of(self, card: NodeCard, broadcast: Broadcast) -> None:
+        match broadcast:
+            case Announcement() if broadcast.node == card.id:
+                self._take(card.id, broadcast.state)
+            case Committed():
+                self._states.touch()
+            case _:
+                pass
+
+    def _take(self, node: NodeId, state: RunState) -> None:
+        if node in self._ears:
+            self._states.value[node] = state
+            self._rounds = state.rounds or self._rounds
+            self._states.touch()
+
+    def beat(self) -> BeatExtras:
+        """Nothing but that it is there."""
+        return BeatExtras()
+
+    # --- the run ----------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Follow whoever aggregates, and stand for it when nobody does."""
+        warming = self._node.start(asyncio.to_thread(self._warm_up), "warm up")
+        try:
+            await self._until_over()
+        finally:
+            await warming  # a thread cannot be left
+
+    async def _until_over(self) -> None:
+        if not self._standing.led:  # the others may start at the same time
+            await self._states.changed_within(FIRST_LEASES * self._node.settings.lost_after_s)
+        while True:
+            if (active := self._active()) is not None:
+                if await self._follow(active):
+                    return
+            elif self._standing.shared and self._mirror.is_usable and self._node.settings.takeover != "never":
+                if await self._stand():
+                    return
+            else:
+                await self._until_active()
+
+    def _active(self) -> NodeCard | None:
+        """The aggregator of the latest epoch, unless that is an earlier one than what is known here."""
+        known = {node: state for node, state in self._states.value.items() if state.epoch >= self._standing.epoch}
+        return self._node.peer(max(known, key=lambda node: (known[node].epoch, node))) if known else None
+
+    async def _until_active(self) -> None:
+        join_s = self._node.settings.join_s
+        try:
+            with self._node.waiting("an aggregator to stand by"):
+                async with asyncio.timeout(join_s):
+                    await self._states.wait_for(lambda _: self._active() is not None)
+        except TimeoutError:
+            raise NoPeer(
+                f"no aggregator came within {join_s:g} s, and this one has not stood by one long enough to take over; "
+                "start one with: zsfl node aggregator JOB"
+            ) from None
+
+    # --- following --------------------------------------------------------------------------------------
+
+    async def _follow(self, active: NodeCard) -> bool:
+        """Keep the copy up to date while this one aggregates; whether the run is over."""
+        connection = self._node.connect(active, active.data_port)
+        self._followed = active.id, connection
+        said = False
+        try:
+            while self._active() == active:
+                state = self._states.value[active.id]
+                try:
+                    await self._catch_up(connection)
+                except Unavailable as error:
+                    self._node.note(f"{active.name} cannot be followed for the moment: {error}", "warning")
+                    await asyncio.sleep(self._node.settings.beat_s)
+                    continue
+                if not said:
+                    self._node.note(f"standing by {active.name}, at version {self._mirror.version}")
+                    said = True
+                if state.phase == "failed":
+                    raise RunFailed(state.reason)
+                if state.phase == "finished":
+                    return True
+                await self._states.changed_within(self._node.settings.beat_s)
+        finally:
+            self._followed = None
+            connection.close("is not followed any more")
+        return False
+
+    async def _catch_up(self, connection: Connection) -> None:
+        """Fetch what there is."""
+        while True:
+            request = self._mirror.wish(self._node.card.id)
+            answer = await connection.request(request, deadline_s=self._node.settings.request_s)
+            following = answer.expect(Following)
+            self._check(following.origin)
+            if not following.agrees:
+                self._node.note(f"version {request.version} as it is here was never published: going back", "warning")
+                self._mirror.go_back()
+                continue
+            self._learn(following.epoch)
+            wanted = [info for info in following.files if self._mirror.lacks(info)]
+            for info in wanted:
+                if not await self._fetch(connection, info):
+                    break  # it is gone by now: what is to be had instead?
+            if not wanted:
+                return
+
+    def _check(self, origin: str) -> None:
+        """ConfigError when what is here is a copy of another run."""
+        if not self._standing.origin:
+            self._keep(origin=origin)
+        elif origin != self._standing.origin:
+            raise ConfigError(
+                f"{self._mirror.folder} has a copy of another run of this job: move it away, or give this node another "
+                "name with --name"
+            )
+
+    def _learn(self, epoch: int) -> None:
+        """Of whom we follow; from then on a takeover is possible."""
+        if epoch and (epoch > self._standing.epoch or self._standing.led or not self._standing.shared):
+            self._keep(epoch=epoch, led=False, shared=True)
+            self._epoch = epoch + 1
+
+    def _keep(self, **changes: object) -> None:
+        self._standing = msgspec.structs.replace(self._standing, **changes)
+        self._standing.keep(self._mirror.folder)
+
+    async def _fetch(self, connection: Connection, info: FileInfo) -> bool:
+        """Whether the file has come, as long as it was when it was named."""
+        offset = self._mirror.begins_at(info)
+        with self._mirror.receiving(info) as write:
+            while offset < info.size_bytes:
+                size = min(PIECE_BYTES, info.size_bytes - offset)
+                request = FetchPiece(name=info.name, offset=offset, size_bytes=size)
+                answer = await connection.request(request, deadline_s=self._node.settings.request_s)
+                answer.expect(Piece)
+                if not answer.parts or not memoryview(answer.parts[0]).nbytes:
+                    raise Unavailable(f"{info.name} is gone there")
+                write(answer.parts[0])
+                offset += memoryview(answer.parts[0]).nbytes
+        return True
+
+    # --- taking over ------------------------------------------------------------------------------------
+
+    async def _stand(self) -> bool:
+        """Ask the clients for their consent until somebody leads; whether it is us."""
+        settings = self._node.settings
+        ends_s = time.monotonic() + settings.patience_s
+        with self._node.waiting(self._lacking):
+            while time.monotonic() < ends_s:
+                if self._active() is not None:
+                    return False
+                if await self._asked():
+                    return True
+                await self._pause()
+        raise RunFailed(
+            f"for {settings.patience_s:g} s there was not {self._lacking()}. Start the aggregator again, or more of "
+            "its clients; or, if you know that it is gone for good, this one with --takeover always"
+        )
+
+    async def _pause(self) -> None:
+        """Until it is worth asking again: where another stands too, long enough for one of both to come to nothing."""
+        settings = self._node.settings
+        if self._has_rival:
+            await asyncio.sleep(self._random.uniform(*RIVAL_LEASES) * settings.lost_after_s)
+        else:
+            await self._states.changed_within(self._random.uniform(0.5, 1.0) * settings.beat_s)
+
+    def _lacking(self) -> str:
+        held = self._lease.held_of(clock_s())
+        return (
+            f"an aggregator, or the consent of most clients to take over ({held} of {self._shards} shards, "
+            f"{most_of(self._shards)} are needed)"
+        )
+
+    async def _asked(self) -> bool:
+        """Ask once; whether most clients agree."""
+        lease_s = self._node.settings.lost_after_s
+        if not await self._has_majority(lease_s):
+            return False
+        self._mirror.tidy()
+        self._keep(epoch=self._epoch, led=True)
+        with suppress(ZsflError):
+            await self._has_majority(HANDOVER_S)  # until the versions since the checkpoint are made again
+        self.elected = Elected(is_behind=self._known > self._mirror.version, rounds=self._rounds)
+        self._node.note(f"taking over at version {self._mirror.version}, in epoch {self._epoch}", "warning")
+        return True
+
+    async def _has_majority(self, lease_s: float) -> bool:
+        grant = Grant(
+            holder=self._standing.holder,
+            name=self._node.name,
+            epoch=self._epoch,
+            version=self._mirror.version,
+            lease_s=lease_s,
+        )
+        asked_s = clock_s()
+        answers = await asked_of_all(self._node, grant, self._node.settings.lost_after_s)
+        for granted in answers:
+            self._known = max(self._known, granted.version)
+            if not granted.refused:
+                self._lease.promised(granted.shards, asked_s, lease_s)
+        refused = [granted.epoch for granted in answers if granted.refused]
+        if self._lease.is_held(clock_s()) or (self._node.settings.takeover == "always" and not refused):
+            return True
+        self._has_rival = bool(refused) and max(refused) >= self._epoch
+        if self._has_rival:
+            self._epoch, self._lease = max(refused) + 1, Lease(self._shards)
+        return False

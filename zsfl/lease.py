@@ -1,0 +1,108 @@
+"""Who may aggregate: one at a time, by the consent of most clients. Decisions only.
+
+An aggregator that others stand by commits only while clients that hold more than half of the shards have promised, for
+a time, to follow nobody else. Whoever takes over needs such promises too, so that it has to wait for those of its
+predecessor to run out: even one that was stopped, and wakes, finds its lease over and commits nothing. Every takeover
+begins an epoch, and what is said in an earlier one counts no more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+
+MARGIN = 0.9
+"""Of a promised time, what its holder relies on: clocks of two machines do not run quite alike."""
+HANDOVER_S = 10.0
+"""What whoever takes over may take until it leads: it makes the last versions again first."""
+MAX_LEASE_S = 600.0
+"""A longer promise is not given."""
+BEHIND_LEASES = 2.0
+"""How long somebody who lacks versions that were published is passed over, for somebody who has them, in leases."""
+
+
+def clock_s() -> float:
+    """Seconds that pass on this machine, also while it sleeps where the system can tell."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def most_of(shards: int) -> int:
+    """How many of these are more than half."""
+    return shards // 2 + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """Who asks for a promise."""
+
+    holder: str
+    """Of its run folder, which one process at a time has: it stays the same over restarts."""
+    name: str
+    epoch: int
+    version: int
+    """The newest that it has."""
+
+
+class Promise:
+    """What one client has promised to whom. Two whom a majority promised the same time cannot be."""
+
+    def __init__(self, now_s: float, lease_s: float) -> None:
+        """What an earlier process may have promised is unknown, so that the first time counts as given away."""
+        self.epoch = 0
+        """The highest that it agreed to; what is said in an earlier one counts no more."""
+        self.version = 0
+        """The newest that was heard of."""
+        self._holder = self._name = ""
+        self._lease_s = lease_s
+        self._until_s = now_s + lease_s
+        self._wished_s: float | None = None
+        """Since when somebody could have it who lacks versions."""
+
+    def heard_of(self, epoch: int, version: int) -> None:
+        """An aggregator said where it stands."""
+        if epoch > self.epoch or (epoch == self.epoch and version > self.version):
+            self.epoch, self.version = epoch, version
+
+    def ask(self, by: Candidate, lease_s: float, now_s: float) -> str:
+        """Promise `by` this time; if that is not possible, why."""
+        is_same = by.holder == self._holder and by.epoch >= self.epoch
+        if by.epoch < self.epoch or (by.epoch == self.epoch and self._holder and not is_same):
+            return f"epoch {self.epoch} has begun"
+        if now_s < self._until_s and not is_same:
+            whom = (
+                f"is promised to {self._name}" if self._name else "may have been promised to another before a restart"
+            )
+            return f"the next {self._until_s - now_s:.1f} s {whom}"
+        if not is_same and by.version < self.version:
+            self._wished_s = now_s if self._wished_s is None else self._wished_s
+            if now_s < self._wished_s + BEHIND_LEASES * self._lease_s:
+                return f"version {self.version} is there, and {by.name} has {by.version}"
+        if not is_same:
+            self.version = by.version
+        self._wished_s = None
+        self.epoch, self._holder, self._name = by.epoch, by.holder, by.name
+        self._until_s = now_s + min(lease_s, MAX_LEASE_S)
+        return ""
+
+
+class Lease:
+    """The promises that an aggregator holds, or somebody who wants to be one."""
+
+    def __init__(self, shards: int) -> None:
+        self._shards = shards
+        self._until_s: dict[int, float] = {}
+
+    def promised(self, shards: Collection[int], asked_s: float, lease_s: float) -> None:
+        """The client of these shards agreed to what it was asked at `asked_s`."""
+        for shard in shards:
+            if 0 <= shard < self._shards:
+                self._until_s[shard] = asked_s + MARGIN * lease_s
+
+    def held_of(self, now_s: float) -> int:
+        """How many shards' promises hold now."""
+        return sum(until_s > now_s for until_s in self._until_s.values())
+
+    def is_held(self, now_s: float) -> bool:
+        """Whether nobody else can lead now."""
+        return self.held_of(now_s) >= most_of(self._shards)
