@@ -54,9 +54,10 @@ def state_of(size: int) -> dict[str, torch.Tensor]:
 def listen_bare(pipe: Connection, port: int, listeners: int) -> None:
     """SUB sockets that take what comes; says when each has had `bytes` of it."""
     context: zmq.Context[Any] = zmq.Context()
-    sockets = [open_socket(context, zmq.SUB, LIMITS, BROADCAST_QUEUE) for _ in range(listeners)]
+    sockets: list[zmq.Socket[bytes]] = [context.socket(zmq.SUB) for _ in range(listeners)]
     poller = zmq.Poller()
     for socket in sockets:
+        socket.set_hwm(BROADCAST_QUEUE)
         socket.subscribe(b"")
         socket.connect(f"tcp://{HOST}:{port}")
         poller.register(socket, zmq.POLLIN)

@@ -25,8 +25,10 @@ CONFIG_FILE = Path("zsfl.toml")
 class WireLimits:
     """Bounds of what one node sends and accepts; reaching one is a typed error."""
 
-    frame_bytes: int = 1 << 20
-    """Size of one chunk of a tensor: small enough that another message never waits long behind it."""
+    frame_bytes: int = 16 << 20
+    """The longest frame, and the longest message that is not cut: what comes in one frame is not copied."""
+    piece_bytes: int = 4 << 20
+    """What is sent of longer messages at once, unless a tensor that fits a frame is longer; others are cut so."""
     max_message_bytes: int = 1 << 30
     """All parts of one message together, after reassembly."""
     max_header_bytes: int = 1 << 20

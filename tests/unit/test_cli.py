@@ -37,7 +37,15 @@ FLAGS = {
     "node client": {*COMMON, "JOB", "--codec", "--device", "--shard", "--shards", "--spill-mib"},
     "node split-server": {*COMMON, "JOB", "--codec", "--device", "--slots", "--spill-mib"},
     "node aggregator": {
-        *COMMON, "JOB", "--durability", "--hold", "--keep-mib", "--no-hold", *RESUMING, "--start-with", "--takeover",
+        *COMMON,
+        "JOB",
+        "--durability",
+        "--hold",
+        "--keep-mib",
+        "--no-hold",
+        *RESUMING,
+        "--start-with",
+        "--takeover",
     },
     "node standby": {*COMMON, "JOB", "--durability", "--keep-mib", "--rounds", "--takeover"},
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
@@ -97,7 +97,7 @@ class Unfenced(OneLeads):
     promise = staticmethod(lambda now_s: _Unfenced(now_s, LEASE_S))
 
 
-RUNS = settings(max_examples=300, stateful_step_count=40, suppress_health_check=list(HealthCheck), deadline=None)
+RUNS = settings(max_examples=300, stateful_step_count=40, deadline=None)
 
 
 def test_nobody_leads_beside_another() -> None:

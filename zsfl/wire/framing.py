@@ -9,7 +9,8 @@ On the wire a message is one multipart of frames::
 
 The header is msgpack, capped before it is unpacked and schema-checked before it is used. Chunks are
 messages of their own, because ZeroMQ cannot interleave multiparts: a heartbeat, a cancellation or another
-request may pass between two of them.
+request may pass between two of them. They are cut where parts end, as far as that goes: a part that comes in one
+frame is handed on as it lies there, and putting one together from several costs as much as its way over loopback.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ STALLED_S = 2.0
 """A message that nothing more came of for so long is not counted on."""
 AHEAD = 16
 """Memory for a message in chunks is taken for so many times what has arrived of it, as far as it goes."""
+KEPT_FROM_BYTES = 1 << 16
+"""A shorter part is copied out of its frame, whose memory may be shared with others and be longer."""
 RETRY_AFTER_S = 0.1
 """When to come back with a message that found no room."""
 
@@ -57,6 +60,7 @@ class _Named(msgspec.Struct, frozen=True):
     id: MessageId
 
 
+_NOTHING = memoryview(bytearray())
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(Header).decode
 _unpack_id = msgspec.msgpack.Decoder(_Named).decode
@@ -89,23 +93,25 @@ def encode(header: Header, parts: Sequence[Buffer], limits: WireLimits) -> Itera
         return
     yield [head]
     chunk_head = _pack(Header(kind="chunk", id=header.id))
-    for frames in _chunks(parts, limits.frame_bytes):
+    for frames in _pieces(parts, limits):
         yield [chunk_head, *frames]
 
 
-def _chunks(parts: Sequence[Buffer], chunk_bytes: int) -> Iterator[list[Buffer]]:
-    """Slices of the concatenated parts, `chunk_bytes` a list but for the last."""
+def _pieces(parts: Sequence[Buffer], limits: WireLimits) -> Iterator[list[Buffer]]:
+    """The parts in order, some `piece_bytes` a list: what fits one frame stays whole, what does not is sliced."""
+    piece_bytes = min(limits.piece_bytes, limits.frame_bytes)
     frames: list[Buffer] = []
-    room = chunk_bytes
+    room = piece_bytes
     for part in parts:
         rest = memoryview(part).cast("B") if nbytes(part) else memoryview(b"")
+        longest = limits.frame_bytes if len(rest) <= limits.frame_bytes else piece_bytes
         while len(rest):
-            frames.append(rest[:room])
-            rest = rest[room:]
-            room -= nbytes(frames[-1])
-            if room == 0:
+            if frames and room < min(len(rest), longest):
                 yield frames
-                frames, room = [], chunk_bytes
+                frames, room = [], piece_bytes
+            frames.append(rest[:longest])
+            rest = rest[longest:]
+            room -= nbytes(frames[-1])
     if frames:
         yield frames
 
@@ -152,42 +158,54 @@ class Room:
 class _Half:
     """A message whose chunks are still arriving.
 
-    Each is copied once, as it comes, into memory that is taken ahead of it, but never for more than `AHEAD` times what
-    has arrived: so what a header declares costs nothing, and what has arrived is rarely moved. Taken memory that
-    nothing was written to yet is an address range to the operating system, and no more.
+    A part that comes in one frame stays there. What comes in several is copied once, as it comes, into memory that is
+    taken ahead of it, but never for more than `AHEAD` times what has arrived: so what a header declares costs nothing,
+    and what has arrived is rarely moved. Taken memory that nothing was written to yet is an address range to the
+    operating system, and no more.
     """
 
     def __init__(self, header: Header, now_s: float, due_s: float) -> None:
         self.header = header
         self.total = sum(header.sizes)
         self.arrived_bytes = 0
-        self.buffer = memoryview(b"")
         self.heard_s = now_s
         self.due_s = due_s
+        self._parts: list[Buffer] = []
+        self._buffer = _NOTHING
+        self._filled = 0
+        """Bytes of the next part that are in the buffer."""
 
     def add(self, frames: Sequence[Buffer], more: int) -> None:
         """Take in frames, `more` bytes together; MemoryError when there is no memory for them."""
-        if not more:
-            return
-        start = self.arrived_bytes
         self.arrived_bytes += more
-        if self.arrived_bytes > len(self.buffer):
-            taken = memory(min(self.total, AHEAD * self.arrived_bytes), rather=self.total)
-            taken[:start] = self.buffer[:start]
-            self.buffer = taken
         for frame in frames:
-            end = start + nbytes(frame)
-            self.buffer[start:end] = frame
-            start = end
+            rest = memoryview(frame)
+            while len(rest):
+                size = self.header.sizes[len(self._parts)]
+                if self._filled == 0 and KEPT_FROM_BYTES <= size <= len(rest):
+                    self._parts.append(rest[:size])
+                    rest = rest[size:]
+                    continue
+                some = rest[: size - self._filled]
+                self._copy(some, size)
+                rest = rest[len(some) :]
+
+    def _copy(self, some: memoryview, size: int) -> None:
+        """Add to the next part, which is `size` bytes long."""
+        start, self._filled = self._filled, self._filled + len(some)
+        if self._filled > len(self._buffer):
+            taken = memory(min(size, AHEAD * self._filled), rather=size)
+            taken[:start] = self._buffer[:start]
+            self._buffer = taken
+        self._buffer[start : self._filled] = some
+        if self._filled == size:
+            self._parts.append(self._buffer)
+            self._buffer, self._filled = _NOTHING, 0
 
     def parts(self) -> list[Buffer]:
-        """The parts of a whole message, as slices of one writable buffer."""
-        start = 0
-        parts: list[Buffer] = []
-        for size in self.header.sizes:
-            parts.append(self.buffer[start : start + size])
-            start += size
-        return parts
+        """The parts of a whole message, all of them writable."""
+        without = len(self.header.sizes) - len(self._parts)
+        return self._parts + [_NOTHING] * without
 
 
 class Assembler:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -17,8 +18,8 @@ from zsfl.wire.messages import MAX_SETTLED, Announcement, AnyMessage, Broadcast
 from zsfl.wire.pump import Pump
 from zsfl.wire.sockets import bind, open_socket, send_now
 
-BROADCAST_QUEUE = 1000
-"""Multiparts, of up to one frame size, that ZeroMQ holds for one slow subscriber before it drops what follows;
+BROADCAST_QUEUE = 512
+"""Multiparts, of up to one piece each, that ZeroMQ holds for one slow subscriber before it drops what follows;
 subscribers ask for what they missed."""
 
 Heard = Callable[[Broadcast, list[Buffer]], None]
@@ -37,7 +38,8 @@ class Publisher:
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`note` is told, once for each kind of broadcast, that one was over a limit."""
-        self._limits = limits
+        # No longer frames: who reads slowly keeps a whole queue of them in the publisher's memory.
+        self._limits = replace(limits, frame_bytes=min(limits.frame_bytes, limits.piece_bytes))
         self._counters = counters
         self._note = note
         self._noted: set[type[Broadcast]] = set()

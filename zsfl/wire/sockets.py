@@ -11,18 +11,21 @@ import zmq
 from zsfl.errors import ConfigError
 from zsfl.settings import WireLimits
 from zsfl.wire.framing import Buffer
+from zsfl.wire.memory import keep_freed
 
-DATA_QUEUE = 64
-"""Multiparts that ZeroMQ holds for one peer, either way: it counts messages, and each may be one frame size long."""
+DATA_QUEUE = 32
+"""Multiparts that ZeroMQ holds for one peer, either way: it counts messages, and each may be one frame size long. Half
+as many would slow down 64 small requests at once."""
 
 
 def open_socket(context: zmq.Context[Any], kind: int, limits: WireLimits, queue: int) -> zmq.Socket[bytes]:
     """A socket whose queues and frames are bounded; nothing is worth waiting for when it closes."""
+    keep_freed()
     socket = context.socket(kind, socket_class=zmq.Socket)  # a plain one, whatever the context makes by itself
     socket.linger = 0
     socket.set_hwm(queue)
     # A peer that sends larger frames is cut off by ZeroMQ before they take any memory.
-    socket.setsockopt(zmq.MAXMSGSIZE, max(limits.max_header_bytes + 1, 4 * limits.frame_bytes))
+    socket.setsockopt(zmq.MAXMSGSIZE, max(limits.max_header_bytes + 1, limits.frame_bytes))
     return socket
 
 

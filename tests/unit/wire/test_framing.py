@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import tracemalloc
 from collections.abc import Sequence
 from contextlib import suppress
 from random import Random
+from unittest.mock import patch
 
 import msgpack  # pyright: ignore[reportMissingTypeStubs]
 import pytest
@@ -75,6 +77,27 @@ def test_parts_of_any_size_come_back_as_they_were(parts: list[bytes]) -> None:
 def test_no_multipart_is_longer_than_a_frame_size(parts: list[bytes]) -> None:
     for frames in frames_of(parts):
         assert sum(nbytes(frame) for frame in frames[1:]) <= LIMITS.frame_bytes
+
+
+@given(part_lists, st.sampled_from([1, 31, 1 << 16]), st.lists(st.integers(1, 200), min_size=1))
+def test_frames_may_be_cut_anywhere(parts: list[bytes], kept_from_bytes: int, cuts: list[int]) -> None:
+    limits = WireLimits(frame_bytes=1)
+    assembler, (begun, *_) = Assembler(limits), frames_of([*parts, b"!!"], limits=limits)
+    with patch.object(framing, "KEPT_FROM_BYTES", kept_from_bytes):
+        arrived, rest = fed(assembler, begun), memoryview(b"".join(parts) + b"!!")
+        for cut in itertools.cycle(cuts):
+            arrived, rest = fed(assembler, [head(kind="chunk", id=1), rest[:cut]]), rest[cut:]
+            if not rest:
+                break
+    assert whole(arrived) == (1, [*parts, b"!!"])
+
+
+def test_a_part_is_cut_only_where_it_does_not_fit_one_frame() -> None:
+    limits = WireLimits(frame_bytes=100, piece_bytes=30)
+    cut = [
+        list(map(nbytes, frames[1:])) for frames in frames_of([bytes(n) for n in (20, 5, 10, 100, 0, 130)], 1, limits)
+    ]
+    assert cut == [[], [20, 5], [10], [100], [30], [30], [30], [30], [10]]
 
 
 @given(st.lists(part_lists, min_size=2, max_size=LIMITS.max_inflight), st.randoms(use_true_random=False))
@@ -334,7 +357,19 @@ def test_bytes_that_arrive_one_by_one_take_little_more_than_their_number() -> No
     assert bytes(arrived.parts[0]) == bytes(number % 256 for number in range(size - 1)) + b"!"
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 1000, 1 << 17])
+def test_a_part_that_came_in_one_frame_is_not_copied() -> None:
+    assembler, parts = Assembler(WireLimits()), [bytes(n) for n in (framing.KEPT_FROM_BYTES, 3, 0, 1 << 18)]
+    fed(assembler, [head(kind="request", id=1, sizes=list(map(len, parts)), body=OK)])
+    frames = [bytearray(part) for part in parts]
+    arrived = fed(assembler, [head(kind="chunk", id=1), *frames])
+    assert arrived is not None
+    assert list(map(bytes, arrived.parts)) == parts
+    assert [memoryview(part).obj is frame for part, frame in zip(arrived.parts, frames, strict=True)] == [
+        True, False, False, True,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1000, 1 << 16])
 def test_parts_that_came_in_chunks_are_whole_writable_and_their_own(chunk_bytes: int) -> None:
     limits = WireLimits(frame_bytes=chunk_bytes)
     parts = [bytearray(Random(number).randbytes(size)) for number, size in enumerate((1 << 14, 3, 1 << 17, 70_000))]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
+import platform
+
 import pytest
 import torch
 
 from zsfl.wire import memory as module
-from zsfl.wire.memory import KEPT_BYTES, RECYCLED_BYTES, memory
+from zsfl.wire.memory import KEPT_BYTES, RECYCLED_BYTES, keep_freed, memory
 
 SIZE = 3 * RECYCLED_BYTES
 
@@ -64,3 +67,19 @@ def test_more_is_given_only_where_it_is_at_hand() -> None:
     del whole
     more = memory(10, rather=2 * SIZE)
     assert (len(more), place(more)) == (2 * SIZE, at)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone it is known how")
+def test_what_was_freed_is_not_cleared_again() -> None:
+    import resource
+
+    def faults() -> int:
+        """How often the system had to give this thread a page."""
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        held = [bytes(b"x" * size) for size in (5 << 20, 16 << 20, 1 << 20)]
+        del held
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+    keep_freed()
+    faults()
+    assert faults() < (22 << 20) // mmap.PAGESIZE // 10
