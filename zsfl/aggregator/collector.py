@@ -14,17 +14,9 @@ from zsfl.learning.averaging import Contribution
 from zsfl.node import Node
 from zsfl.spill.layout import decode_contribution
 from zsfl.wire.connection import Connection
+from zsfl.wire.fields import MAX_CARRIED_BYTES, MAX_OFFERS
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import (
-    MAX_CARRIED_BYTES,
-    MAX_OFFERS,
-    FetchSpills,
-    Recheck,
-    ReleaseSpills,
-    Remake,
-    SpillOffer,
-    Spills,
-)
+from zsfl.wire.messages import CheckNeed, FetchSpills, Recheck, ReleaseSpills, Remake, SpillOffer, Spills
 
 FETCH_BYTES = 4 << 20
 """Asked for in one request, unless a single spill is larger: bounds the memory of a reply."""
@@ -165,6 +157,10 @@ class Collector:
     def has_lost(self) -> bool:
         """Whether something that may still count was acknowledged and lost."""
         return any(self._gathering.is_missing(*one) for one in self._lost)
+
+    def answer(self, request: CheckNeed) -> Spills:
+        """Those that are not here and may still count."""
+        return Spills(found=tuple(one for one in request.parts if self._gathering.may_need(*one)))
 
     async def _have_remade(self) -> None:
         """Ask for what is lost until it is here: a client may be about to take the step in hand, or be away."""

@@ -34,6 +34,7 @@ from zsfl.wire.messages import (
     SAID_GOODBYE,
     Beat,
     Broadcast,
+    CheckNeed,
     Evaluated,
     FetchWeights,
     Join,
@@ -78,8 +79,7 @@ class AggregatorRole:
         self._untested: list[tuple[RoundReport | None, Version, dict[str, Tensor]]] = []
         """Versions that were to be tested when the run ended that is resumed, with the report of the round they end."""
         self._server = node.serve(self._answer)
-        self._ears: dict[NodeId, asyncio.Task[None]] = {}
-        """For what members offer."""
+        self._ears: dict[NodeId, asyncio.Task[None]] = {}  # for what members offer
         self.hears = frozenset(Role)
 
     @property
@@ -141,6 +141,8 @@ class AggregatorRole:
                 self._join(request)
             case Evaluated():
                 self._held_out.heard(request)
+            case CheckNeed():
+                return self._training.collector.answer(request)
             case Train():
                 if not self._node.settings.hold:
                     raise ConfigError("this aggregator trains by itself; start it with --hold to give it orders")
@@ -327,8 +329,7 @@ class AggregatorRole:
 
         seconds = time.monotonic() - self._begun_s
         round_ = self._training.round if report is None else report.round
-        order = Order(version=version, state=state, round=round_, seconds=seconds, then=keep)
-        await self._held_out.order(order)
+        await self._held_out.order(Order(version=version, state=state, round=round_, seconds=seconds, then=keep))
         if self._job.stop_after is not None and isinstance(self._job.how, Exact):
             await self._held_out.all_done()  # where training ends must not depend on who was quicker
 
@@ -395,5 +396,4 @@ class AggregatorRole:
         self._stage.enter(phase=phase)
         with suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL_S):
-                others = (Role.CLIENT, Role.SPLIT_SERVER)
-                await self._roster.wait_for(lambda _: not any(map(self._node.peers, others)))
+                await self._roster.wait_for(lambda _: not any(map(self._node.peers, (Role.CLIENT, Role.SPLIT_SERVER))))

@@ -23,8 +23,9 @@ from zsfl.tensors.codec import Codec
 from zsfl.tensors.plan import CodecPlan
 from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.connection import Answer, Connection
+from zsfl.wire.fields import Load
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import Backward, Forward, Infer, Load, Output, Request, Spilled, Step
+from zsfl.wire.messages import Backward, Forward, Infer, Output, Request, Spilled, Step
 
 Made = tuple[Request, Sequence[Buffer]]
 Make = Callable[[Packing], Made]

@@ -28,8 +28,9 @@ from zsfl.node import BeatExtras, Node
 from zsfl.spill.coded import SpillCoder
 from zsfl.tensors.plan import CodecPlan
 from zsfl.weights.follower import WeightsFollower
+from zsfl.wire.fields import MAX_JOINED
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import MAX_JOINED, Beat, Broadcast, Evaluated, Join, Ok, Remake, Reply, Request, RunState
+from zsfl.wire.messages import Beat, Broadcast, Evaluated, Join, Ok, Remake, Reply, Request, RunState
 
 DRY_RUN_SAMPLES = 2
 HELD_TIMES = 3.0

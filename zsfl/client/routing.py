@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from zsfl.ids import NodeId
-from zsfl.wire.messages import Load
+from zsfl.wire.fields import Load
 
 UNKNOWN_SERVICE_S = 0.001
 """Assumed of a server that no server's service time is known for: short, so that it is tried soon."""

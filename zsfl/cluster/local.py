@@ -32,7 +32,7 @@ START_S = 60.0
 MOST_ROUNDS = 1 << 30
 MOST_PEERS = 16
 """Addresses that a node is told to find the others by."""
-STOP_S = 10.0
+STOP_S = 15.0
 """What one node may take to leave."""
 NOT_RUNNING = "this cluster is not running: use it inside its `async with` block"
 

@@ -1,4 +1,4 @@
-"""Every message that travels between nodes. This file is their only home.
+"""Every message that travels between nodes. This file is their only home; `fields.py` says how large they get.
 
 A message is a small header (one of the structs below, in msgpack) and parts (raw tensor or file bytes).
 Requests and their replies stand together; what is broadcast stands last.
@@ -11,58 +11,35 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from zsfl.ids import CID_PATTERN, Address, Cid, NodeCard, NodeId, PartName, Portion, Role, RunId, SpillKind, Version
+from zsfl.ids import NodeCard, NodeId, PartName, Role, RunId, SpillKind
 from zsfl.tensors.spec import TensorSpec
-
-MAX_PEERS_EXCHANGED = 256
-"""Addresses in one peer exchange: enough for a LAN, small enough for a heartbeat."""
-MAX_OFFERS = 256
-"""Spills in one message: a heartbeat stays small; the rest follows in the next."""
-MAX_CARRIED_BYTES = 64 << 10
-"""Spills that are longer do not travel with their offer."""
-MAX_MEMBERS = 64
-"""Steps in one merged spill."""
-MAX_SETTLED = 4096
-"""Cids in one announcement; there are several where a version settles more."""
-MAX_TENSORS = 4000
-"""Tensors of one part of the model."""
-
-MAX_CLASSES = 1024
-"""Classes that a job may adjust to; counts of more are refused where they are made."""
-MAX_SHARDS = 4096
-MAX_JOINED = 64
-"""Shards in one Join; a client with more says it in several."""
+from zsfl.wire.fields import (
+    MAX_CLASSES,
+    MAX_JOINED,
+    MAX_MEMBERS,
+    MAX_OFFERS,
+    MAX_PEERS_EXCHANGED,
+    MAX_SETTLED,
+    MAX_SHARDS,
+    MAX_TENSORS,
+    CidText,
+    ClassCounts,
+    Count,
+    Keys,
+    Load,
+    LongText,
+    Message,
+    Parts,
+    PeerHint,
+    PortionName,
+    Seconds,
+    ShardInfo,
+    ShortText,
+    VersionNumber,
+)  # fmt: skip
 
 Phase = Literal["waiting", "training", "idle", "finished", "failed"]
 """What the aggregator asks of its peers; see `RunState`."""
-
-Count = Annotated[int, Meta(ge=0, le=1 << 53)]
-ShortText = Annotated[str, Meta(max_length=200)]
-LongText = Annotated[str, Meta(max_length=4000)]
-CidText = Annotated[Cid, Meta(max_length=64, pattern=CID_PATTERN)]
-VersionNumber = Annotated[Version, Meta(ge=0, le=1 << 53)]
-PortionName = Annotated[Portion, Meta(pattern=r"^(body|client(/[a-z0-9][a-z0-9-]{0,39})?)\Z")]
-Samples = Annotated[int, Meta(ge=0, le=1 << 40)]
-"""Of one shard; sums over all shards are a `Count`."""
-ClassCounts = Annotated[tuple[Count, ...], Meta(max_length=MAX_CLASSES)]
-Seconds = Annotated[float, Meta(ge=0, le=86_400)]
-"""A bound also keeps NaN out, which would compare as neither early nor late."""
-
-
-class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", forbid_unknown_fields=True):
-    """Base of everything that travels."""
-
-
-Keys = Annotated[tuple[tuple[CidText, SpillKind], ...], Meta(max_length=MAX_OFFERS)]
-"""Spills, as they are asked for."""
-
-
-class PeerHint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where a verified peer of the sender listens; to whoever reads it, no more than a hint."""
-
-    id: Annotated[NodeId, Meta(max_length=200)]
-    role: Role
-    address: Annotated[Address, Meta(pattern=r"^[0-9A-Za-z][0-9A-Za-z.-]{0,252}:[0-9]{1,5}\Z")]
 
 
 # --- control: who is there -------------------------------------------------------------------------------
@@ -84,16 +61,6 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     card: NodeCard
     codecs: Annotated[tuple[ShortText, ...], Meta(max_length=32)]
     peers: Annotated[tuple[PeerHint, ...], Meta(max_length=MAX_PEERS_EXCHANGED)]
-
-
-class ShardInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How many samples a shard has; the samples themselves never leave the client."""
-
-    shard: Count
-    train_samples: Samples
-    test_samples: Samples
-    classes: Annotated[tuple[Samples, ...], Meta(max_length=MAX_CLASSES)] = ()
-    """Training samples of each class, where the job's settings need them."""
 
 
 class Join(Message, frozen=True, kw_only=True, tag="join"):
@@ -121,6 +88,25 @@ class Train(Message, frozen=True, kw_only=True, tag="train"):
     rounds: Annotated[int, Meta(ge=1, le=1 << 31)] | None
 
 
+class Drain(Message, frozen=True, kw_only=True, tag="drain"):
+    """Asks a node to finish what it has in hand and leave; answered by Draining, however often it is asked."""
+
+    node: Annotated[NodeId, Meta(max_length=200)] | None = None
+    """Who is meant, where that is known: not whoever has its address by now."""
+
+
+class Draining(Message, frozen=True, kw_only=True, tag="draining"):
+    """The node is about to leave."""
+
+    node: NodeId
+    name: ShortText
+    role: Role
+    busy: Count
+    """Requests that it has in hand."""
+    offered: Count
+    """Spills that it holds, which no version has counted yet."""
+
+
 class Ok(Message, frozen=True, kw_only=True, tag="ok"):
     """Done, nothing to tell."""
 
@@ -134,17 +120,6 @@ class Refusal(Message, frozen=True, kw_only=True, tag="refusal"):
 
 
 # --- data: steps ------------------------------------------------------------------------------------------
-
-
-class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How busy a split server is; travels with every reply and heartbeat."""
-
-    slots: Count
-    """Requests it admits at once."""
-    busy: Count
-    """Requests it holds now, waiting ones included."""
-    service_s: Seconds
-    """Moving average of the compute time of one request."""
 
 
 class Forward(Message, frozen=True, kw_only=True, tag="forward"):
@@ -280,7 +255,13 @@ class Recheck(Message, frozen=True, kw_only=True, tag="recheck"):
 class Remake(Message, frozen=True, kw_only=True, tag="remake"):
     """Asks a client to have contributions made again that were acknowledged and are lost; answered by Ok."""
 
-    lost: Annotated[tuple[tuple[CidText, PartName], ...], Meta(max_length=MAX_OFFERS)]
+    lost: Parts
+
+
+class CheckNeed(Message, frozen=True, kw_only=True, tag="check-need"):
+    """Asks the aggregator which of these may still count and are not there; answered by Spills, those."""
+
+    parts: Parts
 
 
 class ReleaseSpills(Message, frozen=True, kw_only=True, tag="release-spills"):
@@ -364,7 +345,7 @@ class Offers(Message, frozen=True, kw_only=True, tag="offers"):
 
     node: NodeId
     offers: Annotated[tuple[SpillOffer, ...], Meta(max_length=MAX_OFFERS)]
-    counters: Annotated[dict[ShortText, float], Meta(max_length=64)] = {}
+    counters: Annotated[dict[ShortText, float], Meta(max_length=64)] = msgspec.field(default_factory=dict[str, float])
     """Empty where they were told a moment ago."""
 
 
@@ -389,9 +370,9 @@ class Goodbye(Message, frozen=True, kw_only=True, tag="goodbye"):
 
 
 Request = (
-    Hello | Join | Evaluated | Train | Forward | Infer | Backward | Step
+    Hello | Join | Evaluated | Train | Drain | CheckNeed | Forward | Infer | Backward | Step
     | FetchSpills | Recheck | Remake | ReleaseSpills | FetchWeights
 )  # fmt: skip
-Reply = Welcome | Ok | Refusal | Output | Spilled | Spills | Weights
+Reply = Welcome | Draining | Ok | Refusal | Output | Spilled | Spills | Weights
 Broadcast = Beat | Offers | Announcement | Goodbye | Weights
 AnyMessage = Request | Reply | Broadcast

@@ -20,7 +20,8 @@ from zsfl.ids import Cid, NodeCard, NodeId, PartName, Role, RunId, Version, step
 from zsfl.learning.averaging import Contribution, StepShare
 from zsfl.metrics import Counters
 from zsfl.spill.layout import SpillMeta, encode
-from zsfl.wire.messages import MAX_CARRIED_BYTES, FetchSpills, SpillOffer
+from zsfl.wire.fields import MAX_CARRIED_BYTES
+from zsfl.wire.messages import FetchSpills, SpillOffer
 
 CARD = NodeCard(id=NodeId("1"), name="server", role=Role.SPLIT_SERVER, host="127.0.0.1", control_port=1, data_port=2)
 

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from zsfl.client.routing import MAX_ASKED, MAX_SHUN_S, UNKNOWN_SLOTS, ServerChooser
 from zsfl.ids import NodeId
-from zsfl.wire.messages import Load
+from zsfl.wire.fields import Load
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
 

@@ -1,0 +1,80 @@
+"""What messages are made of: bounds on everything that has a length, the types of fields, and the base of them all."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from zsfl.ids import CID_PATTERN, Address, Cid, NodeId, PartName, Portion, Role, SpillKind, Version
+
+MAX_PEERS_EXCHANGED = 256
+"""Addresses in one peer exchange: enough for a LAN, small enough for a heartbeat."""
+MAX_OFFERS = 256
+"""Spills in one message: a heartbeat stays small; the rest follows in the next."""
+MAX_CARRIED_BYTES = 64 << 10
+"""Spills that are longer do not travel with their offer."""
+MAX_MEMBERS = 64
+"""Steps in one merged spill."""
+MAX_SETTLED = 4096
+"""Cids in one announcement; there are several where a version settles more."""
+MAX_TENSORS = 4000
+"""Tensors of one part of the model."""
+
+MAX_CLASSES = 1024
+"""Classes that a job may adjust to; counts of more are refused where they are made."""
+MAX_SHARDS = 4096
+MAX_JOINED = 64
+"""Shards in one Join; a client with more says it in several."""
+
+Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+ShortText = Annotated[str, Meta(max_length=200)]
+LongText = Annotated[str, Meta(max_length=4000)]
+CidText = Annotated[Cid, Meta(max_length=64, pattern=CID_PATTERN)]
+VersionNumber = Annotated[Version, Meta(ge=0, le=1 << 53)]
+PortionName = Annotated[Portion, Meta(pattern=r"^(body|client(/[a-z0-9][a-z0-9-]{0,39})?)\Z")]
+Samples = Annotated[int, Meta(ge=0, le=1 << 40)]
+"""Of one shard; sums over all shards are a `Count`."""
+ClassCounts = Annotated[tuple[Count, ...], Meta(max_length=MAX_CLASSES)]
+Seconds = Annotated[float, Meta(ge=0, le=86_400)]
+"""A bound also keeps NaN out, which would compare as neither early nor late."""
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", forbid_unknown_fields=True):
+    """Base of everything that travels."""
+
+
+Keys = Annotated[tuple[tuple[CidText, SpillKind], ...], Meta(max_length=MAX_OFFERS)]
+"""Spills, as they are asked for."""
+Parts = Annotated[tuple[tuple[CidText, PartName], ...], Meta(max_length=MAX_OFFERS)]
+"""Parts of steps."""
+
+
+class PeerHint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a verified peer of the sender listens; to whoever reads it, no more than a hint."""
+
+    id: Annotated[NodeId, Meta(max_length=200)]
+    role: Role
+    address: Annotated[Address, Meta(pattern=r"^[0-9A-Za-z][0-9A-Za-z.-]{0,252}:[0-9]{1,5}\Z")]
+
+
+class ShardInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many samples a shard has; the samples themselves never leave the client."""
+
+    shard: Count
+    train_samples: Samples
+    test_samples: Samples
+    classes: Annotated[tuple[Samples, ...], Meta(max_length=MAX_CLASSES)] = ()
+    """Training samples of each class, where the job's settings need them."""
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How busy a split server is; travels with every reply and heartbeat."""
+
+    slots: Count
+    """Requests it admits at once."""
+    busy: Count
+    """Requests it holds now, waiting ones included."""
+    service_s: Seconds
+    """Moving average of the compute time of one request."""
