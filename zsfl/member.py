@@ -71,6 +71,10 @@ class Member:
         self.following: list[Callable[[], None]] = []
         """To be called whenever another aggregator is followed, or the same one again."""
 
+    def close(self) -> None:
+        """Let go of the spills' files, which stay; to be called when the role ends."""
+        self.spills.close()
+
     def joined(self, card: NodeCard) -> None:
         """Follow the first aggregator there is."""
         if card.role is not Role.AGGREGATOR:

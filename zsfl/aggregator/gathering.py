@@ -278,6 +278,16 @@ class Gathering:
             return False
         return not (self._begun and self._is_too_late(step)) and not self._has(cid, part)
 
+    def halves(self) -> list[Cid]:
+        """Steps whose client part is here, and whose body part is neither here nor about to be handed over."""
+        if any(kind == "merged" for _, kind in self._asked):  # which may be the body part of any of them
+            return []
+        return [
+            cid
+            for cid, step in self._held.items()
+            if "client" in step.parts and self.is_missing(cid, "body") and (cid, "body") not in self._asked
+        ]
+
     def is_whole(self, cid: Cid) -> bool:
         """Whether both parts of this step are here, and of all steps that it is merged with."""
         step = self._held.get(cid)

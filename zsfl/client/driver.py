@@ -172,10 +172,11 @@ class StepDriver:
         """What this step contributed is lost, though it was acknowledged; a step that is not in hand is no matter."""
         if (held := self._held.get(cid)) is None:
             return
-        step, _ = held
+        step, server = held
         if part == "client":
             self._put(step)
-        else:
+        elif cid not in self._driven_again:
+            self._remote.avoid(server)
             self._begin_again(step, "its spill is lost")
 
     def _begin_again(self, step: StepInHand, why: str) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,10 @@ class ClientRole:
 
     async def run(self) -> None:
         """Take part until the run is finished."""
+        with closing(self._member):
+            await self._take_part()
+
+    async def _take_part(self) -> None:
         run_shard = self._run_freely if isinstance(self._job.how, Async) else self._run_windows
         async with asyncio.TaskGroup() as tasks:
             others = [

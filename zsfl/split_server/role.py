@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import assert_never
 
@@ -97,12 +97,13 @@ class SplitServerRole:
 
     async def run(self) -> None:
         """Serve until the run is finished."""
-        async with asyncio.TaskGroup() as tasks:
-            serving = tasks.create_task(self._server.run(), name="data")
-            present = tasks.create_task(self._mind_the_aggregator(), name="aggregator")
-            await self._member.state.wait_for(lambda now: now is not None and self._member.check(now))
-            serving.cancel()
-            present.cancel()
+        with closing(self._member):
+            async with asyncio.TaskGroup() as tasks:
+                serving = tasks.create_task(self._server.run(), name="data")
+                present = tasks.create_task(self._mind_the_aggregator(), name="aggregator")
+                await self._member.state.wait_for(lambda now: now is not None and self._member.check(now))
+                serving.cancel()
+                present.cancel()
 
     async def drain(self, timeout_s: float) -> None:
         """Finish what is in hand, and stay until the aggregator has got what was spilled."""

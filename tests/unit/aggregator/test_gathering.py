@@ -129,6 +129,20 @@ def test_what_may_be_needed_of_a_holder_that_leaves() -> None:
     assert not gathering.may_need(cid(4, 1), "body")
 
 
+def test_halves_are_steps_whose_body_part_is_not_on_its_way() -> None:
+    gathering = begun(4)
+    for shard in SHARDS:
+        assert gathering.arrived(contribution((cid(4, shard), "client")))
+    gathering.offered(NODES[0], [offer((cid(4, 0), "body"))])
+    assert gathering.arrived(contribution((cid(4, 1), "body")))
+    assert gathering.halves() == [cid(4, 2)]
+    gathering.not_delivered(NODES[0])
+    assert gathering.halves() == [cid(4, 0), cid(4, 2)]
+    merged = SpillOffer(cid=cid(4, 0), part="body", version=Version(4), size_bytes=1, members=(cid(4, 0), cid(4, 2)))
+    gathering.offered(NODES[0], [merged])
+    assert gathering.halves() == []
+
+
 def test_whoever_joins_is_expected_too() -> None:
     gathering = begun(4)
     gathering.expect([cid(4, 9)])
