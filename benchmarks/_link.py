@@ -37,8 +37,9 @@ from zsfl.split_server.body import BodyWorker
 from zsfl.tensors.codec import SPELLINGS, SUPPORTED, unpack
 from zsfl.tensors.plan import CodecPlan
 from zsfl.wire.connection import Connection
+from zsfl.wire.fields import Load
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import Backward, Forward, Load, Output, Reply, Request, Spilled
+from zsfl.wire.messages import Backward, Forward, Output, Reply, Request, Spilled
 from zsfl.wire.server import Server
 
 HOST, SERVER = "127.0.0.1", NodeId("0" * 12)

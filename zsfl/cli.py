@@ -22,6 +22,7 @@ examples:
   zsfl baseline fedavg mnist.py                    what a well-known algorithm makes of the same job
   zsfl bench mnist.py                              what its body costs on this machine
   zsfl audit runs/mnist                            was every step counted once?
+  zsfl drain 192.168.1.20:7700                     have a node finish what it has in hand and leave
 
 Every flag may also be set as ZSFL_NAME in the environment, or as `name` under [node] in zsfl.toml.
 """
@@ -97,6 +98,17 @@ How far back versions can be made again is a matter of how much the aggregator k
 It ends with 0 when all is well, with 1 when it is not.
 """
 
+DRAIN_EXAMPLES = """\
+examples:
+  zsfl drain 192.168.1.20:7700                        give me my GPU back: finish what is in hand, hand over, leave
+  zsfl drain 192.168.1.20:7700 192.168.1.21:7700      several at once
+
+HOST:PORT is what the node's first line says. A split server takes no new work from then on, and clients go to others
+at once; it stays until the aggregator has got what it computed. A client leaves its shards, and the run goes on as its
+mode says. An aggregator leaves its run as it is: --resume goes on from there. SIGTERM and Ctrl-C do the same.
+It ends with 0 when all have left, with 1 when not.
+"""
+
 UP_FLAGS = (
     "rounds", "mode", "cluster", "run", "runs", "resume", "device", "slots", "codec", "mdns", "host", "threads",
     "patience_s", "durability", "keep_mib", "spill_mib",
@@ -154,6 +166,13 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("--replay", metavar="A..B", help="make versions A to B again, bit for bit; needs --job")
     audit.add_argument("--job", type=Path, metavar="JOB", help="the job file that the run was started with")
     audit.set_defaults(run_command=_audit)
+
+    drain = _parser(commands.add_parser, "drain", help="have nodes finish and leave", epilog=DRAIN_EXAMPLES)
+    drain.add_argument("nodes", nargs="+", metavar="HOST:PORT", help="a node, by the address in its first line")
+    drain.add_argument(
+        "--wait-s", type=float, default=60.0, metavar="S", help="seconds to wait until they have left (default: 60)"
+    )
+    drain.set_defaults(run_command=_drain)
 
     bench = _parser(commands.add_parser, "bench", help="measure this machine or the network", epilog=BENCH_EXAMPLES)
     bench.add_argument(
@@ -253,6 +272,12 @@ def _audit(args: argparse.Namespace) -> int:
     from zsfl.aggregator.pages import print_audit
 
     return print_audit(args.run, args.replay, args.job)
+
+
+def _drain(args: argparse.Namespace) -> int:
+    from zsfl.cluster.leaving import print_drain
+
+    return print_drain(args.nodes, args.wait_s)
 
 
 def _bench(args: argparse.Namespace) -> int:

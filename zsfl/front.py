@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import zmq.asyncio
 
-from zsfl.errors import ZsflError
+from zsfl.errors import Rejected, ZsflError
 from zsfl.ids import Address, NodeCard, NodeId, Role
 from zsfl.lane import soon_in_lane, to_lane
 from zsfl.metrics import Counters
@@ -24,14 +24,26 @@ from zsfl.reports import AnyReport, Failed, Note, Ready, Waiting
 from zsfl.settings import NodeSettings, WireLimits
 from zsfl.waits import Overdue
 from zsfl.wire.connection import Connection, Dialer
+from zsfl.wire.fields import MAX_OFFERS
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import MAX_OFFERS, SAID_GOODBYE, Beat, Broadcast, Goodbye, Hello, Reply, Request, SpillOffer
+from zsfl.wire.messages import (
+    SAID_GOODBYE,
+    Beat,
+    Broadcast,
+    Drain,
+    Draining,
+    Goodbye,
+    Hello,
+    Reply,
+    Request,
+    SpillOffer,
+)
 from zsfl.wire.pubsub import Publisher, Subscriber
 from zsfl.wire.server import Server
 
 GOODBYE_LINGER_S = 0.2
 """What the last broadcast may take to leave."""
-DRAIN_S = 2.0
+DRAIN_S = 8.0
 """What finishing and handing over may take once a node is asked to leave."""
 BUSY_S = 30.0
 """How much longer a node that is asked to leave waits for its lane to end what it computes."""
@@ -142,12 +154,15 @@ class Front:
         self._report(Ready(node=self.name, role=str(self.card.role), address=self.card.address, pid=os.getpid()))
         await asyncio.wait({acting, asked}, return_when=asyncio.FIRST_COMPLETED)
         if not acting.done():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(DRAIN_S + BUSY_S):
-                    await to_lane(self._role.drain(DRAIN_S))
+            await asyncio.wait({acting, self.start(self._drained(), "drain")}, return_when=asyncio.FIRST_COMPLETED)
         self._leaving = True
         for task in list(self._started):
             task.cancel()
+
+    async def _drained(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S + BUSY_S):
+                await to_lane(self._role.drain(DRAIN_S))
 
     async def _until_asked(self) -> None:
         await self._stopping.wait()
@@ -251,7 +266,20 @@ class Front:
     async def _answer(self, request: Request, _parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
         if isinstance(request, Hello):
             return self._peers.answer(request), ()
+        if isinstance(request, Drain):
+            return self._drain(request), ()
         return await to_lane(self._role.control(request)), ()
+
+    def _drain(self, request: Drain) -> Draining:
+        if request.node not in (None, self.card.id):
+            raise Rejected(f"{self.name} is another node than was asked to leave")
+        if not self._stopping.is_set():
+            self.note("asked to leave by zsfl drain: finishing what is in hand")
+            self._stopping.set()
+        extras = self._role.beat()
+        busy = 0 if extras.load is None else extras.load.busy
+        card = self.card
+        return Draining(node=card.id, name=card.name, role=card.role, busy=busy, offered=len(extras.offers))
 
 
 def in_turn(offers: tuple[SpillOffer, ...], turn: int) -> tuple[SpillOffer, ...]:

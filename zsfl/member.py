@@ -9,21 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zsfl.errors import NoPeer, RemoteProtocolError, RunFailed, StorageError
-from zsfl.ids import Cid, NodeCard, Role, RunId, Version, parse_cid
+from zsfl.errors import NoPeer, RemoteProtocolError, RunFailed, StorageError, Unavailable
+from zsfl.ids import Cid, NodeCard, PartName, Role, RunId, Version, parse_cid
 from zsfl.latest import Latest
 from zsfl.lease import Candidate, Promise, clock_s
 from zsfl.node import STATE_TOPIC, Node
 from zsfl.spill.coded import SpillCoder
 from zsfl.spill.store import SpillStore
 from zsfl.weights.follower import WeightsFollower
-from zsfl.wire.fields import MAX_CARRIED_BYTES
+from zsfl.wire.fields import MAX_CARRIED_BYTES, MAX_OFFERS
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import (
-    MAX_OFFERS,
     Announcement,
     Beat,
     Broadcast,
+    CheckNeed,
     FetchSpills,
     Offers,
     Ok,
@@ -71,6 +71,12 @@ class Member:
         self._told_s = 0.0
         self.deleted: list[Callable[[], None]] = []
         """To be called whenever spills were deleted."""
+        self.following: list[Callable[[], None]] = []
+        """To be called whenever another aggregator is followed, or the same one again."""
+
+    def close(self) -> None:
+        """Let go of the spills' files, which stay; to be called when the role ends."""
+        self.spills.close()
 
     def joined(self, card: NodeCard) -> None:
         """Follow the first aggregator there is."""
@@ -83,6 +89,8 @@ class Member:
                 follower.follow(card)
             self.followed += 1
             self.aggregator.set(card)
+            for call in self.following:
+                call()
         else:
             self._node.note(f"{card.name} is a second aggregator; staying with {self.aggregator.value.name}", "warning")
 
@@ -220,6 +228,30 @@ class Member:
                 return Ok(), ()
             case _:
                 raise RemoteProtocolError(f"{self._node.name} does not answer {type(request).__name__}")
+
+    async def needed(self, parts: Sequence[tuple[Cid, PartName]]) -> list[tuple[Cid, PartName]]:
+        """Those that the aggregator has not got, and that may still count; Unavailable when it does not say."""
+        aggregator = self.aggregator.value
+        if aggregator is None:
+            raise NoPeer("there is no aggregator to ask")
+        found: list[tuple[Cid, PartName]] = []
+        for first in range(0, len(parts), MAX_OFFERS):
+            request = CheckNeed(parts=tuple(parts[first : first + MAX_OFFERS]))
+            answer = await self._node.link(aggregator).request(request, deadline_s=self._node.settings.request_s)
+            wanted: set[tuple[str, str]] = set(answer.expect(Spills).found)
+            found += [one for one in parts[first : first + MAX_OFFERS] if one in wanted]
+        return found
+
+    async def has_handed_over(self) -> bool:
+        """Whether nothing is held here that an aggregator who is there has not got, and may still count."""
+        parts: list[tuple[Cid, PartName]]
+        parts = [(cid, offer.part) for offer in self.pending() for cid in offer.members or (offer.cid,)]
+        if not parts or self.aggregator.value is None:
+            return True
+        try:
+            return not await self.needed(parts)
+        except Unavailable:
+            return self.aggregator.value is None
 
     def _release(self, cids: Sequence[Cid]) -> None:
         if cids and any(self.spills.holds(cid) for cid in cids):

@@ -21,8 +21,9 @@ from zsfl.reports import AnyReport, Note
 from zsfl.settings import NodeSettings, WireLimits
 from zsfl.waits import LOOK_S, Overdue, Waits
 from zsfl.wire.connection import Connection, Dialer
+from zsfl.wire.fields import Load
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import Announcement, Broadcast, Committed, Load, Offers, Reply, Request, RunState, SpillOffer
+from zsfl.wire.messages import Announcement, Broadcast, Committed, Offers, Reply, Request, RunState, SpillOffer
 from zsfl.wire.pubsub import Heard, Publisher, Subscriber, in_pieces
 from zsfl.wire.server import Handler, Server
 

@@ -39,7 +39,8 @@ from zsfl.errors import (
 from zsfl.ids import PROTOCOL, Address, NodeCard, NodeId, Role
 from zsfl.settings import NodeSettings
 from zsfl.wire.connection import Connection
-from zsfl.wire.messages import MAX_PEERS_EXCHANGED, Beat, Broadcast, Goodbye, Hello, PeerHint, Welcome
+from zsfl.wire.fields import MAX_PEERS_EXCHANGED, PeerHint
+from zsfl.wire.messages import Beat, Broadcast, Goodbye, Hello, Welcome
 from zsfl.wire.pubsub import Subscriber
 
 HELLO_S = 2.0

@@ -264,10 +264,15 @@ def _check_host(host: str) -> None:
         raise ValueError("the IPv4 address of one interface, such as 127.0.0.1 or 192.168.1.5")
 
 
+def is_address(text: str) -> bool:
+    """Whether it is `host:port`."""
+    found = re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*):([0-9]{1,5})", text)
+    return found is not None and 0 < int(found[1]) < 65536
+
+
 def _check_peers(peers: tuple[str, ...]) -> None:
     for peer in peers:
-        found = re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*):([0-9]{1,5})", peer)
-        if not found or not 0 < int(found[1]) < 65536:
+        if not is_address(peer):
             raise ValueError(f"host:port with a port from 1 to 65535, such as 192.168.1.5:4100, not {peer!r}")
 
 

@@ -12,8 +12,9 @@ from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
 from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.connection import Connection
+from zsfl.wire.fields import Load
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import Infer, Load, Output, Reply, Request
+from zsfl.wire.messages import Infer, Output, Reply, Request
 from zsfl.wire.server import Server
 
 from .program import ASK_S, HOST, Listening, serve_until_eof

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import zmq.asyncio
+from helpers.network import Network, in_node
 
 import zsfl
 from zsfl.ids import Role
@@ -18,7 +20,9 @@ from zsfl.settings import NodeSettings
 class Nodes:
     """Nodes of one job in this event loop, each started and cancelled by itself."""
 
-    def __init__(self, job: zsfl.Job, runs: Path) -> None:
+    def __init__(self, job: zsfl.Job, runs: Path, network: Network | None = None) -> None:
+        """With a `network` all their connections go through it."""
+        self._network = network
         self._job = job
         self._runs = runs
         self._context = zmq.asyncio.Context()
@@ -32,10 +36,14 @@ class Nodes:
     async def start(self, name: str, role: Role, **flags: Any) -> str:
         """The address of a new node."""
         settings = NodeSettings(runs=self._runs, run="nodes", mdns=False, name=name, **flags)
-        self.tasks[name] = asyncio.create_task(
-            run_role(role, self._job, settings, self._report, context=self._context), name=name
-        )
-        return (await self.ready.get()).address
+        with in_node(name) if self._network else nullcontext():
+            self.tasks[name] = asyncio.create_task(
+                run_role(role, self._job, settings, self._report, context=self._context), name=name
+            )
+        address = (await self.ready.get()).address
+        if self._network:
+            self._network.knows(name, address)
+        return address
 
     def _report(self, report: AnyReport) -> None:
         match report:

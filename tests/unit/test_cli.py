@@ -32,6 +32,7 @@ FLAGS = {
     "up": {*CLUSTER, "JOB"},
     "audit": {"RUN", "--replay", "--job"},
     "baseline": {"NAME", "JOB", "--clients", "--rounds", "--threads"},
+    "drain": {"HOST:PORT", "--wait-s"},
     "bench": {"TARGET", "--serve", "--seconds", "--host", "--port", "--device", "--threads", "--request-s"},
     "node": set[str](),
     "node client": {*COMMON, "JOB", "--codec", "--device", "--shard", "--shards", "--spill-mib"},

@@ -14,9 +14,9 @@ from zsfl.ids import NodeCard, NodeId, Role, RunId, Version, step_cid
 from zsfl.member import OFFERS_BYTES, Member
 from zsfl.settings import NodeSettings
 from zsfl.spill.layout import SpillMeta
-from zsfl.wire.fields import MAX_CARRIED_BYTES
+from zsfl.wire.fields import MAX_CARRIED_BYTES, MAX_OFFERS
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import MAX_OFFERS, Announcement, Offers, RunState, SpillOffer
+from zsfl.wire.messages import Announcement, Offers, RunState, SpillOffer
 
 
 class Said:

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from zsfl.aggregator.gathering import Gathering, Key
 from zsfl.aggregator.journal import Journal
-from zsfl.errors import BadShape, NoPeer, RemoteProtocolError, SpillCorrupt, StorageError, Unavailable, ZsflError
+from zsfl.errors import (
+    BadShape,
+    DeadlineExceeded,
+    NoPeer,
+    RemoteProtocolError,
+    SpillCorrupt,
+    StorageError,
+    Unavailable,
+    ZsflError,
+)
 from zsfl.ids import Cid, NodeCard, NodeId, PartName, Role, SpillKind
 from zsfl.learning.averaging import Contribution
 from zsfl.node import Node
 from zsfl.spill.layout import decode_contribution
 from zsfl.wire.connection import Connection
-from zsfl.wire.fields import MAX_CARRIED_BYTES
+from zsfl.wire.fields import MAX_CARRIED_BYTES, MAX_OFFERS
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import (
-    MAX_OFFERS,
-    FetchSpills,
-    Recheck,
-    ReleaseSpills,
-    Remake,
-    SpillOffer,
-    Spills,
-)
+from zsfl.wire.messages import CheckNeed, FetchSpills, Recheck, ReleaseSpills, Remake, SpillOffer, Spills
 
 FETCH_BYTES = 4 << 20
 """Asked for in one request, unless a single spill is larger: bounds the memory of a reply."""
@@ -67,6 +69,7 @@ class Collector:
         self._lost: set[tuple[Cid, PartName]] = set()
         """Acknowledged and lost: asked for until they come, or do not count any more."""
         self._remaking: asyncio.Task[None] | None = None
+        self._minding: asyncio.Task[None] | None = None
         self._is_full = False
 
     def joined(self, card: NodeCard) -> None:
@@ -76,6 +79,8 @@ class Collector:
         holder = _Holder(card, self._node.connect(card, card.data_port))
         self._holders[card.id] = holder
         holder.task = self._node.start(self._serve(card, holder), f"collect from {card.name}")
+        if self._minding is None:
+            self._minding = self._node.start(self._mind_halves(), "mind steps that are not whole")
 
     def lost(self, card: NodeCard) -> None:
         """A holder is gone, and with it whatever was only offered."""
@@ -137,6 +142,8 @@ class Collector:
             pass  # presence decides whether it is gone; if not, it will offer again
         except ZsflError as error:
             self._complain(card, holder, keys, error)
+            if isinstance(error, DeadlineExceeded) and holder.role is not Role.CLIENT:
+                self._remake_soon(_parts(holder, keys))
         self._gathering.not_delivered(card.id, keys)
         for cid, _ in keys:
             holder.members.pop(cid, None)
@@ -148,14 +155,23 @@ class Collector:
             return
         deadline_s = self._node.settings.request_s
         answer = await holder.connection.request(Recheck(wanted=tuple(keys)), deadline_s=deadline_s)
-        lost: list[tuple[Cid, PartName]] = [
-            (member, "client" if kind == "client" else "body")
-            for cid, kind in answer.expect(Spills).found
-            for member in holder.members.get(cid, (cid,))
-        ]
-        if lost:
+        if lost := _parts(holder, answer.expect(Spills).found):
             others = f" and {len(lost) - 1} others" if len(lost) > 1 else ""
             self._node.note(f"{holder.name} lost its spill of {lost[0][0]}{others}: made again", "warning")
+        self._remake_soon(lost)
+
+    async def _mind_halves(self) -> None:
+        """Have body parts made again that do not come: it may be that clients alone reach the server that has them."""
+        settings, since_s = self._node.settings, dict[Cid, float]()
+        while True:
+            await asyncio.sleep(settings.beat_s)
+            now_s = time.monotonic()
+            since_s = {cid: since_s.get(cid, now_s) for cid in self._gathering.halves()}
+            late = [cid for cid, at_s in since_s.items() if now_s >= at_s + settings.lost_after_s]
+            self._remake_soon([(cid, "body") for cid in late])
+
+    def _remake_soon(self, lost: Sequence[tuple[Cid, PartName]]) -> None:
+        if not self._lost.issuperset(lost):
             self._lost.update(lost)
             self._changed()
         if self._lost and (self._remaking is None or self._remaking.done()):
@@ -165,6 +181,10 @@ class Collector:
     def has_lost(self) -> bool:
         """Whether something that may still count was acknowledged and lost."""
         return any(self._gathering.is_missing(*one) for one in self._lost)
+
+    def answer(self, request: CheckNeed) -> Spills:
+        """Those that are not here and may still count."""
+        return Spills(found=tuple(one for one in request.parts if self._gathering.may_need(*one)))
 
     async def _have_remade(self) -> None:
         """Ask for what is lost until it is here: a client may be about to take the step in hand, or be away."""
@@ -219,6 +239,15 @@ class Collector:
         if self._gathering.arrived(found):
             self._took(found)
         return True
+
+
+def _parts(holder: _Holder, keys: Sequence[Key]) -> list[tuple[Cid, PartName]]:
+    """What these spills are parts of."""
+    return [
+        (member, "client" if kind == "client" else "body")
+        for cid, kind in keys
+        for member in holder.members.get(cid, (cid,))
+    ]
 
 
 def _batch(wanted: dict[Key, int]) -> list[Key]:

@@ -271,6 +271,23 @@ class Gathering:
         """Whether this part of a step may still count and is not here."""
         return self.expects(cid) and not self._has(cid, part)
 
+    def may_need(self, cid: Cid, part: PartName) -> bool:
+        """Whether this part of a step is not here and may count, be it that nobody has asked for the step so far."""
+        step = parse_cid(cid)
+        if step.run != self._run or step in self._settled or cid in self._dropped:
+            return False
+        return not (self._begun and self._is_too_late(step)) and not self._has(cid, part)
+
+    def halves(self) -> list[Cid]:
+        """Steps whose client part is here, and whose body part is neither here nor about to be handed over."""
+        if any(kind == "merged" for _, kind in self._asked):  # which may be the body part of any of them
+            return []
+        return [
+            cid
+            for cid, step in self._held.items()
+            if "client" in step.parts and self.is_missing(cid, "body") and (cid, "body") not in self._asked
+        ]
+
     def is_whole(self, cid: Cid) -> bool:
         """Whether both parts of this step are here, and of all steps that it is merged with."""
         step = self._held.get(cid)

@@ -37,6 +37,7 @@ from zsfl.wire.messages import (
     SAID_GOODBYE,
     Beat,
     Broadcast,
+    CheckNeed,
     Evaluated,
     FetchWeights,
     Join,
@@ -150,6 +151,8 @@ class AggregatorRole:
                 self._join(request)
             case Evaluated():
                 self._held_out.heard(request)
+            case CheckNeed():
+                return self._training.collector.answer(request)
             case Train():
                 if not self._node.settings.hold:
                     raise ConfigError("this aggregator trains by itself; start it with --hold to give it orders")
@@ -328,8 +331,7 @@ class AggregatorRole:
 
         seconds = time.monotonic() - self._begun_s
         round_ = self._training.round if report is None else report.round
-        order = Order(version=version, state=state, round=round_, seconds=seconds, then=keep)
-        await self._held_out.order(order)
+        await self._held_out.order(Order(version=version, state=state, round=round_, seconds=seconds, then=keep))
         if self._job.stop_after is not None and isinstance(self._job.how, Exact):
             await self._held_out.all_done()  # where training ends must not depend on who was quicker
 

@@ -9,7 +9,7 @@ from itertools import zip_longest
 
 from zsfl.errors import ConfigError, Held
 from zsfl.ids import NodeId
-from zsfl.wire.messages import ShardInfo
+from zsfl.wire.fields import ShardInfo
 
 
 @dataclass(slots=True)

@@ -23,8 +23,9 @@ from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
 from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.connection import Connection
+from zsfl.wire.fields import Load
 from zsfl.wire.framing import Buffer, nbytes
-from zsfl.wire.messages import Hello, Infer, Load, Output, Request, Welcome
+from zsfl.wire.messages import Hello, Infer, Output, Request, Welcome
 from zsfl.wire.server import Answered, Server
 
 SIZES = (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 24)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from pathlib import Path
 
 from zsfl.bench.network import RoundTrips, measure, serve
 from zsfl.errors import ConfigError
-from zsfl.settings import NodeSettings
-
-_ADDRESS = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*:([0-9]{1,5})")
+from zsfl.settings import NodeSettings, is_address
 
 
 def serve_aloud(settings: NodeSettings) -> int:
@@ -28,8 +25,7 @@ def serve_aloud(settings: NodeSettings) -> int:
 
 def print_network(address: str, settings: NodeSettings, seconds: float) -> int:
     """Measure against the bench server at `address`; the exit code. ConfigError when it is no address."""
-    found = _ADDRESS.fullmatch(address)
-    if not found or not 0 < int(found[1]) < 65536:
+    if not is_address(address):
         raise ConfigError(
             f"{address!r} is neither a job file that is there nor HOST:PORT, such as mnist.py or 192.168.1.20:7710"
         )

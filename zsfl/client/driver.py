@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from zsfl.client.local import ClientWeights, LocalParts, StepInHand
 from zsfl.client.remote import RemoteBody
-from zsfl.errors import SpillFull, StaleWeights
+from zsfl.errors import SpillFull, StaleWeights, Unavailable
 from zsfl.ids import Cid, NodeId, PartName, Version
 from zsfl.member import Member
 from zsfl.node import Node
@@ -41,6 +42,7 @@ class StepDriver:
         self._remote = remote
         self._member = member
         member.deleted.append(self._drop_settled)
+        member.following.append(self._check_all)
         self._held: dict[Cid, tuple[StepInHand, NodeId]] = {}
         """Steps that no version has settled, and who spilled their body part."""
         self._driven_again: dict[Cid, asyncio.Task[None]] = {}
@@ -71,7 +73,7 @@ class StepDriver:
         if not merged:  # of a merged batch no single step can be driven again: all of them are asked for anew
             self._held[cid] = step, server
             if not self._remote.has(server):
-                self.lost(server)
+                self._replace_soon([cid])
         return step
 
     async def _drive_u_shaped(
@@ -148,19 +150,33 @@ class StepDriver:
                     await asyncio.sleep(self._node.settings.beat_s)
 
     def lost(self, server: NodeId) -> None:
-        """A server is gone, and with it what it spilled: drive those steps again."""
-        for step, by in list(self._held.values()):
-            if by == server:
-                self._begin_again(step, "the server that spilled it is gone")
+        """A server is gone, and with it what it spilled and the aggregator has not got: drive those steps again."""
+        self._replace_soon([cid for cid, (_, by) in self._held.items() if by == server])
+
+    def _check_all(self) -> None:
+        """There is another aggregator, or the same one again: it may not have got what the former one had."""
+        self._replace_soon([cid for cid, (_, by) in self._held.items() if not self._remote.has(by)])
+
+    def _replace_soon(self, cids: Sequence[Cid]) -> None:
+        if cids:
+            self._node.start(self._replace([(cid, "body") for cid in cids]), "replace what lost servers spilled")
+
+    async def _replace(self, parts: Sequence[tuple[Cid, PartName]]) -> None:
+        with suppress(Unavailable):  # then all of them may be needed
+            parts = await self._member.needed(parts)
+        for cid, _ in parts:
+            if (held := self._held.get(cid)) and not self._remote.has(held[1]):
+                self._begin_again(held[0], "the server that spilled it is gone")
 
     def remake(self, cid: Cid, part: PartName) -> None:
         """What this step contributed is lost, though it was acknowledged; a step that is not in hand is no matter."""
         if (held := self._held.get(cid)) is None:
             return
-        step, _ = held
+        step, server = held
         if part == "client":
             self._put(step)
-        else:
+        elif cid not in self._driven_again:
+            self._remote.avoid(server)
             self._begin_again(step, "its spill is lost")
 
     def _begin_again(self, step: StepInHand, why: str) -> None:

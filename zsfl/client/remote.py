@@ -23,8 +23,9 @@ from zsfl.tensors.codec import Codec
 from zsfl.tensors.plan import CodecPlan
 from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.connection import Answer, Connection
+from zsfl.wire.fields import Load
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import Backward, Forward, Infer, Load, Output, Request, Spilled, Step
+from zsfl.wire.messages import Backward, Forward, Infer, Output, Request, Spilled, Step
 
 Made = tuple[Request, Sequence[Buffer]]
 Make = Callable[[Packing], Made]
@@ -77,6 +78,10 @@ class RemoteBody:
     def has(self, server: NodeId) -> bool:
         """Whether this server is still there."""
         return server in self._connections
+
+    def avoid(self, server: NodeId) -> None:
+        """What this server acknowledged does not reach the aggregator."""
+        self._chooser.unreached(server, time.monotonic())
 
     def codecs_in_use(self, server: NodeId) -> dict[Role, Codec]:
         """What was chosen for this server, where the job leaves that open."""
@@ -242,7 +247,11 @@ class RemoteBody:
             self._node.counters.add("busy")
             self._chooser.refused(server, time.monotonic(), busy.retry_after_s)
             raise
-        except (NoPeer, DeadlineExceeded, SpillFull, Unavailable):
+        except DeadlineExceeded:
+            self._node.counters.add("retries")
+            self._chooser.silent(server, time.monotonic())
+            raise
+        except (SpillFull, Unavailable):
             self._node.counters.add("retries")
             self._chooser.refused(server, time.monotonic())
             raise
@@ -260,6 +269,7 @@ class RemoteBody:
         begun_s = time.perf_counter()
         with packing.under_way() as count:
             answer = await connection.request(body, parts, deadline_s=self._node.settings.request_s)
+            self._chooser.served(server)
             if isinstance(answer.body, Output | Spilled):
                 self._chooser.heard(server, answer.body.load)
                 packing.answered(parts, answer, time.perf_counter() - begun_s - answer.body.took_s, count)

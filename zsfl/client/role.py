@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from zsfl.node import BeatExtras, Node
 from zsfl.spill.coded import SpillCoder
 from zsfl.tensors.plan import CodecPlan
 from zsfl.weights.follower import WeightsFollower
+from zsfl.wire.fields import MAX_JOINED
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import MAX_JOINED, Beat, Broadcast, Evaluated, Join, Ok, Remake, Reply, Request, RunState
+from zsfl.wire.messages import Beat, Broadcast, Evaluated, Join, Ok, Remake, Reply, Request, RunState
 from zsfl.wire.succession import Grant
 
 DRY_RUN_SAMPLES = 2
@@ -101,6 +102,10 @@ class ClientRole:
 
     async def run(self) -> None:
         """Take part until the run is finished."""
+        with closing(self._member):
+            await self._take_part()
+
+    async def _take_part(self) -> None:
         run_shard = self._run_freely if isinstance(self._job.how, Async) else self._run_windows
         async with asyncio.TaskGroup() as tasks:
             others = [

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from zsfl.ids import NodeId
-from zsfl.wire.messages import Load
+from zsfl.wire.fields import Load
 
 UNKNOWN_SERVICE_S = 0.001
 """Assumed of a server that no server's service time is known for: short, so that it is tried soon."""
@@ -18,7 +18,8 @@ SHUN_S = 1.0
 """How long a server is avoided after it failed, while there are others."""
 MAX_SHUN_S = 5.0
 """A server that refuses work cannot ask to be left alone for longer."""
-
+MAX_AVOIDED_S = 60.0
+"""The longest that a server is avoided, while there are others, that failed again and again."""
 
 UNKNOWN_SLOTS = 4
 """Requests of ours at once to a server that has not said yet how many it admits."""
@@ -34,6 +35,10 @@ class _Server:
     due: int = 0
     """Requests of ours that only this server can answer well and that wait for it to have room."""
     shunned_until_s: float = 0.0
+    silences: int = 0
+    """Since it served last: requests that it did not answer in time."""
+    losses: int = 0
+    """How often what it had acknowledged did not reach the aggregator."""
 
     @property
     def slots(self) -> int:
@@ -82,6 +87,24 @@ class ServerChooser:
         """A server has no room or failed: leave it alone for a while."""
         if server in self._servers:
             self._servers[server].shunned_until_s = now_s + min(for_s, MAX_SHUN_S)
+
+    def silent(self, server: NodeId, now_s: float) -> None:
+        """A server did not answer in time. That costs a deadline, so it is tried ever more seldom."""
+        if (held := self._servers.get(server)) and held.shunned_until_s <= now_s:
+            held.silences += len(self._servers) > 1
+            held.shunned_until_s = now_s + min(SHUN_S * 2 ** max(0, held.silences - 1), MAX_AVOIDED_S)
+
+    def served(self, server: NodeId) -> None:
+        """A server answered."""
+        if server in self._servers:
+            self._servers[server].silences = 0
+
+    def unreached(self, server: NodeId, now_s: float) -> None:
+        """What a server acknowledged does not reach the aggregator: it is tried ever more seldom, though it answers."""
+        held = self._servers.get(server)
+        if held is not None and len(self._servers) > 1 and held.shunned_until_s <= now_s:
+            held.shunned_until_s = now_s + min(MAX_SHUN_S * 2**held.losses, MAX_AVOIDED_S)
+            held.losses += 1
 
     def pick(self, now_s: float) -> NodeId | None:
         """A server to ask now; None when all are shunned (see `next_free_s`) or hold as much of ours as they admit."""

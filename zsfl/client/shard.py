@@ -9,7 +9,7 @@ import torch
 from zsfl.learning.batches import Batches, BySpeed, round_order, stream_rows
 from zsfl.learning.job import Job
 from zsfl.learning.skew import class_counts
-from zsfl.wire.messages import ShardInfo
+from zsfl.wire.fields import ShardInfo
 
 OTHER_ORDERS = 1 << 32
 """Farther than any round: orders of samples from there on are those of further steps at one version."""

@@ -33,7 +33,7 @@ MOST_ROUNDS = 1 << 30
 AGGREGATING = frozenset({Role.AGGREGATOR, Role.STANDBY})
 MOST_PEERS = 16
 """Addresses that a node is told to find the others by."""
-STOP_S = 10.0
+STOP_S = 15.0
 """What one node may take to leave."""
 NOT_RUNNING = "this cluster is not running: use it inside its `async with` block"
 

@@ -1,8 +1,9 @@
-"""What a cluster tells its aggregator to do."""
+"""What people and clusters tell nodes to do."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -23,19 +24,28 @@ async def order(aggregator: Address | None, what: Train) -> None:
     """Give an order; Unavailable when nobody takes it."""
     if aggregator is None:
         raise Unavailable("the aggregator is not ready")
-    context = zmq.asyncio.Context()
-    connection = Connection(
-        context,
-        f"tcp://{aggregator}",
-        peer="aggregator",
-        own_id="cluster",
-        limits=WireLimits(),
-        counters=Counters(),
-    )
-    try:
+    async with connected(aggregator, "aggregator") as connection:
         await connection.request(what, deadline_s=ORDER_S)
+
+
+@asynccontextmanager
+async def connected(address: Address, peer: str) -> AsyncIterator[Connection]:
+    """A connection to a node's control socket for somebody who is no node; errors call it `peer`."""
+    context = zmq.asyncio.Context()
+    try:
+        connection = Connection(
+            context,
+            f"tcp://{address}",
+            peer=peer,
+            own_id=f"orders-{os.urandom(4).hex()}",
+            limits=WireLimits(),
+            counters=Counters(),
+        )
+        try:
+            yield connection
+        finally:
+            connection.close()
     finally:
-        connection.close()
         context.destroy(linger=0)
 
 

@@ -25,7 +25,7 @@ from zsfl.ids import Cid, SpillKind, Version, parse_cid
 from zsfl.learning.averaging import Contribution, StepShare
 from zsfl.learning.flat import FlatLayout, FlatTensors
 from zsfl.spill.coded import CODED, uncoded
-from zsfl.wire.messages import MAX_MEMBERS
+from zsfl.wire.fields import MAX_MEMBERS
 
 MAX_HEADER_BYTES = 1 << 20
 """Of the safetensors header: some thousands of tensors."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zsfl.errors import Busy
-from zsfl.wire.messages import Load
+from zsfl.wire.fields import Load
 
 MAX_HELD_BYTES = 1 << 30
 """Of the requests that wait or are worked on; a longer one is taken when nothing else is there."""
@@ -26,9 +26,12 @@ class Admission:
         """What to advertise."""
         return Load(slots=0 if self._draining else self._slots, busy=self._busy, service_s=self._service_s)
 
-    def enter(self, size_bytes: int = 0) -> None:
-        """Take a slot for a request of so many bytes; Busy when there is no room."""
-        if self._draining:
+    def enter(self, size_bytes: int = 0, *, is_begun: bool = False) -> None:
+        """Take a slot for a request of so many bytes; Busy when there is no room.
+
+        `is_begun`: it ends what only this server has begun.
+        """
+        if self._draining and not is_begun:
             raise Busy("this split server is leaving; ask another", retry_after_s=60.0)
         if self._busy >= self._slots:
             raise Busy(f"all {self._slots} slots are taken; ask another", retry_after_s=self._service_s * self._busy)

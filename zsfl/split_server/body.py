@@ -87,8 +87,12 @@ class BodyWorker:
 
     @property
     def cached(self) -> int:
-        """Forwards that wait for their backward."""
-        return len(self._graphs)
+        """Forwards that wait for their backward, those of merged batches as one."""
+        return len(self._graphs) + len(self._merged)
+
+    def holds(self, cid: Cid) -> bool:
+        """Whether the forward of this step waits here for its backward."""
+        return cid in self._graphs
 
     def infer(self, weights: PartWeights, x: torch.Tensor) -> torch.Tensor:
         """Output in evaluation mode."""

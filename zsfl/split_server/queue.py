@@ -77,14 +77,16 @@ class WorkQueue:
         *,
         may_merge: Callable[[str], bool],
         pays: Callable[[str, int], bool],
+        is_begun: Callable[[Asked, str], bool] = lambda *_: False,
         left: Callable[[], None],
         same_k: bool,
     ) -> None:
         """`work` does one turn.
 
         `may_merge` says of a cut whether its requests may be taken together, `pays` of a kind of request whether so
-        many of them had better be. `left` is called whenever a request has come to its end. With `same_k` only steps of
-        one k are merged.
+        many of them had better be, `is_begun` of a request and its cut whether it ends what was begun here, and so is
+        taken by a server that leaves. `left` is called whenever a request has come to its end. With `same_k` only steps
+        of one k are merged.
         """
         self._cuts = cuts
         self._weights = weights
@@ -92,6 +94,7 @@ class WorkQueue:
         self._work = work
         self._may_merge = may_merge
         self._pays = pays
+        self._is_begun = is_begun
         self._ended = left
         self._same_k = same_k
         self._waiting: list[Waiting] = []
@@ -110,7 +113,8 @@ class WorkQueue:
         waiting = Waiting(request, parts, self._cuts.of(shard), answer)
         is_ready = not waiting.needs_weights or self._weights.held(waiting.version) is not None
         size_bytes = sum(map(nbytes, parts))
-        self._admission.enter(size_bytes)  # last of all that may be refused: from here on the answer gives it back
+        # Last of all that may be refused: from here on the answer gives it back.
+        self._admission.enter(size_bytes, is_begun=self._is_begun(request, waiting.cut))
         answer.add_done_callback(lambda _: self._left(size_bytes))
         if is_ready:
             self._enqueue(waiting)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import assert_never
 
@@ -24,12 +24,17 @@ from zsfl.split_server.admission import Admission
 from zsfl.split_server.body import BodyWorker, Done
 from zsfl.split_server.meeting import Meetings
 from zsfl.split_server.merging import MergePolicy
-from zsfl.split_server.queue import Answer, Waiting, Weights, WorkQueue
+from zsfl.split_server.queue import Answer, Asked, Waiting, Weights, WorkQueue
 from zsfl.tensors.codec import SPELLINGS, unpack
 from zsfl.tensors.plan import CodecPlan
 from zsfl.weights.follower import WeightsFollower
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Backward, Broadcast, Forward, Infer, Output, Reply, Request, Spilled, Step
+
+HAND_OVER_S = 0.02
+"""How often a server that leaves asks whether the aggregator has got all that it holds."""
+BACKWARD_S = 1.0
+"""How long a server that leaves waits for the backwards of forwards that it made: some may never be asked for."""
 
 
 class SplitServerRole:
@@ -68,6 +73,7 @@ class SplitServerRole:
             self._work,
             may_merge=lambda cut: self._workers[cut].merges,
             pays=self._policy.pays,
+            is_begun=self._is_begun,
             left=self._touched,
             same_k=job.local_lr is not None,
         )
@@ -91,27 +97,45 @@ class SplitServerRole:
 
     async def run(self) -> None:
         """Serve until the run is finished."""
-        async with asyncio.TaskGroup() as tasks:
-            serving = tasks.create_task(self._server.run(), name="data")
-            present = tasks.create_task(self._mind_the_aggregator(), name="aggregator")
-            await self._member.state.wait_for(lambda now: now is not None and self._member.check(now))
-            serving.cancel()
-            present.cancel()
+        with closing(self._member):
+            async with asyncio.TaskGroup() as tasks:
+                serving = tasks.create_task(self._server.run(), name="data")
+                present = tasks.create_task(self._mind_the_aggregator(), name="aggregator")
+                await self._member.state.wait_for(lambda now: now is not None and self._member.check(now))
+                serving.cancel()
+                present.cancel()
 
     async def drain(self, timeout_s: float) -> None:
-        """Finish what is in hand, and stay until the aggregator has what was spilled."""
+        """Finish what is in hand, and stay until the aggregator has got what was spilled."""
         self._admission.drain()
         self._forwards.drain()
         self._steps.drain()
-        with suppress(TimeoutError):
+        try:
             async with asyncio.timeout(timeout_s):
-                await self._news.wait_for(lambda _: self._handed_over())
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(BACKWARD_S):
+                        await self._news.wait_for(lambda _: self._is_idle and not self._awaits_backwards)
+                await self._news.wait_for(lambda _: self._is_idle)
+                while self._server.has_unsent or not await self._member.has_handed_over():
+                    await self._news.changed_within(HAND_OVER_S)
+        except TimeoutError:
+            self._node.note(
+                f"leaving after {timeout_s:g} s, before all was finished and fetched: clients make those steps again",
+                "warning",
+            )
 
-    def _handed_over(self) -> bool:
-        """Whether nothing is in hand, and nothing is held that a live aggregator may still want."""
-        meetings = (self._forwards, self._backwards, self._steps)
-        idle = self._admission.idle and all(meeting.idle for meeting in meetings)
-        return idle and not (self._member.pending() and self._member.aggregator.value)
+    @property
+    def _is_idle(self) -> bool:
+        """Whether no request is in hand."""
+        return self._admission.idle and all(one.idle for one in (self._forwards, self._backwards, self._steps))
+
+    @property
+    def _awaits_backwards(self) -> bool:
+        """Whether clients are about to ask for what only this server can do without beginning anew."""
+        return self._member.aggregator.value is not None and any(one.cached for one in self._workers.values())
+
+    def _is_begun(self, request: Asked, cut: str) -> bool:
+        return isinstance(request, Backward) and self._workers[cut].holds(request.cid)
 
     async def control(self, request: Request) -> Reply:
         """A split server answers no control requests."""

@@ -1,4 +1,4 @@
-"""What the messages are made of: their base, and bounds of what stands in them."""
+"""What messages are made of: bounds on everything that has a length, the types of fields, and the base of them all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from zsfl.ids import CID_PATTERN, Cid, Portion, Version
+from zsfl.ids import CID_PATTERN, Address, Cid, NodeId, PartName, Portion, Role, SpillKind, Version
 
 MAX_PEERS_EXCHANGED = 256
 """Addresses in one peer exchange: enough for a LAN, small enough for a heartbeat."""
@@ -43,3 +43,38 @@ Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", forbid_unknown_fields=True):
     """Base of everything that travels."""
+
+
+Keys = Annotated[tuple[tuple[CidText, SpillKind], ...], Meta(max_length=MAX_OFFERS)]
+"""Spills, as they are asked for."""
+Parts = Annotated[tuple[tuple[CidText, PartName], ...], Meta(max_length=MAX_OFFERS)]
+"""Parts of steps."""
+
+
+class PeerHint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a verified peer of the sender listens; to whoever reads it, no more than a hint."""
+
+    id: Annotated[NodeId, Meta(max_length=200)]
+    role: Role
+    address: Annotated[Address, Meta(pattern=r"^[0-9A-Za-z][0-9A-Za-z.-]{0,252}:[0-9]{1,5}\Z")]
+
+
+class ShardInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many samples a shard has; the samples themselves never leave the client."""
+
+    shard: Count
+    train_samples: Samples
+    test_samples: Samples
+    classes: Annotated[tuple[Samples, ...], Meta(max_length=MAX_CLASSES)] = ()
+    """Training samples of each class, where the job's settings need them."""
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How busy a split server is; travels with every reply and heartbeat."""
+
+    slots: Count
+    """Requests it admits at once."""
+    busy: Count
+    """Requests it holds now, waiting ones included."""
+    service_s: Seconds
+    """Moving average of the compute time of one request."""

@@ -1,4 +1,4 @@
-"""Every message that travels between nodes; those of aggregators among themselves are in `zsfl.wire.succession`.
+"""Every message that travels between nodes, but for those about who aggregates: these are in `succession.py`.
 
 A message is a small header (one of the structs below, in msgpack) and parts (raw tensor or file bytes).
 Requests and their replies stand together; what is broadcast stands last.
@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from zsfl.ids import Address, NodeCard, NodeId, PartName, Role, RunId, SpillKind
+from zsfl.ids import NodeCard, NodeId, PartName, Role, RunId, SpillKind
 from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.fields import (
     MAX_CLASSES,
@@ -25,28 +25,22 @@ from zsfl.wire.fields import (
     CidText,
     ClassCounts,
     Count,
+    Keys,
+    Load,
     LongText,
     Message,
+    Parts,
+    PeerHint,
     PortionName,
-    Samples,
     Seconds,
+    ShardInfo,
     ShortText,
     VersionNumber,
-)
+)  # fmt: skip
 from zsfl.wire.succession import FetchPiece, Follow, Following, Grant, Granted, Piece
 
 Phase = Literal["waiting", "training", "idle", "finished", "failed"]
 """What the aggregator asks of its peers; see `RunState`."""
-Keys = Annotated[tuple[tuple[CidText, SpillKind], ...], Meta(max_length=MAX_OFFERS)]
-"""Spills, as they are asked for."""
-
-
-class PeerHint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where a verified peer of the sender listens; to whoever reads it, no more than a hint."""
-
-    id: Annotated[NodeId, Meta(max_length=200)]
-    role: Role
-    address: Annotated[Address, Meta(pattern=r"^[0-9A-Za-z][0-9A-Za-z.-]{0,252}:[0-9]{1,5}\Z")]
 
 
 # --- control: who is there -------------------------------------------------------------------------------
@@ -68,16 +62,6 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     card: NodeCard
     codecs: Annotated[tuple[ShortText, ...], Meta(max_length=32)]
     peers: Annotated[tuple[PeerHint, ...], Meta(max_length=MAX_PEERS_EXCHANGED)]
-
-
-class ShardInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How many samples a shard has; the samples themselves never leave the client."""
-
-    shard: Count
-    train_samples: Samples
-    test_samples: Samples
-    classes: Annotated[tuple[Samples, ...], Meta(max_length=MAX_CLASSES)] = ()
-    """Training samples of each class, where the job's settings need them."""
 
 
 class Join(Message, frozen=True, kw_only=True, tag="join"):
@@ -105,6 +89,25 @@ class Train(Message, frozen=True, kw_only=True, tag="train"):
     rounds: Annotated[int, Meta(ge=1, le=1 << 31)] | None
 
 
+class Drain(Message, frozen=True, kw_only=True, tag="drain"):
+    """Asks a node to finish what it has in hand and leave; answered by Draining, however often it is asked."""
+
+    node: Annotated[NodeId, Meta(max_length=200)] | None = None
+    """Who is meant, where that is known: not whoever has its address by now."""
+
+
+class Draining(Message, frozen=True, kw_only=True, tag="draining"):
+    """The node is about to leave."""
+
+    node: NodeId
+    name: ShortText
+    role: Role
+    busy: Count
+    """Requests that it has in hand."""
+    offered: Count
+    """Spills that it holds, which no version has counted yet."""
+
+
 class Ok(Message, frozen=True, kw_only=True, tag="ok"):
     """Done, nothing to tell."""
 
@@ -118,17 +121,6 @@ class Refusal(Message, frozen=True, kw_only=True, tag="refusal"):
 
 
 # --- data: steps ------------------------------------------------------------------------------------------
-
-
-class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How busy a split server is; travels with every reply and heartbeat."""
-
-    slots: Count
-    """Requests it admits at once."""
-    busy: Count
-    """Requests it holds now, waiting ones included."""
-    service_s: Seconds
-    """Moving average of the compute time of one request."""
 
 
 class Forward(Message, frozen=True, kw_only=True, tag="forward"):
@@ -264,7 +256,13 @@ class Recheck(Message, frozen=True, kw_only=True, tag="recheck"):
 class Remake(Message, frozen=True, kw_only=True, tag="remake"):
     """Asks a client to have contributions made again that were acknowledged and are lost; answered by Ok."""
 
-    lost: Annotated[tuple[tuple[CidText, PartName], ...], Meta(max_length=MAX_OFFERS)]
+    lost: Parts
+
+
+class CheckNeed(Message, frozen=True, kw_only=True, tag="check-need"):
+    """Asks the aggregator which of these may still count and are not there; answered by Spills, those."""
+
+    parts: Parts
 
 
 class ReleaseSpills(Message, frozen=True, kw_only=True, tag="release-spills"):
@@ -382,9 +380,9 @@ class Goodbye(Message, frozen=True, kw_only=True, tag="goodbye"):
 
 
 Request = (
-    Hello | Join | Evaluated | Train | Forward | Infer | Backward | Step
+    Hello | Join | Evaluated | Train | Drain | CheckNeed | Forward | Infer | Backward | Step
     | FetchSpills | Recheck | Remake | ReleaseSpills | FetchWeights | Grant | Follow | FetchPiece
 )  # fmt: skip
-Reply = Welcome | Ok | Refusal | Output | Spilled | Spills | Weights | Granted | Following | Piece
+Reply = Welcome | Draining | Ok | Refusal | Output | Spilled | Spills | Weights | Granted | Following | Piece
 Broadcast = Beat | Offers | Announcement | Committed | Goodbye | Weights
 AnyMessage = Request | Reply | Broadcast

@@ -13,8 +13,9 @@ import zmq
 from zsfl.errors import LocalProtocolError, RemoteProtocolError
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
+from zsfl.wire.fields import MAX_SETTLED
 from zsfl.wire.framing import Assembler, Buffer, Header, NoRoom, encode, nbytes
-from zsfl.wire.messages import MAX_SETTLED, Announcement, AnyMessage, Broadcast
+from zsfl.wire.messages import Announcement, AnyMessage, Broadcast
 from zsfl.wire.pump import Pump
 from zsfl.wire.sockets import bind, open_socket, send_now
 

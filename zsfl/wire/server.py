@@ -24,6 +24,8 @@ MAX_CALLERS = 4096
 """Connections remembered at once; of those that nothing is under way for, the longest silent is forgotten first."""
 RETRY_SEND_S = 0.002
 """How often to try again to send to a peer whose queue is full."""
+LAST_REPLY_S = 0.2
+"""What replies that were sent last may take to leave when the server ends."""
 SWEEP_S = 5.0
 """How often to look for half-finished messages of peers that gave up or vanished."""
 
@@ -87,10 +89,15 @@ class Server:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.port = bind(self._socket, host, port)
 
-    def close(self) -> None:
-        """Close the socket of a server that may never have run."""
+    @property
+    def has_unsent(self) -> bool:
+        """Whether replies wait for their askers to take them."""
+        return self._outbox_bytes > 0
+
+    def close(self, linger_s: float = 0.0) -> None:
+        """Close the socket of a server that may never have run; what was said last has `linger_s` to leave."""
         self._closed = True
-        self._socket.close(linger=0)
+        self._socket.close(linger=int(linger_s * 1000))
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -104,7 +111,7 @@ class Server:
                 finally:
                     self._pump.close()
         finally:
-            self.close()
+            self.close(LAST_REPLY_S)
 
     def _take(self, frames: list[zmq.Frame], _size: int) -> None:
         identity = frames[0].bytes

@@ -15,13 +15,13 @@ from helpers.waiting import eventually
 from zsfl.aggregator.collector import Collector
 from zsfl.aggregator.gathering import Gathering
 from zsfl.aggregator.journal import Journal
-from zsfl.errors import NoPeer, RemoteProtocolError, Unavailable, ZsflError
+from zsfl.errors import DeadlineExceeded, NoPeer, RemoteProtocolError, Unavailable, ZsflError
 from zsfl.ids import Cid, NodeCard, NodeId, PartName, Role, RunId, Version, step_cid
 from zsfl.learning.averaging import Contribution, StepShare
 from zsfl.metrics import Counters
 from zsfl.spill.layout import SpillMeta, encode
 from zsfl.wire.fields import MAX_CARRIED_BYTES
-from zsfl.wire.messages import FetchSpills, SpillOffer
+from zsfl.wire.messages import FetchSpills, Remake, Request, SpillOffer
 
 CARD = NodeCard(id=NodeId("1"), name="server", role=Role.SPLIT_SERVER, host="127.0.0.1", control_port=1, data_port=2)
 
@@ -35,16 +35,16 @@ class Refusing:
 
     def __init__(self, error: ZsflError) -> None:
         self.error = error
-        self.asked: list[FetchSpills] = []
+        self.asked: list[Request] = []
         self.notes: list[str] = []
-        self.settings = SimpleNamespace(request_s=1.0)
+        self.settings = SimpleNamespace(request_s=1.0, beat_s=0.01, lost_after_s=0.03)
         self.counters = Counters()
         self.tasks: list[asyncio.Task[None]] = []
 
     def connect(self, *_: object) -> Refusing:
         return self
 
-    async def request(self, body: FetchSpills, deadline_s: float) -> None:
+    async def request(self, body: Request, deadline_s: float) -> None:
         self.asked.append(body)
         raise self.error
 
@@ -58,6 +58,11 @@ class Refusing:
 
     def close(self, reason: str) -> None:
         assert reason == "is gone"
+
+    async def end(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
 
 
 async def said_of(error: ZsflError, folder: Path) -> list[str]:
@@ -73,7 +78,7 @@ async def said_of(error: ZsflError, folder: Path) -> list[str]:
         collector.offered(CARD.id, [offer])
         await eventually(lambda asked=asked: len(node.asked) > asked, 5)
     collector.lost(CARD)
-    await asyncio.gather(*node.tasks, return_exceptions=True)
+    await node.end()
     return node.notes
 
 
@@ -129,7 +134,7 @@ class Collecting:
 
     async def ends(self) -> None:
         self.collector.lost(CARD)
-        await asyncio.gather(*self.node.tasks, return_exceptions=True)
+        await self.node.end()
 
 
 async def test_a_spill_that_came_along_is_taken_without_being_asked_for(tmp_path: Path) -> None:
@@ -151,7 +156,7 @@ async def test_one_that_came_along_damaged_is_asked_for(tmp_path: Path) -> None:
     offer, data = spill(4, (0, 1))
     at.collector.offered(CARD.id, [offer], [data[:-1] + b"x"])
     await eventually(lambda: bool(at.node.asked), 5)
-    assert at.node.asked[0].wanted == ((cid(4, 0), "merged"),)
+    assert at.node.asked[0] == FetchSpills(wanted=((cid(4, 0), "merged"),))
     assert at.took == []
     assert at.node.notes[0].startswith("server handed over a corrupt spill")
     await at.ends()
@@ -170,4 +175,44 @@ async def test_what_comes_along_must_fit_the_offers(tmp_path: Path, carried: lis
     at = Collecting(tmp_path)
     with pytest.raises(RemoteProtocolError):
         at.collector.offered(CARD.id, [spill(4, (0,))[0]], carried)
+    await at.ends()
+
+
+# --- what its holder does not hand over ------------------------------------------------------------------
+
+CLIENT = NodeCard(id=NodeId("2"), name="client", role=Role.CLIENT, host="127.0.0.1", control_port=1, data_port=2)
+
+
+async def test_a_body_part_that_nobody_offers_is_made_again_by_its_client(tmp_path: Path) -> None:
+    at = Collecting(tmp_path)
+    at.collector.joined(CLIENT)
+    offer, data = spill(4, (1,), "client")
+    at.collector.offered(CLIENT.id, [offer], [data])
+    await eventually(lambda: Remake(lost=((cid(4, 1), "body"),)) in at.node.asked, 5)
+    body, data = spill(4, (1,))
+    at.collector.offered(CARD.id, [body], [data])
+    await eventually(lambda: not at.collector.has_lost, 5)
+    await at.ends()
+
+
+async def test_what_a_server_does_not_hand_over_in_time_is_made_again(tmp_path: Path) -> None:
+    at = Collecting(tmp_path)
+    at.node.error = DeadlineExceeded("no answer")
+    at.collector.joined(CLIENT)
+    at.collector.offered(CARD.id, [spill(4, (0, 1))[0]])
+    wanted = Remake(lost=((cid(4, 0), "body"), (cid(4, 1), "body")))
+    await eventually(lambda: wanted in at.node.asked, 5)
+    await at.ends()
+
+
+async def test_what_a_client_does_not_hand_over_in_time_is_waited_for(tmp_path: Path) -> None:
+    at = Collecting(tmp_path)
+    at.node.error = DeadlineExceeded("no answer")
+    at.collector.joined(CLIENT)
+    offer = spill(4, (1,), "client")[0]
+    for _ in range(3):  # as often as its heartbeats offer it
+        asked = len(at.node.asked)
+        at.collector.offered(CLIENT.id, [offer])
+        await eventually(lambda asked=asked: len(at.node.asked) > asked, 5)
+    assert not any(isinstance(request, Remake) for request in at.node.asked)
     await at.ends()

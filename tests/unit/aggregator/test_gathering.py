@@ -112,6 +112,37 @@ def test_what_nobody_expects_is_neither_fetched_nor_taken() -> None:
     assert gathering.take() == ([], {})
 
 
+def test_what_may_be_needed_of_a_holder_that_leaves() -> None:
+    gathering = Gathering(RUN, max_staleness=1, steps_per_version=2, shards=20)
+    assert gathering.may_need(cid(4), "body")  # so little is known before it begins
+    gathering.begin(Version(4), expected(4))
+    late, lost, foreign = cid(3), cid(2), cid(4, run=FOREIGN)
+    joined = cid(4, 9)  # whose client is there, and is asked for it in a moment
+    assert [gathering.may_need(one, "body") for one in (cid(4), late, lost, foreign, joined)] == [1, 1, 0, 0, 1]
+    assert gathering.arrived(contribution((cid(4), "body")))
+    assert [gathering.may_need(cid(4), part) for part in PARTS] == [False, True]
+    assert gathering.arrived(contribution((cid(4), "client")))
+    gathering.take()
+    assert not gathering.may_need(cid(4), "body")
+    assert gathering.arrived(contribution((cid(4, 1), "client")))
+    gathering.void("it fell apart")
+    assert not gathering.may_need(cid(4, 1), "body")
+
+
+def test_halves_are_steps_whose_body_part_is_not_on_its_way() -> None:
+    gathering = begun(4)
+    for shard in SHARDS:
+        assert gathering.arrived(contribution((cid(4, shard), "client")))
+    gathering.offered(NODES[0], [offer((cid(4, 0), "body"))])
+    assert gathering.arrived(contribution((cid(4, 1), "body")))
+    assert gathering.halves() == [cid(4, 2)]
+    gathering.not_delivered(NODES[0])
+    assert gathering.halves() == [cid(4, 0), cid(4, 2)]
+    merged = SpillOffer(cid=cid(4, 0), part="body", version=Version(4), size_bytes=1, members=(cid(4, 0), cid(4, 2)))
+    gathering.offered(NODES[0], [merged])
+    assert gathering.halves() == []
+
+
 def test_whoever_joins_is_expected_too() -> None:
     gathering = begun(4)
     gathering.expect([cid(4, 9)])

@@ -19,7 +19,8 @@ from zsfl.errors import StaleWeights
 from zsfl.ids import BODY, NodeId, Version
 from zsfl.latest import Latest
 from zsfl.weights.shelf import KEPT_VERSIONS, Shelf
-from zsfl.wire.messages import Announcement, Evaluated, FetchWeights, ShardInfo
+from zsfl.wire.fields import ShardInfo
+from zsfl.wire.messages import Announcement, Evaluated, FetchWeights
 
 A, B = NodeId("a"), NodeId("b")
 

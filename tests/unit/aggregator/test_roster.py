@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from zsfl.aggregator.roster import Roster, ranges
 from zsfl.errors import ConfigError, Held
 from zsfl.ids import NodeId
-from zsfl.wire.messages import ShardInfo
+from zsfl.wire.fields import ShardInfo
 
 A, B = NodeId("a"), NodeId("b")
 

@@ -23,8 +23,9 @@ from zsfl.settings import NodeSettings
 from zsfl.tensors.codec import Codec
 from zsfl.tensors.plan import CodecPlan
 from zsfl.wire.connection import Answer
+from zsfl.wire.fields import Load
 from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import Backward, Forward, Infer, Load, Output, Request, Spilled
+from zsfl.wire.messages import Backward, Forward, Infer, Output, Request, Spilled
 
 CID = step_cid(RunId("abcdef"), 0, Version(0))
 X = torch.arange(6.0).reshape(2, 3)

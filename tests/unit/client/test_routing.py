@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from zsfl.client.routing import MAX_ASKED, MAX_SHUN_S, UNKNOWN_SLOTS, ServerChooser
+from zsfl.client.routing import MAX_ASKED, MAX_AVOIDED_S, MAX_SHUN_S, UNKNOWN_SLOTS, ServerChooser
 from zsfl.ids import NodeId
-from zsfl.wire.messages import Load
+from zsfl.wire.fields import Load
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
 
@@ -37,6 +37,53 @@ def test_there_may_be_nobody() -> None:
     chooser = ServerChooser(random.Random(1))
     assert chooser.pick(0.0) is None
     assert chooser.next_free_s() is None
+
+
+def free_after(chooser: ServerChooser, server: NodeId, now_s: float) -> float:
+    """How long this server is left alone from now on; the other one has no room."""
+    other = B if server == A else A
+    chooser.heard(other, load(slots=0))
+    free_s = chooser.next_free_s()
+    chooser.heard(other, load())
+    assert free_s is not None
+    return free_s - now_s
+
+
+def test_a_silent_server_is_tried_ever_more_seldom_until_it_serves(chooser: ServerChooser) -> None:
+    now_s, pauses = 100.0, list[float]()
+    for _ in range(8):
+        for _ in range(3):  # requests that were under way together count once
+            chooser.silent(A, now_s)
+        pauses.append(free_after(chooser, A, now_s))
+        now_s += pauses[-1]
+    assert pauses == [1, 2, 4, 8, 16, 32, MAX_AVOIDED_S, MAX_AVOIDED_S]
+    chooser.served(A)
+    chooser.silent(A, now_s)
+    assert free_after(chooser, A, now_s) == 1
+
+
+def test_the_only_server_is_tried_again_soon_however_silent_it_was(chooser: ServerChooser) -> None:
+    chooser.lost(B)
+    for now_s in (10.0, 20.0, 30.0):
+        chooser.silent(A, now_s)
+        assert chooser.next_free_s() == now_s + 1
+        chooser.unreached(A, now_s + 1)
+        assert chooser.pick(now_s + 1) == A
+
+
+def test_a_server_whose_work_is_lost_is_tried_ever_more_seldom_though_it_serves(chooser: ServerChooser) -> None:
+    now_s, pauses = 100.0, list[float]()
+    for _ in range(5):
+        chooser.served(A)
+        for _ in range(3):
+            chooser.unreached(A, now_s)
+        pauses.append(free_after(chooser, A, now_s))
+        now_s += pauses[-1]
+    assert pauses == [5, 10, 20, 40, MAX_AVOIDED_S]
+    chooser.lost(A)
+    chooser.joined(A)
+    chooser.unreached(A, now_s)
+    assert free_after(chooser, A, now_s) == 5
 
 
 def test_a_fast_server_gets_more_in_proportion(chooser: ServerChooser) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 import zsfl
 from zsfl.client.shard import EVALUATION_BATCH, ShardData
 from zsfl.learning.batches import batch_sizes, round_order
-from zsfl.wire.messages import ShardInfo
+from zsfl.wire.fields import ShardInfo
 
 
 def numbers(count: int) -> TensorDataset:

@@ -35,6 +35,18 @@ def test_no_more_than_the_slots_are_taken_and_nothing_once_draining(slots: int, 
         assert admission.idle == (inside == 0)
 
 
+def test_what_was_begun_is_taken_also_by_a_server_that_leaves_but_not_without_room() -> None:
+    admission = Admission(1)
+    admission.drain()
+    with pytest.raises(Busy, match="leaving"):
+        admission.enter()
+    admission.enter(is_begun=True)
+    with pytest.raises(Busy, match="taken"):
+        admission.enter(is_begun=True)
+    admission.leave()
+    assert admission.idle
+
+
 def test_surplus_is_told_when_to_come_back() -> None:
     admission = Admission(2)
     admission.measured(0.5)

@@ -11,8 +11,7 @@ from zsfl.front import in_turn
 from zsfl.ids import Address, Cid, NodeCard, NodeId, PartName, Portion, Role, RunId, Version
 from zsfl.settings import WireLimits
 from zsfl.tensors.spec import MAX_NDIM, MAX_TENSOR_BYTES, TensorSpec
-from zsfl.wire.framing import Header, decode_header, encode
-from zsfl.wire.messages import (
+from zsfl.wire.fields import (
     MAX_CLASSES,
     MAX_JOINED,
     MAX_OFFERS,
@@ -20,20 +19,24 @@ from zsfl.wire.messages import (
     MAX_SETTLED,
     MAX_SHARDS,
     MAX_TENSORS,
+    Load,
+    PeerHint,
+    ShardInfo,
+)
+from zsfl.wire.framing import Header, decode_header, encode
+from zsfl.wire.messages import (
     Announcement,
     AnyMessage,
     Beat,
+    CheckNeed,
     FetchSpills,
     Goodbye,
     Hello,
     Join,
-    Load,
     Offers,
-    PeerHint,
     Refusal,
     ReleaseSpills,
     RunState,
-    ShardInfo,
     SpillOffer,
     Spills,
     Weights,
@@ -89,6 +92,7 @@ WORST: Sequence[AnyMessage] = [
     Refusal(kind=WIDE * 200, message=WIDE * 4000, retry_after_s=86_400.0),
     FetchSpills(wanted=KEYS),
     Spills(found=KEYS),
+    CheckNeed(parts=(KEY,) * MAX_OFFERS),
     ReleaseSpills(cids=(CID,) * MAX_OFFERS),
     Weights(portion=Portion("client/" + 40 * "x"), version=Version(MOST), tensors=(SPEC,) * MAX_TENSORS),
     Beat(card=CARD, peers=HINTS, counters=COUNTERS, load=LOAD, offers=(OFFER,) * MAX_OFFERS, state=STATE),
