@@ -4,8 +4,8 @@
     python benchmarks/chaos.py --seeds 5 --kills 100
     python benchmarks/chaos.py --minutes 30 --every 10       one long run: memory, descriptors and disk over time
 
-Eight clients, three split servers and an aggregator, each its own process, in exact mode and double precision. About
-two and a half minutes for each seed.
+Eight clients, three split servers, an aggregator and one that stands by, each its own process, in exact mode and double
+precision. About two and a half minutes for each seed.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from _record import circumstances, in_short, path_of, table, write
 import zsfl
 from zsfl.aggregator.audit import audit
 from zsfl.ids import Role
-from zsfl.reports import AnyReport, Exited, RoundReport, WindowReport
+from zsfl.reports import AnyReport, Exited, Ready, RoundReport, WindowReport
 
 JOB = JOBS / "digits_double.py"
-CLIENTS, SPLIT_SERVERS = 8, 3
+CLIENTS, SPLIT_SERVERS, STANDBYS = 8, 3, 1
 SETTINGS: dict[str, Any] = {"mdns": False, "beat_s": 0.2, "lost_after_s": 1.0}
 LOOK_S = 5.0
 """How often a long run is looked at."""
@@ -70,16 +70,29 @@ class Wrecked:
     pauses_s: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     """By role of who was killed, until the next version was heard of."""
     looks: list[Look] = field(default_factory=list[Look])
+    takeovers_s: list[float] = field(default_factory=list[float])
+    """From the death of who led until the other one leads."""
     waiting: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
     """Role and moment of kills since the last version was heard of."""
+    leader: str = "aggregator"
+    died_s: float = 0.0
+    """When that one did."""
 
     def on(self, report: AnyReport) -> None:
         """For `LocalCluster(on_report=...)`."""
         match report:
             case Exited() if report.code:
-                role = report.node.rsplit("-", 1)[0] if report.node != "aggregator" else "aggregator"
+                is_aggregating = report.node in ("aggregator", *(f"standby-{number}" for number in range(STANDBYS)))
+                role = Role.AGGREGATOR if is_aggregating else report.node.rsplit("-", 1)[0]
                 self.kills[role] += 1
-                self.waiting.append((role, time.perf_counter()))
+                if report.node == self.leader or not is_aggregating:  # nobody waits for one that stands by
+                    self.waiting.append((role, time.perf_counter()))
+                if report.node == self.leader:
+                    self.died_s = time.perf_counter()
+            case Ready() if report.role == Role.AGGREGATOR:
+                if report.node != self.leader:
+                    self.takeovers_s.append(time.perf_counter() - self.died_s)
+                self.leader = report.node
             case WindowReport() | RoundReport():
                 now_s = time.perf_counter()
                 for role, killed_s in self.waiting:
@@ -102,7 +115,14 @@ async def wrecked(seed: int, kills: int, every_s: float, minutes: float, runs: P
     found, begun_s = Wrecked(seed), time.perf_counter()
     chaos = zsfl.Chaos(kills=kills, every_s=every_s, seed=seed)
     cluster = zsfl.LocalCluster(
-        JOB, run="wrecked", split_servers=SPLIT_SERVERS, runs=runs, chaos=chaos, on_report=found.on, **SETTINGS
+        JOB,
+        run="wrecked",
+        split_servers=SPLIT_SERVERS,
+        standbys=STANDBYS,
+        runs=runs,
+        chaos=chaos,
+        on_report=found.on,
+        **SETTINGS,
     )
     async with cluster:
         looking = asyncio.create_task(_look(cluster, found, runs)) if minutes else None
@@ -111,7 +131,8 @@ async def wrecked(seed: int, kills: int, every_s: float, minutes: float, runs: P
         if looking is not None:
             looking.cancel()
     found.seconds = time.perf_counter() - begun_s
-    proof = audit(runs / "wrecked")
+    folder = Path(cluster.result.folder) if cluster.result else runs / "wrecked"
+    proof = audit(folder)
     found.faults, found.versions, found.counted = proof.faults, proof.versions, proof.counted
     if proof.pending:
         found.faults.append(f"{proof.pending} steps are pending")
@@ -119,8 +140,16 @@ async def wrecked(seed: int, kills: int, every_s: float, minutes: float, runs: P
     async with zsfl.LocalCluster(zsfl.load_job(calm), in_process=True, runs=runs, run="calm") as undisturbed:
         async for _ in undisturbed.train():
             pass
-    found.equal = digests(runs / "wrecked") == digests(runs / "calm")
+    wanted = digests(runs / "calm")
+    found.equal = digests(folder) == wanted
+    found.faults += _other_histories(runs, wanted)
     return found
+
+
+def _other_histories(runs: Path, wanted: Sequence[str]) -> list[str]:
+    """What is left of whoever was succeeded must be the beginning of the one history."""
+    left = {folder.name: digests(folder) for folder in runs.glob("wrecked*")}
+    return [f"{name} has another history" for name, found in left.items() if found != wanted[: len(found)]]
 
 
 async def _look(cluster: zsfl.LocalCluster, found: Wrecked, runs: Path) -> None:
@@ -139,12 +168,15 @@ async def _look(cluster: zsfl.LocalCluster, found: Wrecked, runs: Path) -> None:
 
 
 def _on_disk(runs: Path) -> tuple[float, int]:
-    """MB of all files but the ledger, and its lines."""
-    size, ledger = 0, runs / "wrecked" / "ledger.jsonl"
+    """MB of all files but the ledgers, and the lines of the longest of these."""
+    size, versions = 0, 0
     for path in runs.rglob("*"):
         with suppress(OSError):
-            size += path.stat().st_size if path.is_file() and path != ledger else 0
-    return size / 1e6, ledger.read_bytes().count(b"\n") if ledger.exists() else 0
+            if path.name == "ledger.jsonl":
+                versions = max(versions, path.read_bytes().count(b"\n"))
+            elif path.is_file():
+                size += path.stat().st_size
+    return size / 1e6, versions
 
 
 # --- the page -------------------------------------------------------------------------------------------------
@@ -167,14 +199,20 @@ def page(runs: Sequence[Wrecked]) -> str:
         for run in runs
     ]
     parts = [
-        f"{CLIENTS} clients, {SPLIT_SERVERS} split servers and 1 aggregator, killed by SIGKILL and started again; "
-        "exact mode, float64. `equal`: the weights of every version are, bit for bit, those of a run in which nothing "
-        "happens.",
+        f"{CLIENTS} clients, {SPLIT_SERVERS} split servers, 1 aggregator and {STANDBYS} that stands by, killed by "
+        "SIGKILL and started again; exact mode, float64. `equal`: the weights of every version are, bit for bit, those "
+        "of a run in which nothing happens.",
         table(head, rows),
         "How long no version was heard of after a kill, seconds: median (lowest to highest). For the aggregator that "
-        "is until it was started again, had made its last versions again, and everybody had found it.",
+        "is until it was started again, or succeeded, had made its last versions again, and everybody had found it.",
         _pauses(runs),
     ]
+    if takeovers := [seconds for run in runs for seconds in run.takeovers_s]:
+        parts.append(
+            f"{len(takeovers)} times another aggregator took over before the one that led was back: "
+            f"{in_short(takeovers, '{:.2f}')} s after its death, of which {SETTINGS['lost_after_s']:g} s are the "
+            "silence that it takes to know of it."
+        )
     made = sum(run.made for run in runs)
     counted, kills = sum(run.counted for run in runs), sum(sum(run.kills.values()) for run in runs)
     if made > counted:
@@ -222,6 +260,8 @@ def figures(runs: Sequence[Wrecked]) -> list[Figure]:
         Figure(name="equal to an undisturbed run", unit="of 1", values=tuple(float(r.equal) for r in runs), target=1.0),
         Figure(name="faults found", unit="", values=tuple(float(len(run.faults)) for run in runs), better="lower"),
     ]
+    if takeovers := tuple(seconds for run in runs for seconds in run.takeovers_s):
+        handed.append(Figure(name="until another aggregator leads", unit="s", values=takeovers, better="lower"))
     for role in (Role.CLIENT, Role.SPLIT_SERVER, Role.AGGREGATOR):
         if pauses := tuple(pause for run in runs for pause in run.pauses_s.get(role, [])):
             handed.append(

@@ -270,6 +270,7 @@ class Mirror:
             self._sync(file)
         self._bytes, self._last = self._bytes + len(data), last
         self.version = record.version
+        self._complete = max(self._complete, record.version)
 
     def _sync(self, file: BufferedWriter | BufferedRandom) -> None:
         file.flush()

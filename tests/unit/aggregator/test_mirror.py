@@ -1,0 +1,139 @@
+"""The copy of a run: at any moment one that a restart can go on from."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers.exact import Case, Ran, assert_equal, in_process
+from helpers.ledger import ledger
+
+from zsfl.aggregator.mirror import Mirror, Source, Standing
+from zsfl.errors import StorageError
+from zsfl.ids import NodeId, Version
+from zsfl.wire.succession import PIECE_BYTES, FetchPiece, FileInfo
+
+CASE = Case(optimizer="adam", sizes=(7, 9), rounds=3)
+ME = NodeId("me")
+
+
+class Ended(Exception):
+    """The process of the copy is ended."""
+
+
+def copy_once(source: Source, mirror: Mirror, version: Version, most: int = 1 << 30) -> int:
+    """Ask once and fetch what there is, at most so many files; how many there were."""
+    request = mirror.wish(ME)
+    following = source.follow(request, version)
+    while not following.agrees:
+        mirror.go_back()
+        following = source.follow(mirror.wish(ME), version)
+    fetched = 0
+    for info in following.files:
+        if not mirror.lacks(info):
+            continue
+        if fetched == most:
+            raise Ended
+        offset = mirror.begins_at(info)
+        with mirror.receiving(info) as write:
+            while offset < info.size_bytes:
+                piece = FetchPiece(name=info.name, offset=offset, size_bytes=min(PIECE_BYTES, info.size_bytes - offset))
+                _, parts = source.piece(piece)
+                write(parts[0])
+                offset += len(parts[0])
+        fetched += 1
+    return fetched
+
+
+def copied(source: Source, mirror: Mirror, version: Version) -> None:
+    while copy_once(source, mirror, version):
+        pass
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    return asyncio.run(in_process(CASE, tmp_path_factory.mktemp("runs"), run="mine"))
+
+
+def cut(ran: Ran, folder: Path, version: int) -> Path:
+    """The run's folder as it was at an earlier version."""
+    shutil.copytree(ran.folder, folder)
+    lines = (folder / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "ledger.jsonl").write_bytes(b"".join(lines[:version]))
+    for path in (folder / "checkpoint").glob("round-*"):
+        if int(path.name[-6:]) * len(lines) > version * CASE.rounds:
+            shutil.rmtree(path)
+    for path in (folder / "journal").iterdir():
+        if int(path.stem[1:]) >= version:
+            path.unlink()
+    return folder
+
+
+def versions(ran: Ran) -> Version:
+    return Version(len(ledger(ran.folder)))
+
+
+def test_it_grows_with_the_run_and_is_the_same_in_the_end(ran: Ran, tmp_path: Path) -> None:
+    mirror = Mirror(tmp_path / "copy", 0, syncs=False)
+    assert not mirror.is_usable
+    for version in range(1, versions(ran) + 1):
+        copied(Source(cut(ran, tmp_path / f"at-{version}", version), 0), mirror, Version(version))
+        assert mirror.version == version
+        assert mirror.is_usable
+    assert ledger(tmp_path / "copy") == ledger(ran.folder)
+    assert Mirror(tmp_path / "copy", 0, syncs=False).wish(ME) == mirror.wish(ME)
+
+
+@pytest.mark.parametrize("most", range(12))
+async def test_wherever_it_is_ended_a_restart_goes_on_from_it(ran: Ran, most: int, tmp_path: Path) -> None:
+    at = len(ledger(ran.folder)) // 2 + 1
+    early, late = Source(cut(ran, tmp_path / "early", at), 0), Source(ran.folder, 0)
+    folder = tmp_path / "copies" / "mine"
+    copied(early, Mirror(folder, 0, syncs=True), Version(at))
+    try:
+        copy_once(late, Mirror(folder, 0, syncs=True), versions(ran), most)
+    except Ended:
+        assert len(ledger(folder)) in (at, versions(ran))
+    Mirror(folder, 0, syncs=True)  # as whoever is elected does first
+    again = await in_process(CASE, tmp_path / "copies", run="mine", resume=True)
+    assert_equal(again.weights, ran.weights)
+    assert [record["weights"] for record in ledger(folder)] == [record["weights"] for record in ledger(ran.folder)]
+
+
+async def test_what_was_never_published_is_cut_off(ran: Ran, tmp_path: Path) -> None:
+    other = await in_process(replace(CASE, seed=7), tmp_path / "other", run="mine")
+    at = 3
+    mixed = cut(ran, tmp_path / "mixed", at)
+    alien = (other.folder / "ledger.jsonl").read_bytes().splitlines(keepends=True)[at : at + 2]
+    with (mixed / "ledger.jsonl").open("ab") as file:
+        file.writelines(alien)
+    mirror = Mirror(mixed, 0, syncs=False)
+    assert mirror.version == at + 2
+    copied(Source(ran.folder, 0), mirror, versions(ran))
+    assert ledger(mixed) == ledger(ran.folder)
+
+
+def test_a_file_that_is_gone_meanwhile_is_told_of(ran: Ran, tmp_path: Path) -> None:
+    source = Source(tmp_path, 0)
+    assert source.piece(FetchPiece(name="ledger.jsonl", offset=0, size_bytes=10))[1] == []
+
+
+def test_a_full_disk_is_told_of_with_what_to_do(ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirror = Mirror(tmp_path / "copy", 0, syncs=False)
+    info = FileInfo(name="metrics.jsonl", size_bytes=3, changed_us=1)
+    (tmp_path / "copy").write_text("a file where the folder should be")
+    with pytest.raises(StorageError, match="make room there"), mirror.receiving(info) as write:
+        write(b"abc")
+
+
+def test_a_folder_keeps_its_identity(tmp_path: Path) -> None:
+    standing = Standing.of(tmp_path)
+    standing.keep(tmp_path)
+    assert Standing.of(tmp_path) == standing
+    assert Standing.of(tmp_path / "other").holder != standing.holder
+    (tmp_path / "succession.json").write_bytes(b'{"holder": 3}')
+    with pytest.raises(StorageError, match="restore it"):
+        Standing.of(tmp_path)
