@@ -40,8 +40,16 @@ class Candidate:
     """Of its run folder, which one process at a time has: it stays the same over restarts."""
     name: str
     epoch: int
+    """That it leads in, or would."""
+    known: int
+    """The last that it led in or followed."""
     version: int
-    """The newest that it has."""
+    """The newest that it has, as it was then."""
+
+    @property
+    def newest(self) -> tuple[int, int]:
+        """What it has got; of two the greater one is to go on."""
+        return self.known, self.version
 
 
 class Promise:
@@ -51,8 +59,10 @@ class Promise:
         """What an earlier process may have promised is unknown, so that the first time counts as given away."""
         self.epoch = 0
         """The highest that it agreed to; what is said in an earlier one counts no more."""
-        self.version = 0
-        """The newest that was heard of."""
+        self.newest = (0, 0)
+        """Epoch and version, the newest that were heard of."""
+        self._asked = (0, 0)
+        """The newest that somebody had who asked."""
         self._holder = self._name = ""
         self._lease_s = lease_s
         self._until_s = now_s + lease_s
@@ -61,25 +71,26 @@ class Promise:
 
     def heard_of(self, epoch: int, version: int) -> None:
         """An aggregator said where it stands."""
-        if epoch > self.epoch or (epoch == self.epoch and version > self.version):
-            self.epoch, self.version = epoch, version
+        self.epoch, self.newest = max(self.epoch, epoch), max(self.newest, (epoch, version))
 
     def ask(self, by: Candidate, lease_s: float, now_s: float) -> str:
         """Promise `by` this time; if that is not possible, why."""
         is_same = by.holder == self._holder and by.epoch >= self.epoch
         if by.epoch < self.epoch or (by.epoch == self.epoch and self._holder and not is_same):
             return f"epoch {self.epoch} has begun"
+        self._asked = max(self._asked, by.newest)
         if now_s < self._until_s and not is_same:
             whom = (
                 f"is promised to {self._name}" if self._name else "may have been promised to another before a restart"
             )
             return f"the next {self._until_s - now_s:.1f} s {whom}"
-        if not is_same and by.version < self.version:
+        best = max(self.newest, self._asked)
+        if not is_same and by.newest < best:
             self._wished_s = now_s if self._wished_s is None else self._wished_s
             if now_s < self._wished_s + BEHIND_LEASES * self._lease_s:
-                return f"version {self.version} is there, and {by.name} has {by.version}"
+                return f"version {best[1]} of epoch {best[0]} is there, and {by.name} has {by.version} of {by.known}"
         if not is_same:
-            self.version = by.version
+            self.newest = self._asked = by.newest
         self._wished_s = None
         self.epoch, self._holder, self._name = by.epoch, by.holder, by.name
         self._until_s = now_s + min(lease_s, MAX_LEASE_S)

@@ -270,10 +270,14 @@ class Member:
 
     def promised(self, grant: Grant, shards: Sequence[int]) -> Granted:
         """Follow nobody else for so long, if that can be promised for these shards."""
-        by = Candidate(holder=grant.holder, name=grant.name, epoch=grant.epoch, version=grant.version)
-        newest = Version(self.promise.version)
+        by = Candidate(
+            holder=grant.holder, name=grant.name, epoch=grant.epoch, known=grant.known, version=grant.version
+        )
+        epoch, version = self.promise.newest
         refused = self.promise.ask(by, grant.lease_s, clock_s())
-        return Granted(shards=tuple(shards), refused=refused, epoch=self.promise.epoch, version=newest)
+        return Granted(
+            shards=tuple(shards), refused=refused, epoch=self.promise.epoch, newest=(epoch, Version(version))
+        )
 
     def check(self, state: RunState) -> bool:
         """Whether the run is over; RunFailed when it failed."""

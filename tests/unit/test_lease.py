@@ -15,8 +15,8 @@ LEASE_S = 2.0
 SHARDS, CANDIDATES = 5, 3
 
 
-def candidate(holder: str, epoch: int, version: int = 0) -> Candidate:
-    return Candidate(holder=holder, name=holder, epoch=epoch, version=version)
+def candidate(holder: str, epoch: int, version: int = 0, known: int = 0) -> Candidate:
+    return Candidate(holder=holder, name=holder, epoch=epoch, known=known, version=version)
 
 
 class Aggregating:
@@ -137,21 +137,30 @@ def test_a_voter_that_has_just_started_promises_nothing_yet() -> None:
 def test_who_lacks_versions_is_passed_over_for_a_while() -> None:
     voter = Promise(0.0, LEASE_S)
     voter.heard_of(1, 7)
-    behind, up_to_date = candidate("a", 2, version=6), candidate("b", 2, version=7)
-    assert "version 7 is there, and a has 6" in voter.ask(behind, LEASE_S, 10.0)
+    behind, up_to_date = candidate("a", 2, version=6, known=1), candidate("b", 2, version=7, known=1)
+    assert voter.ask(behind, LEASE_S, 10.0) == "version 7 of epoch 1 is there, and a has 6 of 1"
     assert voter.ask(up_to_date, LEASE_S, 10.1) == ""
     other = Promise(0.0, LEASE_S)
     other.heard_of(1, 7)
     assert other.ask(behind, LEASE_S, 10.0)
     assert other.ask(behind, LEASE_S, 10.0 + BEHIND_LEASES * LEASE_S) == ""
-    assert other.version == 6
+    assert other.newest == (1, 6)
+
+
+def test_after_all_have_started_again_the_later_history_goes_on() -> None:
+    voter = Promise(10.0, LEASE_S)
+    longer, later = candidate("a", 1, version=9, known=1), candidate("b", 2, version=8, known=2)
+    assert "before a restart" in voter.ask(longer, LEASE_S, 10.1)
+    assert "before a restart" in voter.ask(later, LEASE_S, 10.2)
+    assert "version 8 of epoch 2 is there" in voter.ask(longer, LEASE_S, 10.0 + LEASE_S)
+    assert voter.ask(later, LEASE_S, 10.1 + LEASE_S) == ""
 
 
 def test_what_was_said_in_an_earlier_epoch_is_not_taken_in() -> None:
     voter = Promise(0.0, LEASE_S)
     voter.heard_of(2, 5)
     voter.heard_of(1, 9)
-    assert (voter.epoch, voter.version) == (2, 5)
+    assert (voter.epoch, voter.newest) == (2, (2, 5))
 
 
 @pytest.mark.parametrize(("shards", "most"), [(1, 1), (2, 2), (3, 2), (4, 3), (5, 3)])

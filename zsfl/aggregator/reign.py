@@ -75,6 +75,7 @@ class Reign:
             holder=self._standing.holder,
             name=self._node.name,
             epoch=self._standing.epoch,
+            known=self._standing.epoch,
             version=self._version,
             lease_s=lease_s,
         )

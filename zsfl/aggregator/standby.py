@@ -55,8 +55,8 @@ class StandbyRole:
         """That it would lead in."""
         self._has_rival = False
         """Whether another stood in the same epoch, or a later one, when it was asked last."""
-        self._known = 0
-        """The newest version that clients know of."""
+        self._known = (0, 0)
+        """Epoch and version, the newest that clients knew of."""
         self._states: Latest[dict[NodeId, RunState]] = Latest({})
         """Of the aggregators that are there."""
         self._rounds = 0
@@ -255,6 +255,12 @@ class StandbyRole:
                 if await self._asked():
                     return True
                 await self._pause()
+        if rivals := self._node.peers(Role.AGGREGATOR):
+            raise RunFailed(
+                f"{rivals[0].name} aggregates what an earlier epoch had come to, and {self._mirror.folder} has version "
+                f"{self._mirror.version} of epoch {self._standing.epoch}: stop that one and start it again while this "
+                "one runs; or, if that is what you want, move this copy away"
+            )
         raise RunFailed(
             f"for {settings.patience_s:g} s there was not {self._lacking()}. Start the aggregator again, or more of "
             "its clients; or, if you know that it is gone for good, this one with --takeover always"
@@ -281,10 +287,11 @@ class StandbyRole:
         if not await self._has_majority(lease_s):
             return False
         self._mirror.tidy()
+        is_behind = self._known > (self._standing.epoch, self._mirror.version)
         self._keep(epoch=self._epoch, led=True)
         with suppress(ZsflError):
             await self._has_majority(HANDOVER_S)  # until the versions since the checkpoint are made again
-        self.elected = Elected(is_behind=self._known > self._mirror.version, rounds=self._rounds)
+        self.elected = Elected(is_behind=is_behind, rounds=self._rounds)
         self._node.note(f"taking over at version {self._mirror.version}, in epoch {self._epoch}", "warning")
         return True
 
@@ -293,13 +300,14 @@ class StandbyRole:
             holder=self._standing.holder,
             name=self._node.name,
             epoch=self._epoch,
+            known=self._standing.epoch,
             version=self._mirror.version,
             lease_s=lease_s,
         )
         asked_s = clock_s()
         answers = await asked_of_all(self._node, grant, self._node.settings.lost_after_s)
         for granted in answers:
-            self._known = max(self._known, granted.version)
+            self._known = max(self._known, granted.newest)
             if not granted.refused:
                 self._lease.promised(granted.shards, asked_s, lease_s)
         refused = [granted.epoch for granted in answers if granted.refused]

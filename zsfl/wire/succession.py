@@ -33,6 +33,9 @@ class Grant(Message, frozen=True, kw_only=True, tag="grant"):
     holder: Holder
     name: ShortText
     epoch: Count
+    """That it leads in, or would."""
+    known: Count
+    """The last that it led in or followed."""
     version: VersionNumber
     """The newest that it has."""
     lease_s: Seconds
@@ -47,8 +50,8 @@ class Granted(Message, frozen=True, kw_only=True, tag="granted"):
     """Why it promised nothing; empty: it did."""
     epoch: Count
     """The highest that it knows."""
-    version: VersionNumber
-    """The newest that it knows of."""
+    newest: tuple[Count, VersionNumber]
+    """Epoch and version, the newest that it knew of before it promised."""
 
 
 class Follow(Message, frozen=True, kw_only=True, tag="follow"):
