@@ -212,7 +212,7 @@ class Collector:
                 found = self._journal.keep(found, data)
         except StorageError as error:  # it stays where it is, and is offered again
             if not self._is_full:
-                self._node.note(f"contributions wait until there is room for them: {error}", "warning")
+                self._node.note(f"contributions wait until they can be kept: {error}", "warning")
             self._is_full = True
             return True
         self._is_full = False

@@ -281,7 +281,7 @@ class AggregatorRole:
             await self._train_round(total)
         self._stage.enter(phase="idle", version=self._training.version)
         await self._held_out.all_done()
-        self._folder.write_plot()
+        await self._node.persistently(self._folder.write_plot)
         best, last = self._best.tested, self._last
         finished = Finished(
             node=self._node.name,
@@ -310,7 +310,7 @@ class AggregatorRole:
         report = tally.round_report(self._training.version, self._counters.added(), time.monotonic())
         absent = [self._roster.value.label(shard) for shard in self._roster.value.missing()]
         report = msgspec.structs.replace(report, without=tuple(absent[:MOST_NAMED]))
-        self._keep(report)
+        await self._node.persistently(lambda: self._keep(report))
         await self._order_test(report, *self._training.newest)
 
     async def _made(self, version: Version) -> bool:
@@ -352,7 +352,7 @@ class AggregatorRole:
 
         tested = msgspec.structs.replace(tested, ends_round=report is not None)
         whole = None if report is None else msgspec.structs.replace(report, loss=tested.loss, accuracy=tested.accuracy)
-        keep()
+        await self._node.persistently(keep)
         self._node.report(tested)
         if whole is not None:
             self._last = whole

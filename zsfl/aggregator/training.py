@@ -62,9 +62,9 @@ class Training:
         self._master = master
         self._roster = roster
         self._shelf = shelf
-        self._syncs = node.settings.durability == "power"
-        self.ledger = Ledger(folder, sync=self._syncs)
-        self.journal = Journal(folder.journal_path, syncs=self._syncs)
+        syncs = node.settings.durability == "power"
+        self.ledger = Ledger(folder, sync=syncs)
+        self.journal = Journal(folder.journal_path, syncs=syncs)
         mode = job.how
         self._is_async, self._is_exact = isinstance(mode, Async), isinstance(mode, Exact)
         self._merges = job.batch_norm == "merged"
@@ -237,7 +237,7 @@ class Training:
         if not self._participants(there):
             return "idle"
         self.rules.there(self._roster.value.samples(there))
-        self.journal.begin(self.version)
+        await self._node.persistently(lambda: self.journal.begin(self.version))
         late = self._gathering.begin(self.version, None if self._is_async else self._cids(self._sizes))
         now_s = self._progress_s = time.monotonic()
         self._closing.began(self.version, self._sizes, now_s)
@@ -365,23 +365,23 @@ class Training:
         without = sorted(set(roster.samples()) - set(roster.taking_part(time.monotonic())))
         said = f"round {self.round + 1}{window_of} (version {self.version})"
 
-        def step() -> None:
+        try:
             check_losses(window, said)
             if window:
                 self._master.step(window, version=self.version, sequential=self._job.local_lr is not None)
-            self.proven = self.newest
-            if self._syncs:
-                self.journal.sync()
-            record = record_of(self.version, window, dropped, self._master.digest())
-            place = {"round": self.round, "window": place_in_round, "without": without, "memory": self.rules.state()}
-            self.ledger.commit(msgspec.structs.replace(record, **place))
-            self._take_state(Version(self.version + 1))
-
-        try:
-            step()
         except RunFailed:
             self.newest = self.proven
             raise
+        self.proven = self.newest
+        place = {"round": self.round, "window": place_in_round, "without": without, "memory": self.rules.state()}
+        record = msgspec.structs.replace(record_of(self.version, window, dropped, self._master.digest()), **place)
+
+        def keep() -> None:
+            self.journal.sync()
+            self.ledger.commit(record)
+
+        await self._node.persistently(keep)
+        self._take_state(Version(self.version + 1))
         self._tally.counted(window, self.version, dropped)
         self.version = Version(self.version + 1)
         self.publish_weights()
@@ -395,5 +395,5 @@ class Training:
     async def _report(self, windows: int) -> None:
         """Progress inside a round, if some is due."""
         if report := self._tally.window_report(windows, self.version, time.monotonic()):
-            self._folder.append_metrics(report)
+            await self._node.persistently(lambda: self._folder.append_metrics(report))
             self._node.report(report)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from zsfl.errors import BadShape, SpillCorrupt, SpillFull, StorageError
+from zsfl.errors import BadShape, SpillCorrupt, SpillFull, SpillTooLarge, StorageError
 from zsfl.ids import Cid, RunId, SpillKind, parse_cid
 from zsfl.spill.coded import SpillCoder
 from zsfl.spill.layout import Buffer, SpillMeta, decode_contribution, decode_meta, header_bytes, pieces
@@ -63,6 +63,8 @@ class SpillStore:
         self._fresh_bytes = 0
         self._segments = 0
         """The number of the newest."""
+        self._left: set[Path] = set()
+        """Files with nothing that is held, which the disk would not let go of yet."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             found = sorted(folder.iterdir())
@@ -103,7 +105,7 @@ class SpillStore:
         if not self._limit_bytes:
             return
         if more_bytes > self._limit_bytes:
-            raise StorageError(
+            raise SpillTooLarge(
                 f"a spill of {more_bytes} bytes never has room in {self.folder}, which may take "
                 f"{self._limit_bytes >> 20} MiB: allow more with --spill-mib"
             )
@@ -131,8 +133,8 @@ class SpillStore:
                     self._keep_fresh((offer.cid, offer.kind), data)
             except OSError as error:
                 if self._live is not None and not self._live.held:
-                    with suppress(OSError):
-                        self._live.delete()
+                    self._live.close()
+                    self._delete(self._live.path)
                     self._live = None
                 raise _storage_error(error, self.folder) from error
 
@@ -145,8 +147,9 @@ class SpillStore:
             with aside.open("wb") as file:
                 for piece in found:
                     file.write(piece)
-            aside.rename(path)
             with self._lock:
+                aside.rename(path)
+                self._left.discard(path)
                 self._hold(_Held(offer, None, 0, set(_cids(offer))))
         except OSError as error:
             with suppress(OSError):
@@ -219,12 +222,16 @@ class SpillStore:
         return True
 
     def release(self, cids: Iterable[Cid]) -> None:
-        """Delete the spills of cids that a committed version names; others are not touched."""
+        """Delete the spills of cids that a committed version names; others are not touched.
+
+        StorageError where the disk does not let go of them: they are held no more, and deleted with those that follow.
+        """
         try:
             with self._lock:
                 for cid in cids:
                     for key in list(self._keys.get(cid, ())):
                         self._settle(key, cid)
+                self._sweep()
         except OSError as error:
             raise _storage_error(error, self.folder) from error
 
@@ -259,13 +266,25 @@ class SpillStore:
         segment = held.segment
         if segment is None:
             if not renamed:
-                self._path((held.offer.cid, held.offer.kind)).unlink(missing_ok=True)
+                self._delete(self._path((held.offer.cid, held.offer.kind)))
             return
         segment.held -= 1
         if not segment.held:
             if segment is self._live:
                 self._live = None
-            segment.delete()
+            segment.close()
+            self._delete(segment.path)
+
+    def _delete(self, path: Path) -> None:
+        """Delete a file, now or as soon as the disk lets go of it."""
+        self._left.add(path)
+        with suppress(OSError):
+            self._sweep()
+
+    def _sweep(self) -> None:
+        for path in tuple(self._left):
+            path.unlink(missing_ok=True)
+            self._left.remove(path)
 
     def keep_only(self, run: RunId) -> int:
         """Delete the spills of every other run; how many there were."""

@@ -340,6 +340,30 @@ def test_a_read_only_disk_is_said_so(tiny_disk: Path) -> None:
     assert store.offers(RUN) == [offer] or (tiny_disk / f"{offer.cid}.body.safetensors").exists()
 
 
+@both_sizes
+def test_what_a_disk_does_not_let_go_of_is_deleted_once_it_does(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SpillStore(tmp_path)
+    offers = [store.put(meta(version), tensors) for version in range(3)]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        with pytest.raises(StorageError, match="Read-only"):
+            store.release([offer.cid for offer in offers])
+        assert store.offers(RUN) == []
+        assert list(tmp_path.iterdir())
+        again = store.put(meta(1), tensors)
+    store.release([store.put(meta(4), tensors).cid])
+    assert store.offers(RUN) == [again]
+    assert len(list(tmp_path.iterdir())) == 1
+    store.release([again.cid])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_one_run_is_kept(tmp_path: Path) -> None:
     store = SpillStore(tmp_path)
     mine = store.put(meta(1), SMALL)
