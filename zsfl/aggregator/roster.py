@@ -96,6 +96,11 @@ class Roster:
             return f"shard {shard} (no client yet)"
         return seat.name if seat.name.endswith(f"-{shard}") else f"{seat.name} (shard {shard})"
 
+    def node_of(self, shard: int) -> NodeId | None:
+        """Who holds a shard, or held it last."""
+        seat = self._seats.get(shard)
+        return None if seat is None else seat.node
+
     def name(self, shard: int) -> str:
         """Who holds a shard, and whether it is there."""
         gone = shard in self._seats and not self._seats[shard].present

@@ -80,7 +80,7 @@ class Training:
         self._closing = closing_for(mode, steps)
         self.rules = Rules(job)
         self._pacer = self.rules.pacer
-        self.collector = Collector(node, self._gathering, self.journal, self._took, roster.touch)
+        self.collector = Collector(node, self._gathering, self.journal, self._took, roster)
         self.version = stage.state.version
         """Of the master; peers hear of it only together with what is asked of them at it."""
         self.round = 0
