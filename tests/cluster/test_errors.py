@@ -147,6 +147,8 @@ def test_the_loss_is_no_number(said: Said, tmp_path: Path) -> None:
         (("up", "JOB", "--host", "0.0.0.0"), "--host is '0.0.0.0': expected the IPv4 address of one interface"),
         (("up", "JOB", "--clients", "some"), "invalid int value: 'some'"),
         (("up", "JOB", "--speed", "9"), "unrecognized arguments: --speed 9"),
+        (("up", "JOB", "--run", "Logs"), "--run is 'Logs': expected up to 100 letters, digits, dots, - and _; not"),
+        (("node", "client", "JOB", "--run", "spills"), "not spills or logs, which are folders beside the runs"),
         (("fly",), "invalid choice: 'fly'"),
         (("node", "client", "JOB", "--peer", "here"), "host:port"),
     ],

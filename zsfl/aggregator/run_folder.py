@@ -31,6 +31,7 @@ from torch import Tensor
 from zsfl.errors import ConfigError, StorageError
 from zsfl.locks import LOCK, lock_folder
 from zsfl.reports import AnyReport, RoundReport, Tested, WindowReport, from_line, to_line
+from zsfl.settings import BESIDE_RUNS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,6 +58,8 @@ class RunFolder:
         `ConfigError` when there is nothing to resume or another process writes the folder, `StorageError`
         when the disk refuses.
         """
+        if name.lower() in BESIDE_RUNS:  # as a job may be called
+            raise ConfigError(f"a run cannot be called {name}, which is a folder beside the runs; name it with --run")
         path = runs / name
         if resume and not path.is_dir():
             raise ConfigError(f"there is no run {path} to resume; {_known_runs(runs)}")

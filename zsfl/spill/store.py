@@ -25,7 +25,10 @@ LARGE_BYTES = 256 << 10
 """A longer spill has a file of its own."""
 FRESH_BYTES = 4 << 20
 """Kept in memory of those that were put last, until they are offered."""
-_SUFFIX = ".safetensors"
+MOST_DAMAGED = 4
+"""Files of what was set aside, the newest: enough to see what a disk does to files, and few enough where it does so to
+all of them."""
+_SUFFIX, _DAMAGED = ".safetensors", ".damaged"
 
 
 @dataclass(slots=True)
@@ -202,7 +205,7 @@ class SpillStore:
     def set_aside(self, key: Key) -> bool:
         """Hold a spill no more that is not there, or not as it was written; whether it is held no more.
 
-        The bytes of a damaged one are kept beside the others, as `CID.KIND.damaged`.
+        The bytes of a damaged one are kept beside the others, as `CID.KIND.damaged`; of those the newest.
         """
         data = self.read(key)
         if data is not None:
@@ -210,7 +213,7 @@ class SpillStore:
                 decode_contribution(data)
             except SpillCorrupt:
                 with suppress(OSError):
-                    self._path(key).with_suffix(".damaged").write_bytes(data)
+                    self._keep_damaged(self._path(key).with_suffix(_DAMAGED), data)
             else:
                 return False
         try:
@@ -220,6 +223,12 @@ class SpillStore:
         except OSError as error:
             raise _storage_error(error, self.folder) from error
         return True
+
+    def _keep_damaged(self, path: Path, data: bytes) -> None:
+        others = [(one.stat().st_mtime_ns, one) for one in self.folder.glob(f"*{_DAMAGED}") if one != path]
+        for _, old in sorted(others)[: max(0, len(others) - MOST_DAMAGED + 1)]:
+            old.unlink()
+        path.write_bytes(data)
 
     def release(self, cids: Iterable[Cid]) -> None:
         """Delete the spills of cids that a committed version names; others are not touched.

@@ -186,7 +186,9 @@ class Losing(Refusing):
         self.settings = SimpleNamespace(request_s=1.0, lost_after_s=30.0, beat_s=0.01)
         self.remade: dict[str, list[tuple[Cid, PartName]]] = {}
 
-    def connect(self, card: NodeCard, _port: int) -> Any:
+    def connect(self, *args: Any) -> Any:
+        card: NodeCard = args[0]
+
         async def request(body: FetchSpills | Recheck | Remake, deadline_s: float) -> object:
             match body:
                 case FetchSpills():

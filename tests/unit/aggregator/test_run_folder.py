@@ -45,6 +45,12 @@ def test_a_taken_name_gets_a_number(tmp_path: Path) -> None:
     assert names == ["digits", "digits-2", "digits-3"]
 
 
+@pytest.mark.parametrize("name", ["spills", "logs", "Logs"])
+def test_a_job_that_is_called_like_a_folder_beside_the_runs_needs_a_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"a run cannot be called {name}, which is .* name it with --run"):
+        RunFolder.create(tmp_path, name, resume=False)
+
+
 def test_a_folder_without_a_run_does_not_take_the_name(tmp_path: Path) -> None:
     (tmp_path / "digits" / "spills").mkdir(parents=True)
     with RunFolder.create(tmp_path, "digits", resume=False) as folder:
