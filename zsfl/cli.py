@@ -311,7 +311,7 @@ def _run_cluster(job: Path, args: argparse.Namespace) -> int:
 
 async def _train(job: Path, flags: dict[str, Any]) -> None:
     from zsfl.cluster.local import LocalCluster
-    from zsfl.dashboard.progress import ProgressPrinter
+    from zsfl.dashboard.printer import ProgressPrinter
 
     given = {name: flags[name] for name in ("clients", "mdns", *UP_FLAGS) if flags.get(name) is not None}
     with ProgressPrinter() as printer:

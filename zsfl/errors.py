@@ -17,6 +17,7 @@ ZsflError
 │   └── Unauthorised           this peer may not do that
 ├── StorageError           the local disk
 │   ├── SpillFull              no room for another spill
+│   ├── SpillTooLarge          there never is room for this one
 │   └── SpillCorrupt           a spill does not match its checksum
 ├── Fenced                 another aggregator has taken over
 └── RunFailed              the training run itself cannot go on
@@ -101,6 +102,10 @@ class StorageError(ZsflError):
 
 class SpillFull(StorageError):
     """No room for another spill."""
+
+
+class SpillTooLarge(StorageError):
+    """No room for a spill, however long it is waited for."""
 
 
 class SpillCorrupt(StorageError):

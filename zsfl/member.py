@@ -39,6 +39,8 @@ from zsfl.wire.succession import Grant, Granted
 
 OFFERS_BYTES = 256 << 10
 """Spills that travel with one digest of offers: they fit one frame."""
+NOT_PUT = "steps are refused until their spills can be written"
+NOT_DELETED = "spills that are settled cannot be deleted yet"
 COUNTERS_S = 0.05
 """How often digests of offers tell the node's counters too."""
 
@@ -69,6 +71,8 @@ class Member:
         self._new: list[SpillOffer] = []
         """Put in this turn of the event loop."""
         self._told_s = 0.0
+        self._troubles: set[str] = set()
+        """What the disk refuses, and was said to."""
         self.deleted: list[Callable[[], None]] = []
         """To be called whenever spills were deleted."""
         self.following: list[Callable[[], None]] = []
@@ -175,6 +179,7 @@ class Member:
 
     def offer(self, spilled: SpillOffer) -> None:
         """Tell the aggregator of a spill; heartbeats repeat it until it is released."""
+        self._troubles.discard(NOT_PUT)
         if self._former and parse_cid(spilled.cid).run in self._former:  # its step was under way when the run changed
             self._release(spilled.members or (spilled.cid,))
             return
@@ -264,7 +269,9 @@ class Member:
         try:
             yield
         except StorageError as error:
-            self._node.note(f"spills that are settled could not be deleted: {error}", "warning")
+            self.in_trouble(NOT_DELETED, error)
+        else:
+            self._troubles.discard(NOT_DELETED)
         for call in self.deleted:
             call()
 
@@ -278,6 +285,12 @@ class Member:
         return Granted(
             shards=tuple(shards), refused=refused, epoch=self.promise.epoch, newest=(epoch, Version(version))
         )
+
+    def in_trouble(self, what: str, error: StorageError) -> None:
+        """Say what the disk refuses, once until it does not any more."""
+        if what not in self._troubles:
+            self._troubles.add(what)
+            self._node.note(f"{what}: {error}", "warning")
 
     def check(self, state: RunState) -> bool:
         """Whether the run is over; RunFailed when it failed."""

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import zmq.asyncio
 
-from zsfl.errors import RemoteProtocolError
+from zsfl.errors import RemoteProtocolError, SpillTooLarge, StorageError
 from zsfl.ids import NodeCard, NodeId, Role
 from zsfl.metrics import Counters, added
 from zsfl.reports import AnyReport, Note
@@ -27,6 +27,7 @@ from zsfl.wire.messages import Announcement, Broadcast, Committed, Offers, Reply
 from zsfl.wire.pubsub import Heard, Publisher, Subscriber, in_pieces
 from zsfl.wire.server import Handler, Server
 
+_Result = TypeVar("_Result")
 STATE_TOPIC = b"state"
 """What an aggregator asks of its members."""
 OFFERS_TOPIC = b"offers"
@@ -196,6 +197,22 @@ class Node:
     def waiting(self, what: str | Callable[[], str]) -> AbstractContextManager[None]:
         """While inside, the node says now and then what it waits for, and after a while what to check."""
         return self._waits.waiting(what)
+
+    async def persistently(self, write: Callable[[], _Result]) -> _Result:
+        """Write what a disk may refuse to take, again and again until it does not; its last refusal after `patience_s`.
+
+        A disk that is full, or was remounted read-only, is no reason to lose a run: somebody may see to it meanwhile.
+        """
+        ends_s, trouble = time.monotonic() + self.settings.patience_s, ""
+        with self.waiting(lambda: f"a disk: {trouble}"):
+            while True:
+                try:
+                    return write()
+                except StorageError as error:
+                    if isinstance(error, SpillTooLarge) or time.monotonic() > ends_s:
+                        raise
+                    trouble = str(error)
+                await asyncio.sleep(self.settings.beat_s)
 
     def start(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[None]:
         """Run something for as long as the node lives; its failure ends the node."""

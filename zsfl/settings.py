@@ -21,6 +21,10 @@ CONFIG_FILE = Path("zsfl.toml")
 """Read from the working directory when neither the caller nor ZSFL_CONFIG names another file."""
 
 
+BESIDE_RUNS = ("spills", "logs")
+"""Folders that lie among those of the runs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WireLimits:
     """Bounds of what one node sends and accepts; reaching one is a typed error."""
@@ -346,7 +350,10 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "peers": _check_peers,
     # One DNS label, because mDNS announces it; and a file name, because it names the log.
     "name": _matches(r"|[A-Za-z0-9][A-Za-z0-9_-]{0,62}", "up to 63 letters, digits, - and _"),
-    "run": _matches(r"|[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "up to 100 letters, digits, dots, - and _"),
+    "run": _matches(
+        rf"|(?!(?i:{'|'.join(BESIDE_RUNS)})\Z)[A-Za-z0-9][A-Za-z0-9._-]{{0,99}}",
+        f"up to 100 letters, digits, dots, - and _; not {' or '.join(BESIDE_RUNS)}, which are folders beside the runs",
+    ),
     "cluster": _matches(r"|[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "up to 100 letters, digits, dots, - and _"),
     "device": _matches(r"auto|cpu|cuda(:[0-9]{1,3})?", "auto, cpu, cuda or cuda:N"),
     "threads": _at_least(1, 1024),

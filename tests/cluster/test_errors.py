@@ -70,6 +70,23 @@ def test_a_job_file_that_will_not_do(
     assert "job.py" in error
 
 
+@pytest.mark.parametrize(
+    ("text", "message", "code"),
+    [("import nothing_of_the_kind", "No module named", 2), ("", "no `job`", 2), ("DATA", "out of luck", 1)],
+)
+def test_a_mistake_is_told_once(
+    text: str, message: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = write_job(tmp_path)
+    broken = job.read_text().replace("    draw = torch", "    raise OSError('out of luck')\n    draw = torch")
+    job.write_text(broken if text == "DATA" else text)
+    assert main(["up", str(job), "--clients", "2", "--runs", str(tmp_path / "runs"), "--no-mdns"]) == code
+    said = capsys.readouterr()
+    assert (said.out + said.err).count(message) == 1, said
+    assert said.err.startswith("zsfl: ")
+    assert "ended with exit code" not in said.out
+
+
 def test_parts_that_do_not_fit_are_found_before_training(said: Said, tmp_path: Path) -> None:
     code, error = said("up", write_job(tmp_path, body=7))
     assert code == 2
@@ -147,6 +164,8 @@ def test_the_loss_is_no_number(said: Said, tmp_path: Path) -> None:
         (("up", "JOB", "--host", "0.0.0.0"), "--host is '0.0.0.0': expected the IPv4 address of one interface"),
         (("up", "JOB", "--clients", "some"), "invalid int value: 'some'"),
         (("up", "JOB", "--speed", "9"), "unrecognized arguments: --speed 9"),
+        (("up", "JOB", "--run", "Logs"), "--run is 'Logs': expected up to 100 letters, digits, dots, - and _; not"),
+        (("node", "client", "JOB", "--run", "spills"), "not spills or logs, which are folders beside the runs"),
         (("fly",), "invalid choice: 'fly'"),
         (("node", "client", "JOB", "--peer", "here"), "host:port"),
     ],

@@ -19,7 +19,6 @@ import zsfl
 from zsfl.aggregator.audit import audit
 from zsfl.aggregator.commit import Ledger, Record
 from zsfl.aggregator.progress import Progress
-from zsfl.errors import StorageError
 from zsfl.ids import Role, parse_cid
 from zsfl.reports import AnyReport, Waiting
 from zsfl.spill.layout import decode, encode
@@ -113,13 +112,13 @@ async def test_modes_that_do_not_wait_go_on_from_the_last_commit_too(
 
 
 async def _resumed_after(case: Case, runs: Path, monkeypatch: pytest.MonkeyPatch, versions: int, **flags: Any) -> None:
-    """Run in one process until the disk fails just after so many versions are recorded, the last of which is lost."""
+    """Run in one process until something fails just after so many versions are recorded, the last of which is lost."""
     commit = Ledger.commit
 
     def commit_and_end(self: Ledger, record: Record) -> None:
         commit(self, record)
         if record.version == versions:
-            raise StorageError("ended on purpose")
+            raise zsfl.RunFailed("ended on purpose")
 
     with monkeypatch.context() as patched:
         patched.setattr(Ledger, "commit", commit_and_end)
@@ -224,7 +223,7 @@ async def test_training_that_was_to_end_early_ends_there_after_a_resume(
 
     def end(self: Progress, state: Any) -> None:
         monkeypatch.setattr(Progress, "keep_model", keep_model)
-        raise StorageError("ended on purpose")
+        raise zsfl.RunFailed("ended on purpose")
 
     monkeypatch.setattr(Progress, "keep_model", end)
     with pytest.raises(zsfl.RunFailed, match="ended on purpose"):

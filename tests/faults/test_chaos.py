@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 from helpers.exact import Case, Ran, assert_equal, in_process
+from helpers.jobs import write_job
 from helpers.ledger import ledger
 
 import zsfl
 from zsfl.aggregator.audit import audit
+from zsfl.cluster import keeper as keeper_module
 from zsfl.cluster.chaos import Chaos
-from zsfl.cluster.keeper import MOST_DEATHS, Keeper
+from zsfl.cluster.keeper import EARLY_S, MOST_DEATHS, MOST_EARLY_DEATHS, Keeper
 from zsfl.cluster.nodes import NodeInfo
 from zsfl.errors import ConfigError
 from zsfl.ids import Address, Role
@@ -91,13 +93,63 @@ def test_plans_that_make_no_sense_are_refused(wrong: dict[str, object], message:
 
 
 def test_whom_it_is_of_use_to_start_again() -> None:
-    def ended(code: int, *, ready: bool = True, failed: bool = False) -> NodeInfo:
+    now_s, again, up = 1000.0, "start again", "give up"
+
+    def ended(
+        code: int, *, lived_s: float | None = EARLY_S + 1, failed: bool = False, killed: bool = False
+    ) -> NodeInfo:
         words = Failed(node="a", kind="ConfigError", message="wrong job") if failed else None
-        return NodeInfo(Role.CLIENT, address=Address("x:1") if ready else None, exit_code=code, failed=words)
+        node = NodeInfo(Role.CLIENT, exit_code=code, failed=words, was_killed=killed)
+        if lived_s is not None:
+            node.address, node.ready_s = Address("x:1"), now_s - lived_s
+        return node
 
     keeper = Keeper()
-    assert not keeper.starts_again("a", ended(0)), "it left on purpose"
-    assert not keeper.starts_again("a", ended(1, failed=True)), "it would fail again"
-    assert all(keeper.starts_again("a", ended(-9)) for _ in range(20))
-    deaths = [keeper.starts_again("b", ended(-9, ready=False)) for _ in range(MOST_DEATHS + 1)]
-    assert deaths == [*[True] * MOST_DEATHS, False], "whatever kills it before it is ready does so again"
+
+    def decided(name: str, node: NodeInfo, times: int) -> list[str]:
+        return [keeper.decide(name, node, now_s) for _ in range(times)]
+
+    assert decided("a", ended(0), 1) == ["let go"], "it left on purpose"
+    assert decided("a", ended(1, failed=True), 1) == ["let go"], "it would fail again"
+    assert decided("a", ended(-9), 20) == [again] * 20
+    assert decided("a", ended(-9, lived_s=0.1, killed=True), 20) == [again] * 20, "that was somebody's wish"
+    assert decided("b", ended(-9, lived_s=None), MOST_DEATHS + 1) == [*[again] * MOST_DEATHS, up]
+    assert decided("c", ended(-9, lived_s=0.1), MOST_EARLY_DEATHS + 1) == [*[again] * MOST_EARLY_DEATHS, up]
+    assert decided("d", ended(-9, lived_s=0.1), MOST_EARLY_DEATHS) == [again] * MOST_EARLY_DEATHS
+    assert decided("d", ended(-9), 1) == decided("d", ended(-9, lived_s=0.1), 1) == [again]
+
+
+DYING = """
+import os, pathlib
+
+class Dying(nn.Tanh):
+    def forward(self, x):
+        if pathlib.Path({gate!r}).exists():
+            os._exit(7)
+        return super().forward(x)
+
+def dying():
+    parts = model()
+    parts.body[1] = Dying()
+    return parts
+
+job = __import__("dataclasses").replace(job, model=dying)
+"""
+
+
+async def test_a_node_that_dies_whenever_it_is_ready_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "MOST_EARLY_DEATHS", 2)
+    job, gate = write_job(tmp_path, rounds=10_000), tmp_path / "gate"
+    job.write_text(job.read_text() + DYING.format(gate=str(gate)))
+    cluster = zsfl.LocalCluster(
+        job, split_servers=1, client_processes=1, runs=tmp_path, mdns=False, keep_alive=True, lost_after_s=1.0
+    )
+    said = r"split-server-0 died 3 times, .* at last with exit code 7: it is not .*See .*logs/split-server-0\.log"
+    async with cluster:
+        await _trained(cluster, 1)
+        await cluster.kill("split-server-0")
+        gate.touch()
+        with pytest.raises(zsfl.RunFailed, match=said):
+            await _trained(cluster, 1)

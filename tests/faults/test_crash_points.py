@@ -23,6 +23,8 @@ class Point(NamedTuple):
     function: str
     when: str
     call: int = 3
+    only: str = ""
+    """Of a store of spills, what its folder's name begins with: clients and split servers have the same."""
 
 
 POINTS = {
@@ -34,6 +36,9 @@ POINTS = {
     "server: before the spill is in place": Point("zsfl.split_server.body", "BodyWorker._put", "before"),
     "server: the spill is in place, not acknowledged": Point("zsfl.split_server.body", "BodyWorker._put", "after"),
     "server: acknowledged": Point("zsfl.split_server.role", "SplitServerRole._acknowledged", "after"),
+    "server: heard the commit that names its spills, deleted none": Point(
+        "zsfl.spill.store", "SpillStore.release", "before", only="split-server"
+    ),
     "aggregator: a contribution is in the journal": Point("zsfl.aggregator.journal", "Journal.keep", "after", 10),
     "aggregator: the step is made, not recorded": Point("zsfl.aggregator.commit", "Ledger.commit", "before"),
     "aggregator: recorded, nothing published": Point("zsfl.aggregator.commit", "Ledger.commit", "after"),
@@ -44,7 +49,7 @@ POINTS = {
 KILLING = '''
 import functools, importlib, os, signal, sys
 
-def _kill(module, function, when, call, once):
+def _kill(module, function, when, call, only, once):
     """The process ends in that call of this function, the first process that gets there."""
     owner, _, name = function.rpartition(".")
     owner = functools.reduce(getattr, owner.split("."), importlib.import_module(module))
@@ -59,6 +64,8 @@ def _kill(module, function, when, call, once):
 
     @functools.wraps(does)
     def killing(*args, **kwargs):
+        if only and not args[0].folder.name.startswith(only):
+            return does(*args, **kwargs)
         calls.append(1)
         if len(calls) == call and when == "before":
             end()

@@ -43,6 +43,7 @@ LIGHT = (
     "node",
     "reports",
     "settings",
+    "testing",
     "wire",
 )
 

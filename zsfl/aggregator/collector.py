@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from zsfl.aggregator.gathering import Gathering, Key
 from zsfl.aggregator.journal import Journal
+from zsfl.aggregator.roster import Roster
 from zsfl.errors import (
     BadShape,
     DeadlineExceeded,
@@ -19,7 +20,8 @@ from zsfl.errors import (
     Unavailable,
     ZsflError,
 )
-from zsfl.ids import Cid, NodeCard, NodeId, PartName, Role, SpillKind
+from zsfl.ids import Cid, NodeCard, NodeId, PartName, Role, SpillKind, parse_cid
+from zsfl.latest import Latest
 from zsfl.learning.averaging import Contribution
 from zsfl.node import Node
 from zsfl.spill.layout import decode_contribution
@@ -36,7 +38,7 @@ class _Holder:
     """One peer that holds spills."""
 
     def __init__(self, card: NodeCard, connection: Connection) -> None:
-        self.name, self.role = card.name, card.role
+        self.name = card.name
         self.connection = connection
         self.fetch: dict[Key, int] = {}
         self.members: dict[Cid, tuple[Cid, ...]] = {}
@@ -57,14 +59,14 @@ class Collector:
         gathering: Gathering,
         journal: Journal,
         took: Callable[[Contribution], None],
-        changed: Callable[[], None] = lambda: None,
+        roster: Latest[Roster],
     ) -> None:
-        """`took` is told of every part that is news, once it is in the journal; `changed` whenever one is lost."""
+        """`took` is told of every part that is news, once it is in the journal; `roster` touched when one is lost."""
         self._node = node
         self._gathering = gathering
         self._journal = journal
         self._took = took
-        self._changed = changed
+        self._roster = roster
         self._holders: dict[NodeId, _Holder] = {}
         self._lost: set[tuple[Cid, PartName]] = set()
         """Acknowledged and lost: asked for until they come, or do not count any more."""
@@ -142,7 +144,7 @@ class Collector:
             pass  # presence decides whether it is gone; if not, it will offer again
         except ZsflError as error:
             self._complain(card, holder, keys, error)
-            if isinstance(error, DeadlineExceeded) and holder.role is not Role.CLIENT:
+            if isinstance(error, DeadlineExceeded) and card.role is not Role.CLIENT:
                 self._remake_soon(_parts(holder, keys))
         self._gathering.not_delivered(card.id, keys)
         for cid, _ in keys:
@@ -173,7 +175,7 @@ class Collector:
     def _remake_soon(self, lost: Sequence[tuple[Cid, PartName]]) -> None:
         if not self._lost.issuperset(lost):
             self._lost.update(lost)
-            self._changed()
+            self._roster.touch()
         if self._lost and (self._remaking is None or self._remaking.done()):
             self._remaking = self._node.start(self._have_remade(), "have lost spills made again")
 
@@ -188,14 +190,20 @@ class Collector:
 
     async def _have_remade(self) -> None:
         """Ask for what is lost until it is here: a client may be about to take the step in hand, or be away."""
-        settings = self._node.settings
         while self._lost:
-            lost = tuple(sorted(self._lost)[:MAX_OFFERS])
-            for client in [one for one in self._holders.values() if one.role is Role.CLIENT]:
-                with suppress(ZsflError):
-                    await client.connection.request(Remake(lost=lost), deadline_s=2 * settings.lost_after_s)
-            await asyncio.sleep(2 * settings.beat_s)
+            wanted: dict[NodeId | None, list[tuple[Cid, PartName]]] = {}
+            for one in sorted(self._lost):
+                wanted.setdefault(self._roster.value.node_of(parse_cid(one[0]).shard), []).append(one)
+            # All at once: one that does not answer holds up nobody else.
+            await asyncio.gather(*(self._ask_for(lost, of) for of, lost in wanted.items() if of is not None))
+            await asyncio.sleep(2 * self._node.settings.beat_s)
             self._lost = {one for one in self._lost if self._gathering.is_missing(*one)}
+
+    async def _ask_for(self, lost: list[tuple[Cid, PartName]], of: NodeId) -> None:
+        if client := self._holders.get(of):
+            with suppress(ZsflError):
+                deadline_s = 2 * self._node.settings.lost_after_s
+                await client.connection.request(Remake(lost=tuple(lost[:MAX_OFFERS])), deadline_s=deadline_s)
 
     def _complain(self, card: NodeCard, holder: _Holder, keys: list[Key], error: ZsflError) -> None:
         """Say why spills do not come: once each, since they are asked for again as often as they are offered."""
@@ -232,7 +240,7 @@ class Collector:
                 found = self._journal.keep(found, data)
         except StorageError as error:  # it stays where it is, and is offered again
             if not self._is_full:
-                self._node.note(f"contributions wait until there is room for them: {error}", "warning")
+                self._node.note(f"contributions wait until they can be kept: {error}", "warning")
             self._is_full = True
             return True
         self._is_full = False

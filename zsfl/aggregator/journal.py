@@ -55,9 +55,9 @@ class Journal:
             self._known()[self._at] = self._live.size_bytes
         with self._storing():
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._at = version
-            self._live = Segment(path, sealed=path.exists())
-            self._live.repair()  # one that a killed process left may be torn at its end
+            live = Segment(path, sealed=path.exists())
+            live.repair()  # one that a killed process left may be torn at its end
+            self._at, self._live = version, live
 
     def keep(self, one: Contribution, data: Buffer) -> Contribution:
         """Put the stored bytes of a contribution in place; the same contribution, not in memory if it is large."""

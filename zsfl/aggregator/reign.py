@@ -91,15 +91,18 @@ class Reign:
         self._keep(led=False)
         raise Fenced("another aggregator has taken over meanwhile: what was not recorded by then is made again there")
 
+    @property
+    def is_held(self) -> bool:
+        """Whether nobody else can lead now, so that a version may be recorded."""
+        return not self._standing.shared or self._is_alone or self._lease.is_held(clock_s())
+
     async def assured(self) -> None:
-        """Returns while nobody else can lead; RunFailed when that does not come about in time."""
-        if not self._standing.shared or self._is_alone or self._lease.is_held(clock_s()):
-            return
+        """Returns once nobody else can lead; RunFailed when that does not come about in time."""
         patience_s = self._node.settings.patience_s
         try:
             with self._node.waiting(self._lacking):
                 async with asyncio.timeout(patience_s):
-                    await self._promised.wait_for(lambda _: self._lease.is_held(clock_s()))
+                    await self._promised.wait_for(lambda _: self.is_held)
         except TimeoutError:
             raise RunFailed(
                 f"for {patience_s:g} s there was no {self._lacking()}: with another aggregator standing by, a run goes "

@@ -49,8 +49,6 @@ from zsfl.wire.messages import (
     Train,
 )
 
-MOST_NAMED = 64
-"""Clients named in one report."""
 FAREWELL_S = 2.0
 """How long the aggregator of a finished run stays for peers that have not heard of the end."""
 
@@ -285,7 +283,7 @@ class AggregatorRole:
             await self._train_round(total)
         self._stage.enter(phase="idle", version=self._training.version)
         await self._held_out.all_done()
-        self._folder.write_plot()
+        await self._node.persistently(self._folder.write_plot)
         best, last = self._best.tested, self._last
         finished = Finished(
             node=self._node.name,
@@ -312,9 +310,8 @@ class AggregatorRole:
         tally = await self._training.train_round(total, self._made, lambda: self._is_early)
         self._counters.heard(self._node.card.id, self._node.name, self._node.counted())
         report = tally.round_report(self._training.version, self._counters.added(), time.monotonic())
-        absent = [self._roster.value.label(shard) for shard in self._roster.value.missing()[:MOST_NAMED]]
-        report = msgspec.structs.replace(report, without=tuple(absent))
-        self._keep(report)
+        report = msgspec.structs.replace(report, without=self._roster.value.without())
+        await self._node.persistently(lambda: self._keep(report))
         await self._order_test(report, *self._training.newest)
 
     async def _made(self, version: Version) -> bool:
@@ -342,15 +339,20 @@ class AggregatorRole:
                 f"the held-out loss became {tested.loss} after round {order.round} (version {order.version}): lower "
                 "the learning rate, or look for bad samples"
             )
-        if tested.loss is not None and self._best.take(tested):
-            self._progress.keep_best(order.state)
+        is_best = tested.loss is not None and self._best.take(tested)
         tested = msgspec.structs.replace(tested, ends_round=report is not None)
         whole = None if report is None else msgspec.structs.replace(report, loss=tested.loss, accuracy=tested.accuracy)
-        self._folder.append_metrics(tested)
-        if whole is not None:
-            self._folder.append_metrics(whole)
-            if not order.left_out:
-                self._progress.keep_from(whole.round, self._node.settings.keep_mib << 20)
+
+        def keep() -> None:
+            if is_best:
+                self._progress.keep_best(order.state)
+            self._folder.append_metrics(tested)
+            if whole is not None:
+                self._folder.append_metrics(whole)
+                if not order.left_out:
+                    self._progress.keep_from(whole.round, self._node.settings.keep_mib << 20)
+
+        await self._node.persistently(keep)
         self._node.report(tested)
         if whole is not None:
             self._last = whole

@@ -11,6 +11,9 @@ from zsfl.errors import ConfigError, Held
 from zsfl.ids import NodeId
 from zsfl.wire.fields import ShardInfo
 
+MOST_NAMED = 64
+"""Clients named in one report."""
+
 
 @dataclass(slots=True)
 class _Seat:
@@ -102,10 +105,24 @@ class Roster:
             return f"shard {shard} (no client yet)"
         return seat.name if seat.name.endswith(f"-{shard}") else f"{seat.name} (shard {shard})"
 
+    def node_of(self, shard: int) -> NodeId | None:
+        """Who holds a shard, or held it last."""
+        seat = self._seats.get(shard)
+        return None if seat is None else seat.node
+
     def name(self, shard: int) -> str:
         """Who holds a shard, and whether it is there."""
         gone = shard in self._seats and not self._seats[shard].present
         return f"{self.label(shard)}, which is gone" if gone else self.label(shard)
+
+    def names(self, shards: Sequence[int]) -> str:
+        """The same of several, or of the first ones of many."""
+        names = ", ".join(self.name(shard) for shard in shards[:8])
+        return f"{names} and others" if len(shards) > 8 else names
+
+    def without(self) -> tuple[str, ...]:
+        """Whose clients are missing, in short, for a report."""
+        return tuple(self.label(shard) for shard in self.missing()[:MOST_NAMED])
 
     def samples(self, shards: Sequence[int] | None = None) -> Mapping[int, int]:
         """Training samples by shard, of these shards (None: of all that ever joined)."""

@@ -32,6 +32,7 @@ from torch import Tensor
 from zsfl.errors import ConfigError, StorageError
 from zsfl.locks import LOCK, lock_folder
 from zsfl.reports import AnyReport, RoundReport, Tested, WindowReport, from_line, to_line
+from zsfl.settings import BESIDE_RUNS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,6 +49,8 @@ class RunFolder:
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
         self._lock = lock
+        self._ends: dict[str, int] = {}
+        """By file, where the last line ends that was appended whole."""
 
     @classmethod
     def create(cls, runs: Path, name: str, resume: bool) -> Self:
@@ -56,6 +59,8 @@ class RunFolder:
         `ConfigError` when there is nothing to resume or another process writes the folder, `StorageError`
         when the disk refuses.
         """
+        if name.lower() in BESIDE_RUNS:  # as a job may be called
+            raise ConfigError(f"a run cannot be called {name}, which is a folder beside the runs; name it with --run")
         path = runs / name
         if resume and not path.is_dir():
             raise ConfigError(f"there is no run {path} to resume; {_known_runs(runs)}")
@@ -113,11 +118,24 @@ class RunFolder:
 
     def append_metrics(self, report: RoundReport | WindowReport | Tested) -> None:
         """One more line of metrics.jsonl."""
-        _append_line(self.path / METRICS, to_line(report))
+        self._append(METRICS, to_line(report))
 
     def append_commit(self, record: Mapping[str, Any], *, sync: bool = False) -> None:
         """One more line of ledger.jsonl, handed to the operating system when this returns; with `sync` to the disk."""
-        _append_line(self.ledger_path, msgspec.json.encode(record) + b"\n", sync=sync)
+        self._append(LEDGER, msgspec.json.encode(record) + b"\n", sync=sync)
+
+    def _append(self, name: str, line: bytes, *, sync: bool = False) -> None:
+        """A line more, or none: after a refusal of the disk it may be appended again."""
+        path = self.path / name
+        with _storing(path), path.open("ab", buffering=0) as file:
+            end = self._ends[name] = min(file.tell(), self._ends.get(name, file.tell()))
+            file.truncate(end)  # of what the disk took of a line before it refused the rest
+            rest = memoryview(line)
+            while rest:
+                rest = rest[file.write(rest) :]
+            if sync:
+                os.fdatasync(file.fileno())
+            self._ends[name] = end + len(line)
 
     def commits(self) -> list[bytes]:
         """The lines of ledger.jsonl."""
@@ -126,6 +144,7 @@ class RunFolder:
     def cut_commits(self, is_last: Callable[[bytes], bool], *, whole: bool = False) -> None:
         """Remove all lines of ledger.jsonl after the one that `is_last` finds, or with `whole` all of them."""
         lines = whole_lines(self.ledger_path)
+        self._ends.pop(LEDGER, None)
         kept = 0 if whole else next(number for number, line in enumerate(lines, 1) if is_last(line))
         if kept < len(lines):
             with _storing(self.ledger_path):
@@ -247,14 +266,6 @@ def _new_folder(runs: Path, name: str) -> Path:
             number += 1
         else:
             return path
-
-
-def _append_line(path: Path, line: bytes, *, sync: bool = False) -> None:
-    with _storing(path), path.open("ab") as file:
-        file.write(line)
-        if sync:
-            file.flush()
-            os.fdatasync(file.fileno())
 
 
 def whole_lines(path: Path) -> list[bytes]:

@@ -65,9 +65,9 @@ class Training:
         self._roster = roster
         self._shelf = shelf
         self._reign = reign
-        self._syncs = node.settings.durability == "power"
-        self.ledger = Ledger(folder, sync=self._syncs)
-        self.journal = Journal(folder.journal_path, syncs=self._syncs)
+        syncs = node.settings.durability == "power"
+        self.ledger = Ledger(folder, sync=syncs)
+        self.journal = Journal(folder.journal_path, syncs=syncs)
         mode = job.how
         self._is_async, self._is_exact = isinstance(mode, Async), isinstance(mode, Exact)
         self._merges = job.batch_norm == "merged"
@@ -83,7 +83,7 @@ class Training:
         self._closing = closing_for(mode, steps)
         self.rules = Rules(job)
         self._pacer = self.rules.pacer
-        self.collector = Collector(node, self._gathering, self.journal, self._took, roster.touch)
+        self.collector = Collector(node, self._gathering, self.journal, self._took, roster)
         self.version = stage.state.version
         """Of the master; peers hear of it only together with what is asked of them at it."""
         self.round = 0
@@ -98,10 +98,9 @@ class Training:
         self._attendance = Attendance()
         self._retold: Sequence[Made] = ()
         """Versions of the round in progress that a former process made."""
-        self._progress_s = 0.0
         self._awaited: frozenset[int] = frozenset()
         """Shards that take part in the window, when that was looked at last."""
-        self._alarm_s = 0.0
+        self._progress_s = self._alarm_s = 0.0
         """When the window is looked at again, if nothing happens."""
 
     def begin_at(self, version: Version, round_: int) -> None:
@@ -236,7 +235,7 @@ class Training:
         if not self._participants(there):
             return "idle"
         self.rules.there(self._roster.value.samples(there))
-        self.journal.begin(self.version)
+        await self._node.persistently(lambda: self.journal.begin(self.version))
         late = self._gathering.begin(self.version, None if self._is_async else self._cids(self._sizes))
         now_s = self._progress_s = time.monotonic()
         self._closing.began(self.version, self._sizes, now_s)
@@ -312,8 +311,7 @@ class Training:
                     f"round {self.round + 1} stood still for {patience_s:g} s without the steps of {self._missing()}. "
                     "Start what is missing, then go on with --resume"
                 )
-            ends_s = self._progress_s + patience_s
-            alarms = (self._closing.next_deadline_s(), roster.next_leave_s(now_s), ends_s)
+            alarms = (self._closing.next_deadline_s(), roster.next_leave_s(now_s), self._progress_s + patience_s)
             self._awaited, self._alarm_s = frozenset(there), min(alarm for alarm in alarms if alarm > now_s)
             await self._roster.changed_within(self._alarm_s - now_s)
 
@@ -347,9 +345,7 @@ class Training:
     def _missing(self) -> str:
         """Who holds up the window, for people."""
         there = self._roster.value.taking_part(time.monotonic())
-        shards = self._closing.missing(there)
-        names = ", ".join(self._roster.value.name(shard) for shard in shards[:8])
-        return f"{names} and others" if len(shards) > 8 else names or "any client"
+        return self._roster.value.names(self._closing.missing(there)) or "any client"
 
     # --- versions ---------------------------------------------------------------------------------------
 
@@ -372,12 +368,18 @@ class Training:
             self.newest = self.proven
             raise
         self.proven = self.newest
-        if self._syncs:
-            self.journal.sync()
-        record = record_of(self.version, window, dropped, self._master.digest())
         place = {"round": self.round, "window": place_in_round, "without": without, "memory": self.rules.state()}
-        await self._reign.assured()
-        self.ledger.commit(msgspec.structs.replace(record, epoch=state.epoch, **place))
+        record = record_of(self.version, window, dropped, self._master.digest())
+        record = msgspec.structs.replace(record, epoch=state.epoch, **place)
+
+        def keep() -> bool:
+            self.journal.sync()
+            if self._reign.is_held:
+                self.ledger.commit(record)
+            return self._reign.is_held
+
+        while not await self._node.persistently(keep):  # which may take longer than a lease
+            await self._reign.assured()
         self._take_state(Version(self.version + 1))
         await self._reign.recorded(self.newest[0])
         self._tally.counted(window, self.version, dropped)
@@ -393,5 +395,5 @@ class Training:
     async def _report(self, windows: int) -> None:
         """Progress inside a round, if some is due."""
         if report := self._tally.window_report(windows, self.version, time.monotonic()):
-            self._folder.append_metrics(report)
+            await self._node.persistently(lambda: self._folder.append_metrics(report))
             self._node.report(report)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 
 from zsfl.client.local import ClientWeights, LocalParts, StepInHand
 from zsfl.client.remote import RemoteBody
-from zsfl.errors import SpillFull, StaleWeights, Unavailable
+from zsfl.errors import StaleWeights, Unavailable
 from zsfl.ids import Cid, NodeId, PartName, Version
 from zsfl.member import Member
 from zsfl.node import Node
@@ -68,7 +67,7 @@ class StepDriver:
         drive = self._drive_u_shaped if self.local.u_shaped else self._drive_label_sharing
         server, grad = await drive(weights, step, at, merged)
         self.local.finish(weights, step, grad)
-        await self._put_patiently(step)
+        await self._node.persistently(lambda: self._put(step))
         self._node.counters.add("steps")
         if not merged:  # of a merged batch no single step can be driven again: all of them are asked for anew
             self._held[cid] = step, server
@@ -136,18 +135,6 @@ class StepDriver:
         tensors = {f"grad/{name}": tensor for name, tensor in step.grads.items()}
         tensors |= {f"buffer/{name}": tensor for name, tensor in step.buffers.items()}
         self._member.offer(self._member.spills.put(meta, tensors))
-
-    async def _put_patiently(self, step: StepInHand) -> None:
-        """The same, waiting for room where the disk is full; SpillFull when none comes in time."""
-        ends_s = time.monotonic() + self._node.settings.patience_s
-        while True:
-            try:
-                return self._put(step)
-            except SpillFull as error:
-                if time.monotonic() > ends_s:
-                    raise
-                with self._node.waiting(f"room for a spill: {error}"):
-                    await asyncio.sleep(self._node.settings.beat_s)
 
     def lost(self, server: NodeId) -> None:
         """A server is gone, and with it what it spilled and the aggregator has not got: drive those steps again."""

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import os
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from zsfl.cluster.chaos import Chaos, wreck
 from zsfl.cluster.keeper import Keeper
-from zsfl.cluster.nodes import Leader, NodeInfo, check_counts, death, port_again, rounds_in
+from zsfl.cluster.nodes import Leader, NodeInfo, check_counts, death, given_up, port_again, rounds_in
 from zsfl.cluster.orders import deadline, order
 from zsfl.cluster.spawner import NodeCommand, Spawner
 from zsfl.cluster.spawners import loaded, spawner_for
@@ -69,9 +70,9 @@ class LocalCluster:
         """`job` is a job file, or with `in_process` also a `Job`. `clients` overrides its number of shards. Each of the
         `standbys` keeps a copy of the run, and takes over when the aggregator is gone.
 
-        Clients share `client_processes` processes, by default one each. With `keep_alive` nodes that are killed are
-        started again, and the aggregator goes on from its last commit. `chaos` kills some on purpose while the cluster
-        trains, to see what a job survives. `settings` are fields of `zsfl.settings.NodeSettings` for all nodes.
+        Clients share `client_processes` processes, by default one each. With `keep_alive` nodes that are killed, but do
+        not die each time, are started again, the aggregator from its last commit. `chaos` kills some on purpose while
+        the cluster trains. `settings` are fields of `zsfl.settings.NodeSettings` for all nodes.
         """
         check_counts(clients, split_servers, standbys, client_processes)
         if settings.get("durability") == "replica" and not standbys:
@@ -219,6 +220,8 @@ class LocalCluster:
 
     async def kill(self, name: str) -> None:
         """End one node at once, as a crash would, and wait until it is gone."""
+        if name in self.nodes:
+            self.nodes[name].was_killed = True
         await self._until_gone(name, self._spawner.kill)
 
     # --- starting ---------------------------------------------------------------------------------------
@@ -274,7 +277,7 @@ class LocalCluster:
         node = self.nodes.get(report.node)
         match report:
             case Ready() if node is not None:
-                node.pid, node.address = report.pid, Address(report.address)
+                node.pid, node.address, node.ready_s = report.pid, Address(report.address), time.monotonic()
                 if report.role == Role.AGGREGATOR:
                     self._leader.is_now(report.node, node.address)
             case Assembled():
@@ -308,9 +311,14 @@ class LocalCluster:
 
         One that fails is another matter: something is wrong with the job, and with the next one it would be again.
         """
-        if self._assembled and self._keeper is not None and self._keeper.starts_again(name, node):
-            self._run_errand(self._revive(name))
-            return
+        if self._assembled and self._keeper is not None:
+            match self._keeper.decide(name, node, time.monotonic()):
+                case "start again":
+                    return self._run_errand(self._revive(name))
+                case "give up":
+                    return self._fail(given_up(name, node, self._logs, self._keeper.early[name]))
+                case "let go":
+                    pass
         group = AGGREGATING if node.role in AGGREGATING else {node.role}
         others = [other for other in self.nodes.values() if other.role in group and other.exit_code is None]
         may_go = node.role is Role.SPLIT_SERVER or node.failed is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,6 +26,10 @@ class NodeInfo:
     """What it was started with, beside the settings of all."""
     pid: int | None = None
     address: Address | None = None
+    ready_s: float = math.inf
+    """When it was, by the monotonic clock."""
+    was_killed: bool = False
+    """By whoever runs the cluster: that says nothing about the node."""
     exit_code: int | None = None
     failed: Failed | None = None
     """Its last words, if it had any."""
@@ -75,6 +80,15 @@ def death(name: str, node: NodeInfo, logs: Path) -> ZsflError:
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     last = f", and there is no other {node.role.replace('-', ' ')}" if node.role is not Role.AGGREGATOR else ""
     return RunFailed(f"{name} {how}{last}; see {logs / name}.log")
+
+
+def given_up(name: str, node: NodeInfo, logs: Path, deaths: int) -> RunFailed:
+    """That a node dies whenever it is started."""
+    how = f"by signal {-(node.exit_code or 0)}" if (node.exit_code or 0) < 0 else f"with exit code {node.exit_code}"
+    return RunFailed(
+        f"{name} died {deaths} times, one soon after another, at last {how}: it is not started again. "
+        f"See {logs / name}.log, then go on with --resume"
+    )
 
 
 def rounds_in(folder: Path) -> Iterator[RoundReport]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
-from typing import TYPE_CHECKING, Self
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from zsfl.reports import (
     AnyReport,
@@ -25,8 +23,7 @@ from zsfl.reports import (
 )
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-    from rich.live import Live
+    from rich.console import RenderableType
     from rich.table import Table
 
 LIVE_ROUNDS = 8
@@ -66,6 +63,9 @@ class RunView:
         """Lines, and whether each is a warning; at the end only those are left."""
         self.finished: Finished | None = None
         self.failed: Failed | None = None
+        """The first with these words: a mistake in the job is one that every node finds."""
+        self.ended_by_failure: set[str] = set()
+        """Nodes that said why they ended."""
         self._recent: deque[Mapping[str, str]] = deque(maxlen=RECENT_WINDOWS)
         self._started: tuple[float, float] | None = None
         self._now_s = 0.0
@@ -93,7 +93,11 @@ class RunView:
                 self.waiting.clear()
                 self.notes = deque((note for note in self.notes if note[1]), maxlen=SHOWN_NOTES)
             case Failed():
-                self.failed = report
+                self.ended_by_failure.add(report.node)
+                if self.failed is None or report.message not in self.failed.message:
+                    self.failed = report
+            case Exited() if report.node in self.ended_by_failure:
+                self.ended_by_failure.discard(report.node)  # it may be started again
             case Assembled() | Note() | Tested() | Exited():
                 if isinstance(report, Assembled):
                     self.waiting.clear()
@@ -341,59 +345,3 @@ def _percent(share: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-class ProgressPrinter:
-    """Shows reports as they come: redrawn in place on a terminal, else one line for each that matters."""
-
-    def __init__(self, console: Console | None = None, clock_s: Callable[[], float] = time.monotonic) -> None:
-        from rich.console import Console
-
-        self.view = RunView()
-        self._console = console or Console()
-        self._clock_s = clock_s
-        self._live: Live | None = None
-        self._drawn_s = float("-inf")
-        self._told: dict[str, tuple[tuple[str, tuple[str, ...]], float]] = {}
-
-    def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            from rich.live import Live
-
-            # Redrawn by `on` alone: rich's refresh thread would read the view while it changes.
-            self._live = Live(console=self._console, auto_refresh=False)
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.update(render(self.view), refresh=True)
-            self._live.stop()
-            self._live = None
-        elif self.view.finished is not None:
-            with suppress(SystemExit):  # as in `on`
-                self._console.print(render(self.view))
-
-    def on(self, report: AnyReport) -> None:
-        """Take one report in and show what it changes."""
-        now_s = self._clock_s()
-        self.view.on(report, now_s)
-        with suppress(SystemExit):  # rich's answer to a closed pipe; a run goes on when nobody watches any more
-            self._show(report, now_s)
-
-    def _show(self, report: AnyReport, now_s: float) -> None:
-        if self._live is None:
-            self._tell(report, now_s)
-        elif not isinstance(report, WindowReport) or now_s - self._drawn_s >= REDRAW_S:
-            self._live.update(render(self.view), refresh=True)
-            self._drawn_s = now_s
-
-    def _tell(self, report: AnyReport, now_s: float) -> None:
-        if isinstance(report, Waiting):
-            told, told_s = self._told.get(report.node, (None, 0.0))
-            news = (report.what, report.hints)
-            if told == news and now_s - told_s < REPEAT_S:
-                return
-            self._told[report.node] = (news, now_s)
-        if line := plain_line(report):
-            self._console.out(line, highlight=False)

@@ -10,6 +10,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -197,7 +198,8 @@ class Master:
                 os.fsync(file.fileno())
             temporary.replace(folder / _FILE)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             what = f"the weights cannot be saved in {folder}: {error}"
             raise StorageError(f"{what}; make room there or choose another folder") from error
 

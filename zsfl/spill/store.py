@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from zsfl.errors import BadShape, SpillCorrupt, SpillFull, StorageError
+from zsfl.errors import BadShape, SpillCorrupt, SpillFull, SpillTooLarge, StorageError
 from zsfl.ids import Cid, RunId, SpillKind, parse_cid
 from zsfl.spill.coded import SpillCoder
 from zsfl.spill.layout import Buffer, SpillMeta, decode_contribution, decode_meta, header_bytes, pieces
@@ -25,7 +25,10 @@ LARGE_BYTES = 256 << 10
 """A longer spill has a file of its own."""
 FRESH_BYTES = 4 << 20
 """Kept in memory of those that were put last, until they are offered."""
-_SUFFIX = ".safetensors"
+MOST_DAMAGED = 4
+"""Files of what was set aside, the newest: enough to see what a disk does to files, and few enough where it does so to
+all of them."""
+_SUFFIX, _DAMAGED = ".safetensors", ".damaged"
 
 
 @dataclass(slots=True)
@@ -63,6 +66,8 @@ class SpillStore:
         self._fresh_bytes = 0
         self._segments = 0
         """The number of the newest."""
+        self._left: set[Path] = set()
+        """Files with nothing that is held, which the disk would not let go of yet."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             found = sorted(folder.iterdir())
@@ -103,7 +108,7 @@ class SpillStore:
         if not self._limit_bytes:
             return
         if more_bytes > self._limit_bytes:
-            raise StorageError(
+            raise SpillTooLarge(
                 f"a spill of {more_bytes} bytes never has room in {self.folder}, which may take "
                 f"{self._limit_bytes >> 20} MiB: allow more with --spill-mib"
             )
@@ -131,8 +136,8 @@ class SpillStore:
                     self._keep_fresh((offer.cid, offer.kind), data)
             except OSError as error:
                 if self._live is not None and not self._live.held:
-                    with suppress(OSError):
-                        self._live.delete()
+                    self._live.close()
+                    self._delete(self._live.path)
                     self._live = None
                 raise _storage_error(error, self.folder) from error
 
@@ -145,8 +150,9 @@ class SpillStore:
             with aside.open("wb") as file:
                 for piece in found:
                     file.write(piece)
-            aside.rename(path)
             with self._lock:
+                aside.rename(path)
+                self._left.discard(path)
                 self._hold(_Held(offer, None, 0, set(_cids(offer))))
         except OSError as error:
             with suppress(OSError):
@@ -199,7 +205,7 @@ class SpillStore:
     def set_aside(self, key: Key) -> bool:
         """Hold a spill no more that is not there, or not as it was written; whether it is held no more.
 
-        The bytes of a damaged one are kept beside the others, as `CID.KIND.damaged`.
+        The bytes of a damaged one are kept beside the others, as `CID.KIND.damaged`; of those the newest.
         """
         data = self.read(key)
         if data is not None:
@@ -207,7 +213,7 @@ class SpillStore:
                 decode_contribution(data)
             except SpillCorrupt:
                 with suppress(OSError):
-                    self._path(key).with_suffix(".damaged").write_bytes(data)
+                    self._keep_damaged(self._path(key).with_suffix(_DAMAGED), data)
             else:
                 return False
         try:
@@ -218,13 +224,23 @@ class SpillStore:
             raise _storage_error(error, self.folder) from error
         return True
 
+    def _keep_damaged(self, path: Path, data: bytes) -> None:
+        others = [(one.stat().st_mtime_ns, one) for one in self.folder.glob(f"*{_DAMAGED}") if one != path]
+        for _, old in sorted(others)[: max(0, len(others) - MOST_DAMAGED + 1)]:
+            old.unlink()
+        path.write_bytes(data)
+
     def release(self, cids: Iterable[Cid]) -> None:
-        """Delete the spills of cids that a committed version names; others are not touched."""
+        """Delete the spills of cids that a committed version names; others are not touched.
+
+        StorageError where the disk does not let go of them: they are held no more, and deleted with those that follow.
+        """
         try:
             with self._lock:
                 for cid in cids:
                     for key in list(self._keys.get(cid, ())):
                         self._settle(key, cid)
+                self._sweep()
         except OSError as error:
             raise _storage_error(error, self.folder) from error
 
@@ -259,13 +275,25 @@ class SpillStore:
         segment = held.segment
         if segment is None:
             if not renamed:
-                self._path((held.offer.cid, held.offer.kind)).unlink(missing_ok=True)
+                self._delete(self._path((held.offer.cid, held.offer.kind)))
             return
         segment.held -= 1
         if not segment.held:
             if segment is self._live:
                 self._live = None
-            segment.delete()
+            segment.close()
+            self._delete(segment.path)
+
+    def _delete(self, path: Path) -> None:
+        """Delete a file, now or as soon as the disk lets go of it."""
+        self._left.add(path)
+        with suppress(OSError):
+            self._sweep()
+
+    def _sweep(self) -> None:
+        for path in tuple(self._left):
+            path.unlink(missing_ok=True)
+            self._left.remove(path)
 
     def keep_only(self, run: RunId) -> int:
         """Delete the spills of every other run; how many there were."""

@@ -11,13 +11,13 @@ from typing import assert_never
 
 import torch
 
-from zsfl.errors import BadShape, Rejected, RemoteProtocolError, Unavailable, ZsflError
+from zsfl.errors import BadShape, Rejected, RemoteProtocolError, StorageError, Unavailable, ZsflError
 from zsfl.ids import BODY, Cid, NodeCard, Role, StepId, parse_cid
 from zsfl.latest import Latest
 from zsfl.learning.cuts import Cuts
 from zsfl.learning.job import Job
 from zsfl.learning.part import Part, PartWeights
-from zsfl.member import Member
+from zsfl.member import NOT_PUT, Member
 from zsfl.node import BeatExtras, Node
 from zsfl.spill.coded import SpillCoder
 from zsfl.split_server.admission import Admission
@@ -259,6 +259,9 @@ class SplitServerRole:
             yield
         except torch.OutOfMemoryError as error:
             raise Unavailable(f"{self._node.name} is out of memory: {error}") from error
+        except StorageError as error:
+            self._member.in_trouble(NOT_PUT, error)
+            raise
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise Rejected(f"the body fails on this batch: {type(error).__name__}: {error}") from error
         self._admission.measured((time.perf_counter() - start_s) / count)

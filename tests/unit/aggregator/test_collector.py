@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 import torch
 from helpers.waiting import eventually
@@ -15,15 +16,18 @@ from helpers.waiting import eventually
 from zsfl.aggregator.collector import Collector
 from zsfl.aggregator.gathering import Gathering
 from zsfl.aggregator.journal import Journal
+from zsfl.aggregator.roster import Roster
 from zsfl.errors import DeadlineExceeded, NoPeer, RemoteProtocolError, Unavailable, ZsflError
 from zsfl.ids import Cid, NodeCard, NodeId, PartName, Role, RunId, Version, step_cid
+from zsfl.latest import Latest
 from zsfl.learning.averaging import Contribution, StepShare
 from zsfl.metrics import Counters
 from zsfl.spill.layout import SpillMeta, encode
-from zsfl.wire.fields import MAX_CARRIED_BYTES
-from zsfl.wire.messages import FetchSpills, Remake, Request, SpillOffer
+from zsfl.wire.fields import MAX_CARRIED_BYTES, ShardInfo
+from zsfl.wire.messages import FetchSpills, Recheck, Remake, Request, SpillOffer, Spills
 
 CARD = NodeCard(id=NodeId("1"), name="server", role=Role.SPLIT_SERVER, host="127.0.0.1", control_port=1, data_port=2)
+CLIENT = NodeCard(id=NodeId("2"), name="client", role=Role.CLIENT, host="127.0.0.1", control_port=1, data_port=2)
 
 
 def cid(version: int, shard: int = 0) -> Cid:
@@ -69,7 +73,7 @@ async def said_of(error: ZsflError, folder: Path) -> list[str]:
     """What is noted when two spills are offered three times each, and then one of the next version."""
     node = Refusing(error)
     gathering = Gathering(RunId("3fa9c1"), max_staleness=0, steps_per_version=1, shards=2)
-    collector = Collector(cast(Any, node), gathering, Journal(folder), lambda _: None)
+    collector = Collector(cast(Any, node), gathering, Journal(folder), lambda _: None, Latest(Roster(2)))
     collector.joined(CARD)
     for version, shard in [(4, 0), (4, 1), (4, 0), (4, 1), (4, 0), (4, 1), (5, 0)]:
         gathering.begin(Version(version), {cid(version, shard) for shard in (0, 1)})
@@ -129,7 +133,10 @@ class Collecting:
         self.gathering = Gathering(RunId("3fa9c1"), max_staleness=0, steps_per_version=1, shards=2)
         self.gathering.begin(Version(4), [cid(4, 0), cid(4, 1)])
         self.took: list[Contribution] = []
-        self.collector = Collector(cast(Any, self.node), self.gathering, journal, self.took.append)
+        roster = Roster(2)
+        infos = [ShardInfo(shard=shard, train_samples=9, test_samples=0) for shard in range(2)]
+        roster.join(CLIENT.id, CLIENT.name, infos)
+        self.collector = Collector(cast(Any, self.node), self.gathering, journal, self.took.append, Latest(roster))
         self.collector.joined(CARD)
 
     async def ends(self) -> None:
@@ -180,8 +187,6 @@ async def test_what_comes_along_must_fit_the_offers(tmp_path: Path, carried: lis
 
 # --- what its holder does not hand over ------------------------------------------------------------------
 
-CLIENT = NodeCard(id=NodeId("2"), name="client", role=Role.CLIENT, host="127.0.0.1", control_port=1, data_port=2)
-
 
 async def test_a_body_part_that_nobody_offers_is_made_again_by_its_client(tmp_path: Path) -> None:
     at = Collecting(tmp_path)
@@ -216,3 +221,51 @@ async def test_what_a_client_does_not_hand_over_in_time_is_waited_for(tmp_path: 
         await eventually(lambda asked=asked: len(at.node.asked) > asked, 5)
     assert not any(isinstance(request, Remake) for request in at.node.asked)
     await at.ends()
+
+
+# --- what is lost ----------------------------------------------------------------------------------------
+
+
+class Losing(Refusing):
+    """A node whose server lost what it offered; of its clients the first never answers."""
+
+    def __init__(self) -> None:
+        super().__init__(Unavailable("not now"))
+        self.settings = SimpleNamespace(request_s=1.0, lost_after_s=30.0, beat_s=0.01)
+        self.remade: dict[str, list[tuple[Cid, PartName]]] = {}
+
+    def connect(self, *args: Any) -> Any:
+        card: NodeCard = args[0]
+
+        async def request(body: FetchSpills | Recheck | Remake, deadline_s: float) -> object:
+            match body:
+                case FetchSpills():
+                    answer = Spills(found=())
+                case Recheck():
+                    answer = Spills(found=body.wanted)
+                case Remake():
+                    assert deadline_s == 60.0
+                    self.remade.setdefault(card.name, []).extend(body.lost)
+                    await asyncio.sleep(3600 if card.name == "client-0" else 0)
+                    raise self.error
+            return SimpleNamespace(parts=(), expect=lambda _: answer)
+
+        return SimpleNamespace(request=request, close=lambda _: None)
+
+
+async def test_those_who_hold_the_shard_are_asked_to_make_it_again_and_nobody_waits_for_another(tmp_path: Path) -> None:
+    node, roster = Losing(), Roster(3)
+    gathering = Gathering(RunId("3fa9c1"), max_staleness=0, steps_per_version=1, shards=3)
+    gathering.begin(Version(4), [cid(4, shard) for shard in range(3)])
+    collector = Collector(cast(Any, node), gathering, Journal(tmp_path), lambda _: None, Latest(roster))
+    collector.joined(CARD)
+    for shard in range(3):
+        card = msgspec.structs.replace(CARD, id=NodeId(f"c{shard}"), name=f"client-{shard}", role=Role.CLIENT)
+        roster.join(card.id, card.name, [ShardInfo(shard=shard, train_samples=9, test_samples=0, classes=())])
+        collector.joined(card)
+    collector.offered(CARD.id, [spill(4, (shard,))[0] for shard in (0, 1)])
+    await eventually(lambda: "client-1" in node.remade, 5)
+    assert node.remade == {"client-0": [(cid(4, 0), "body")], "client-1": [(cid(4, 1), "body")]}
+    for task in node.tasks:
+        task.cancel()
+    await asyncio.gather(*node.tasks, return_exceptions=True)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import struct
 from pathlib import Path
 
@@ -41,6 +43,12 @@ def test_a_taken_name_gets_a_number(tmp_path: Path) -> None:
         with RunFolder.create(runs, "digits", resume=False) as folder:
             names.append(folder.path.name)
     assert names == ["digits", "digits-2", "digits-3"]
+
+
+@pytest.mark.parametrize("name", ["spills", "logs", "Logs"])
+def test_a_job_that_is_called_like_a_folder_beside_the_runs_needs_a_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"a run cannot be called {name}, which is .* name it with --run"):
+        RunFolder.create(tmp_path, name, resume=False)
 
 
 def test_a_folder_without_a_run_does_not_take_the_name(tmp_path: Path) -> None:
@@ -120,6 +128,28 @@ def test_a_torn_last_line_is_not_read_and_not_appended_to(tmp_path: Path) -> Non
         assert folder.rounds() == [round_report(1), round_report(2)]
         ledger = folder.ledger_path.read_text().splitlines()
         assert [json.loads(line) for line in ledger] == [{"version": 1}, {"version": 2}]
+
+
+def test_a_line_that_the_disk_took_in_part_is_appended_anew(tmp_path: Path) -> None:
+    """Files of this process may be no longer than 20 bytes for a while, which is in the middle of the second line."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with RunFolder.create(tmp_path, "digits", resume=False) as folder:
+        folder.append_commit({"version": 1}, sync=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+        try:
+            with pytest.raises(StorageError, match="File too large"):
+                folder.append_commit({"version": 2}, sync=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, before)
+        assert folder.ledger_path.stat().st_size == 20
+        folder.append_commit({"version": 2}, sync=True)
+        folder.append_commit({"version": 3})
+        assert folder.commits() == [b'{"version":1}', b'{"version":2}', b'{"version":3}']
+        folder.cut_commits(lambda line: b"2" in line)
+        folder.append_commit({"version": 9})
+        assert folder.commits() == [b'{"version":1}', b'{"version":2}', b'{"version":9}']
 
 
 def test_the_model_loads_without_zsfl(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from zsfl.ids import Address, NodeId, Role
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Drain, Draining, Reply, Request
 from zsfl.wire.server import Server
+from zsfl.wire.sockets import is_free
 
 STAYS = Draining(node=NodeId("me"), name="stays", role=Role.SPLIT_SERVER, busy=1, offered=2)
 
@@ -115,6 +116,7 @@ async def replaced(w: Wires, server: Server) -> None:
         raise Rejected("this is another node")
 
     await w.stop(server)
+    await eventually(lambda: is_free("127.0.0.1", server.port), 10)  # ZeroMQ closes a socket a moment later
     w.serve(refuse, server.port)
 
 

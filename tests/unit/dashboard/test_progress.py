@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from zsfl import reports
+from zsfl.dashboard.printer import ProgressPrinter
 from zsfl.dashboard.progress import (
     LEFT,
     REPEAT_S,
-    ProgressPrinter,
     RunView,
     plain_line,
     render,
@@ -265,3 +265,31 @@ def test_nothing_is_drawn_when_no_report_came() -> None:
     with ProgressPrinter(Console(file=file, width=80)):
         pass
     assert file.getvalue() == ""
+
+
+def test_a_mistake_that_every_node_finds_is_told_once() -> None:
+    names = ["aggregator", "server-0", "client-0"]
+    wrong = [Failed(node=name, kind="ConfigError", message="no such job") for name in names]
+    gone = [Exited(node=name, code=2) for name in names]
+
+    def told(*given: AnyReport, error: Exception | None = None) -> str:
+        console = Console(width=80)
+        with console.capture() as captured:
+            try:
+                with ProgressPrinter(console) as printer:
+                    for report in given:
+                        printer.on(report)
+                    if error is not None:
+                        raise error
+            except ValueError:
+                pass
+        return captured.get()
+
+    assert told(*wrong, *gone, error=ValueError("aggregator: no such job")) == "", "by whoever catches the error"
+    assert told(*wrong, *gone, error=ValueError("something else")) == "aggregator failed: no such job (ConfigError)\n"
+    assert told(wrong[1], gone[1]).count("no such job") == 1
+    text = told(wrong[1], gone[1], window(1), Exited(node="client-3", code=-9), error=ValueError("client-3"))
+    assert text == "server-0 failed: no such job (ConfigError)\nclient-3 was ended by signal 9\n"
+    view = folded(*wrong, *gone)
+    assert view.failed == wrong[0]
+    assert not view.notes

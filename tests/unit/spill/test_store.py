@@ -22,7 +22,7 @@ from zsfl.ids import Cid, PartName, RunId, Version, parse_cid, step_cid
 from zsfl.learning.averaging import StepShare
 from zsfl.spill.layout import SpillMeta, decode
 from zsfl.spill.segments import MAX_SEGMENT_BYTES, SUFFIX
-from zsfl.spill.store import FRESH_BYTES, SpillStore
+from zsfl.spill.store import FRESH_BYTES, MOST_DAMAGED, SpillStore
 
 RUN = RunId("3fa9c1")
 SMALL = {"grad/a": torch.arange(6.0)}
@@ -340,6 +340,30 @@ def test_a_read_only_disk_is_said_so(tiny_disk: Path) -> None:
     assert store.offers(RUN) == [offer] or (tiny_disk / f"{offer.cid}.body.safetensors").exists()
 
 
+@both_sizes
+def test_what_a_disk_does_not_let_go_of_is_deleted_once_it_does(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SpillStore(tmp_path)
+    offers = [store.put(meta(version), tensors) for version in range(3)]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        with pytest.raises(StorageError, match="Read-only"):
+            store.release([offer.cid for offer in offers])
+        assert store.offers(RUN) == []
+        assert list(tmp_path.iterdir())
+        again = store.put(meta(1), tensors)
+    store.release([store.put(meta(4), tensors).cid])
+    assert store.offers(RUN) == [again]
+    assert len(list(tmp_path.iterdir())) == 1
+    store.release([again.cid])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_one_run_is_kept(tmp_path: Path) -> None:
     store = SpillStore(tmp_path)
     mine = store.put(meta(1), SMALL)
@@ -447,3 +471,16 @@ def test_what_is_damaged_or_gone_is_set_aside_and_what_is_whole_stays(tmp_path: 
     assert [offer.cid for offer in store.offers(RUN)] == cids[:1]
     assert (tmp_path / f"{cids[1]}.body.damaged").is_file()
     assert [offer.cid for offer in SpillStore(tmp_path).offers(RUN)] == cids[:1]
+
+
+@both_sizes
+def test_of_what_is_damaged_the_newest_is_kept(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    store = SpillStore(tmp_path)
+    cids = [store.put(meta(version), tensors).cid for version in range(MOST_DAMAGED + 3)]
+    for path in list(tmp_path.iterdir()):
+        path.write_bytes(bytes([byte ^ (place > 100) for place, byte in enumerate(path.read_bytes())]))
+    for number, cid in enumerate(cids):
+        assert store.set_aside((cid, "body"))
+        os.utime(tmp_path / f"{cid}.body.damaged", ns=(number, number))
+    kept = [f"{cid}.body.damaged" for cid in cids[-MOST_DAMAGED:]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept

@@ -1,0 +1,93 @@
+"""Shows the reports of a run to the person who started it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Self
+
+from zsfl.dashboard.progress import REDRAW_S, REPEAT_S, RunView, plain_line, render
+from zsfl.reports import AnyReport, Exited, Failed, Finished, RoundReport, Waiting, WindowReport
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+
+
+class ProgressPrinter:
+    """Shows reports as they come: redrawn in place on a terminal, else one line for each that matters."""
+
+    def __init__(self, console: Console | None = None, clock_s: Callable[[], float] = time.monotonic) -> None:
+        from rich.console import Console
+
+        self.view = RunView()
+        self._console = console or Console()
+        self._clock_s = clock_s
+        self._live: Live | None = None
+        self._drawn_s = float("-inf")
+        self._told: dict[str, tuple[tuple[str, tuple[str, ...]], float]] = {}
+        self._failures: list[Failed] = []
+        """Not told yet: where one ends the run, whoever started that tells of it, and once is enough."""
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            from rich.live import Live
+
+            # Redrawn by `on` alone: rich's refresh thread would read the view while it changes.
+            self._live = Live(console=self._console, auto_refresh=False)
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        with suppress(SystemExit):  # as in `on`
+            self._tell_failures(but=str(error or ""))
+        if self.view.failed is not None and self.view.failed.message in str(error or ""):
+            self.view.failed = None
+        if self._live is not None:
+            self._live.update(render(self.view), refresh=True)
+            self._live.stop()
+            self._live = None
+        elif self.view.finished is not None:
+            with suppress(SystemExit):  # as in `on`
+                self._console.print(render(self.view))
+
+    def on(self, report: AnyReport) -> None:
+        """Take one report in and show what it changes."""
+        now_s = self._clock_s()
+        self.view.on(report, now_s)
+        with suppress(SystemExit):  # rich's answer to a closed pipe; a run goes on when nobody watches any more
+            self._show(report, now_s)
+
+    def _show(self, report: AnyReport, now_s: float) -> None:
+        if self._live is None:
+            self._tell(report, now_s)
+        elif not isinstance(report, WindowReport) or now_s - self._drawn_s >= REDRAW_S:
+            self._live.update(render(self.view), refresh=True)
+            self._drawn_s = now_s
+
+    def _tell_failures(self, but: str = "") -> None:
+        """Tell of each mistake once, and not of those that `but` tells of."""
+        failures, self._failures = self._failures, []
+        told = but
+        for failure in failures:
+            if failure.message not in told and self._live is None:
+                self._console.out(plain_line(failure), highlight=False)
+            told += failure.message
+
+    def _tell(self, report: AnyReport, now_s: float) -> None:
+        if isinstance(report, Failed):
+            self._failures.append(report)
+            return
+        if isinstance(report, Exited) and any(one.node == report.node for one in self._failures):
+            return
+        if isinstance(report, WindowReport | RoundReport | Finished):  # the run goes on without those who failed
+            self._tell_failures()
+        if isinstance(report, Waiting):
+            told, told_s = self._told.get(report.node, (None, 0.0))
+            news = (report.what, report.hints)
+            if told == news and now_s - told_s < REPEAT_S:
+                return
+            self._told[report.node] = (news, now_s)
+        if line := plain_line(report):
+            self._console.out(line, highlight=False)
