@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
-from helpers.waiting import until
+from helpers.waiting import eventually, until
 from helpers.wires import HOST, Wires, wires
 
 from zsfl.cluster import leaving
