@@ -22,7 +22,7 @@ demo: $(stamp)
 	$(VENV)/bin/zsfl demo
 
 test: check
-	$(VENV)/bin/python -m pytest
+	VENV=$(VENV) tools/test
 	@echo "make test: all checks and all tests passed"
 
 check: $(stamp)
