@@ -54,7 +54,7 @@ _orders = msgspec.json.Decoder(Spawn | Kill)
 class ForkServer:
     """The parent of all nodes of one local cluster."""
 
-    def __init__(self, job: Path) -> None:
+    def __init__(self, job: Path, reports: Output) -> None:
         self._job = job
         self._pids: dict[int, str] = {}
         self._inputs: dict[int, Input] = {}
@@ -62,7 +62,7 @@ class ForkServer:
         self._lifeline = os.pipe()
         self._wakeup = os.pipe()
         self._waiting = selectors.DefaultSelector()
-        self._out = Output(os.dup(1))
+        self._out = reports
         self._ending = False
         self._had_aggregator = False
         os.set_blocking(self._wakeup[1], False)
@@ -240,8 +240,12 @@ def preload(job: Path) -> None:
 def main() -> None:
     """Serve the job named on the command line."""
     job = Path(sys.argv[1])
+    reports = Output(os.dup(1))
+    # What the job prints while it is imported must not get between the reports.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
     preload(job)
-    ForkServer(job).run()
+    ForkServer(job, reports).run()
 
 
 if __name__ == "__main__":
