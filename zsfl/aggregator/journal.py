@@ -31,6 +31,11 @@ IN_MEMORY_BYTES = 128 << 10
 Key = tuple[Cid, SpillKind]
 
 
+def file_name(version: int) -> str:
+    """Of what came while this version was gathered."""
+    return f"v{version:012d}{SUFFIX}"
+
+
 class Journal:
     """A file for each version. Every call may block on the disk, and raise StorageError."""
 
@@ -124,7 +129,7 @@ class Journal:
                 yield Version(int(path.stem[1:])), path
 
     def _path(self, version: Version) -> Path:
-        return self._folder / f"v{version:012d}{SUFFIX}"
+        return self._folder / file_name(version)
 
     def _read(self, segment: Segment, place: int, size: int) -> memoryview:
         """What is there, in memory that the next read uses again."""

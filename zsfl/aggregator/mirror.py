@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from zsfl.aggregator.commit import read_record
+from zsfl.aggregator.journal import file_name
 from zsfl.aggregator.progress import checkpoints, place_of
 from zsfl.aggregator.run_folder import CHECKPOINT, JOURNAL, LEDGER, METRICS, STANDING, whole_lines
 from zsfl.errors import StorageError
@@ -94,7 +95,9 @@ class Source:
         since, new = request.since, request.checkpoint != _round(found[-1])
         if request.checkpoint is None:
             since = max(since, place_of(found[-1]).version - self._bound)
-        paths = [*_journal(self._folder, since, version), self._folder / LEDGER]
+        # By their names: to look for them among thousands at each version would take too long.
+        paths = [self._folder / JOURNAL / file_name(one) for one in range(since, version)]
+        paths.append(self._folder / LEDGER)
         paths += [found[-1] / name for name in _CHECKPOINT_FILES] if new else []
         paths += [self._folder / name for name in (*_WHOLE, METRICS)]
         # Where there are too many the rest is named in the next answer.

@@ -152,7 +152,8 @@ class Reign:
     async def recorded(self, version: Version) -> None:
         """A version is recorded; returns when it is on as many machines as the settings ask for."""
         self._version = version
-        self._node.publish(Committed(node=self._node.card.id, version=version))
+        if self._followers.value:
+            self._node.publish(Committed(node=self._node.card.id, version=version))
         if self._node.settings.durability != "replica":
             return
         patience_s = self._node.settings.patience_s
