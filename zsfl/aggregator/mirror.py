@@ -92,11 +92,12 @@ class Source:
         found = checkpoints(self._folder / CHECKPOINT)
         if not found:
             return Following(agrees=True)  # the run has not begun
-        since, new = request.since, request.checkpoint != _round(found[-1])
-        if request.checkpoint is None:
-            since = max(since, place_of(found[-1]).version - self._bound)
+        new = request.checkpoint != _round(found[-1])
+        # Earlier ones than its oldest checkpoint needs are not kept; who has none at all starts with the newest.
+        oldest = place_of(found[-1] if request.checkpoint is None else found[0])
+        since = max(request.since, oldest.version - self._bound)
         # By their names: to look for them among thousands at each version would take too long.
-        paths = [self._folder / JOURNAL / file_name(one) for one in range(since, version)]
+        paths = [self._folder / JOURNAL / file_name(one) for one in range(since, version)[:MAX_FILES]]
         paths.append(self._folder / LEDGER)
         paths += [found[-1] / name for name in _CHECKPOINT_FILES] if new else []
         paths += [self._folder / name for name in (*_WHOLE, METRICS)]
