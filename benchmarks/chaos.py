@@ -15,6 +15,7 @@ import asyncio
 import dataclasses
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -170,12 +171,13 @@ async def _look(cluster: zsfl.LocalCluster, found: Wrecked, runs: Path) -> None:
 def _on_disk(runs: Path) -> tuple[float, int]:
     """MB of all files but the ledgers, and the lines of the longest of these."""
     size, versions = 0, 0
-    for path in runs.rglob("*"):
-        with suppress(OSError):
-            if path.name == "ledger.jsonl":
-                versions = max(versions, path.read_bytes().count(b"\n"))
-            elif path.is_file():
-                size += path.stat().st_size
+    for folder, _, names in os.walk(runs):  # which takes no offence at what is deleted meanwhile
+        for path in (Path(folder, name) for name in names):
+            with suppress(OSError):
+                if path.name == "ledger.jsonl":
+                    versions = max(versions, path.read_bytes().count(b"\n"))
+                else:
+                    size += path.stat().st_size
     return size / 1e6, versions
 
 

@@ -19,7 +19,7 @@ from zsfl.cluster.nodes import Leader, NodeInfo, check_counts, death, given_up, 
 from zsfl.cluster.orders import deadline, order
 from zsfl.cluster.spawner import NodeCommand, Spawner
 from zsfl.cluster.spawners import loaded, spawner_for
-from zsfl.errors import ConfigError, RunFailed, Unavailable
+from zsfl.errors import ConfigError, RemoteProtocolError, RunFailed, Unavailable
 from zsfl.ids import Address, Role
 from zsfl.reports import AnyReport, Assembled, Exited, Failed, Finished, Ready, RoundReport
 from zsfl.settings import load_settings
@@ -280,6 +280,8 @@ class LocalCluster:
                 node.pid, node.address, node.ready_s = report.pid, Address(report.address), time.monotonic()
                 if report.role == Role.AGGREGATOR:
                     self._leader.is_now(report.node, node.address)
+                else:
+                    self._leader.is_not(report.node)
             case Assembled():
                 for round_ in rounds_in(Path(report.folder)) if self._assembled else ():
                     self._take(round_)
@@ -295,6 +297,7 @@ class LocalCluster:
                     node.failed = report
             case Exited() if node is not None:
                 node.exit_code = report.code
+                self._leader.is_not(report.node)
                 self._mind_the_death_of(report.node, node)
             case RoundReport() if report.round > self._reported:  # after a kill some may be told twice
                 self._reported = report.round
@@ -377,9 +380,11 @@ class LocalCluster:
             await self.restart(name)
 
     async def _give_order(self) -> None:
-        """Have the aggregator train; where it is killed meanwhile and kept alive, it is told again once it is back."""
+        """Have the aggregator train; whoever aggregates next, should it be killed, is told once all are assembled."""
+        if not self._leader.leads:
+            return
         try:
             await order(self.nodes[self._leader.name].address, Train(rounds=self._ordered))
-        except Unavailable:
+        except (Unavailable, RemoteProtocolError):  # the latter where it stands by since a moment ago
             if self._keeper is None and not self._standbys:
                 raise

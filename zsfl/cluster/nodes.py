@@ -53,13 +53,19 @@ class Leader:
     address: Address | None = None
     first: Address | None = None
     """Where the run's first aggregator was found."""
+    leads: bool = False
+    """Whether it does now: it may have ended, or stand by until it is known who leads."""
     run: str = ""
     """Name of the first one's run folder, once there is one."""
 
     def is_now(self, name: str, address: Address) -> None:
         """Somebody says so."""
-        self.name, self.address = name, address
+        self.name, self.address, self.leads = name, address, True
         self.first = self.first or address
+
+    def is_not(self, name: str) -> None:
+        """This one does not aggregate, or does no more."""
+        self.leads = self.leads and name != self.name
 
 
 def check_counts(clients: int | None, split_servers: int, standbys: int, processes: int | None) -> None:
