@@ -13,7 +13,7 @@ import msgspec
 
 from zsfl.aggregator.mirror import Mirror, Standing
 from zsfl.aggregator.reign import asked_of_all
-from zsfl.errors import ConfigError, NoPeer, RemoteProtocolError, RunFailed, Unavailable, ZsflError
+from zsfl.errors import ConfigError, NoPeer, RunFailed, Unavailable, ZsflError
 from zsfl.ids import NodeCard, NodeId, Role
 from zsfl.latest import Latest
 from zsfl.lease import HANDOVER_S, Lease, clock_s, most_of
@@ -75,8 +75,8 @@ class StandbyRole:
         """Nothing to wait for: the copy is on the disk."""
 
     async def control(self, request: Request) -> Reply:
-        """It answers nobody."""
-        raise RemoteProtocolError(f"{self._node.name} stands by and does not answer {type(request).__name__}")
+        """It answers nobody; who asks may take it for the aggregator that it was a moment ago, at the same address."""
+        raise NoPeer(f"{self._node.name} stands by and does not answer {type(request).__name__}; ask the aggregator")
 
     def joined(self, card: NodeCard) -> None:
         """A peer is there."""

@@ -10,10 +10,11 @@ import pytest
 
 from zsfl.aggregator.mirror import Mirror, Standing
 from zsfl.aggregator.standby import StandbyRole
-from zsfl.errors import Unavailable
+from zsfl.errors import NoPeer, Unavailable
 from zsfl.ids import NodeId
 from zsfl.settings import NodeSettings
-from zsfl.wire.messages import Request
+from zsfl.wire.messages import CheckNeed, Request
+from zsfl.wire.refusals import refusal, to_error
 from zsfl.wire.succession import FileInfo, Follow, Following
 
 ORIGIN = "b" * 12
@@ -47,3 +48,10 @@ async def test_an_epoch_is_not_known_before_its_history_is_here(tmp_path: Path) 
     assert Standing.of(tmp_path).epoch == 1
     await standby(tmp_path)._catch_up(Source())
     assert Standing.of(tmp_path).epoch == 2
+
+
+async def test_who_takes_it_for_an_aggregator_may_ask_again(tmp_path: Path) -> None:
+    """It may have been one until now, at this very address: that is no fault of whoever asks."""
+    with pytest.raises(NoPeer) as raised:
+        await standby(tmp_path).control(CheckNeed(parts=()))
+    assert isinstance(to_error(refusal(raised.value), "me"), Unavailable)
