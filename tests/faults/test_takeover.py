@@ -16,6 +16,7 @@ from helpers.ledger import ledger
 
 import zsfl
 from zsfl.aggregator.audit import audit
+from zsfl.aggregator.reign import Reign
 from zsfl.ids import parse_cid
 from zsfl.reports import AnyReport, Note, Waiting
 
@@ -143,3 +144,19 @@ async def test_without_most_clients_nobody_takes_over_unless_told_so(tmp_path: P
         last = folder_of(nodes)
     straight = await in_process(replace(CASE, rounds=rounds), tmp_path, run="straight")
     assert_equal(Ran(last, []).weights, straight.weights)
+
+
+async def test_a_lease_that_ends_while_a_version_is_recorded_does_not_have_it_recorded_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, held = replace(CASE, rounds=1), [True, False]
+
+    def is_held(_: Reign) -> bool:
+        return held.pop(0) if held else True
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Reign, "is_held", property(is_held))
+        ran = await in_process(case, tmp_path, run="mine")
+    straight = await in_process(case, tmp_path, run="straight")
+    assert (audit(ran.folder).faults, held) == ([], [])
+    assert [one["version"] for one in ledger(ran.folder)] == [one["version"] for one in ledger(straight.folder)]

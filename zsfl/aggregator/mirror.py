@@ -179,7 +179,7 @@ class Mirror:
         self.tidy()
         found = checkpoints(self.folder / CHECKPOINT)
         self._checkpoint = _round(found[-1]) if found else None
-        self._complete = self.version
+        self._complete = _last_grown(self.version)
         """Contributions of earlier versions are all there."""
 
     def tidy(self) -> None:
@@ -274,7 +274,7 @@ class Mirror:
             self._sync(file)
         self._bytes, self._last = self._bytes + len(data), last
         self.version = record.version
-        self._complete = max(self._complete, record.version)
+        self._complete = max(self._complete, _last_grown(record.version))
 
     def _sync(self, file: BufferedWriter | BufferedRandom) -> None:
         file.flush()
@@ -292,6 +292,11 @@ class Mirror:
         first = place_of(found[-_KEPT_CHECKPOINTS:][0]).version - self._bound
         for path in _journal(self.folder, before=first):
             path.unlink()
+
+
+def _last_grown(version: Version) -> Version:
+    """Whose contributions may still become more once this one is recorded: late ones, until the next is begun."""
+    return Version(max(0, version - 1))
 
 
 def _journal(folder: Path, since: float = 0, before: float = math.inf) -> Iterator[Path]:

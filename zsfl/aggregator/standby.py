@@ -13,14 +13,14 @@ import msgspec
 
 from zsfl.aggregator.mirror import Mirror, Standing
 from zsfl.aggregator.reign import asked_of_all
-from zsfl.errors import ConfigError, NoPeer, RemoteProtocolError, RunFailed, Unavailable, ZsflError
+from zsfl.errors import ConfigError, NoPeer, RunFailed, Unavailable, ZsflError
 from zsfl.ids import NodeCard, NodeId, Role
 from zsfl.latest import Latest
 from zsfl.lease import HANDOVER_S, Lease, clock_s, most_of
 from zsfl.node import STATE_TOPIC, BeatExtras, Node
 from zsfl.wire.connection import Connection
 from zsfl.wire.messages import Announcement, Beat, Broadcast, Committed, Reply, Request, RunState
-from zsfl.wire.succession import PIECE_BYTES, FetchPiece, FileInfo, Following, Grant, Piece
+from zsfl.wire.succession import MAX_FILES, PIECE_BYTES, FetchPiece, FileInfo, Following, Grant, Piece
 
 RIVAL_LEASES = (0.5, 3.0)
 """How long whoever finds another standing too asks nobody, in leases: the promises that each has run out meanwhile."""
@@ -75,8 +75,8 @@ class StandbyRole:
         """Nothing to wait for: the copy is on the disk."""
 
     async def control(self, request: Request) -> Reply:
-        """It answers nobody."""
-        raise RemoteProtocolError(f"{self._node.name} stands by and does not answer {type(request).__name__}")
+        """It answers nobody; who asks may take it for the aggregator that it was a moment ago, at the same address."""
+        raise NoPeer(f"{self._node.name} stands by and does not answer {type(request).__name__}; ask the aggregator")
 
     def joined(self, card: NodeCard) -> None:
         """A peer is there."""
@@ -199,11 +199,11 @@ class StandbyRole:
                 self._node.note(f"version {request.version} as it is here was never published: going back", "warning")
                 self._mirror.go_back()
                 continue
-            self._learn(following.epoch)
             wanted = [info for info in following.files if self._mirror.lacks(info)]
             for info in wanted:
-                if not await self._fetch(connection, info):
-                    break  # it is gone by now: what is to be had instead?
+                await self._fetch(connection, info)
+            if len(following.files) < MAX_FILES:  # else the ledger may be among what was not named
+                self._learn(following.epoch)
             if not wanted:
                 return
 
@@ -218,7 +218,7 @@ class StandbyRole:
             )
 
     def _learn(self, epoch: int) -> None:
-        """Of whom we follow; from then on a takeover is possible."""
+        """Of whom we follow, once its history is here; from then on a takeover is possible."""
         if epoch and (epoch > self._standing.epoch or self._standing.led or not self._standing.shared):
             self._keep(epoch=epoch, led=False, shared=True)
             self._epoch = epoch + 1
@@ -227,8 +227,8 @@ class StandbyRole:
         self._standing = msgspec.structs.replace(self._standing, **changes)
         self._standing.keep(self._mirror.folder)
 
-    async def _fetch(self, connection: Connection, info: FileInfo) -> bool:
-        """Whether the file has come, as long as it was when it was named."""
+    async def _fetch(self, connection: Connection, info: FileInfo) -> None:
+        """Fetch a file, as long as it was when it was named; Unavailable when it is gone by now."""
         offset = self._mirror.begins_at(info)
         with self._mirror.receiving(info) as write:
             while offset < info.size_bytes:
@@ -240,7 +240,6 @@ class StandbyRole:
                     raise Unavailable(f"{info.name} is gone there")
                 write(answer.parts[0])
                 offset += memoryview(answer.parts[0]).nbytes
-        return True
 
     # --- taking over ------------------------------------------------------------------------------------
 

@@ -370,13 +370,13 @@ class Training:
         self.proven = self.newest
         place = {"round": self.round, "window": place_in_round, "without": without, "memory": self.rules.state()}
         record = record_of(self.version, window, dropped, self._master.digest())
-        record = msgspec.structs.replace(record, epoch=state.epoch, **place)
+        record, before = msgspec.structs.replace(record, epoch=state.epoch, **place), self.ledger.last
 
         def keep() -> bool:
             self.journal.sync()
-            if self._reign.is_held:
+            if self.ledger.last == before and self._reign.is_held:
                 self.ledger.commit(record)
-            return self._reign.is_held
+            return self.ledger.last != before and self._reign.is_held
 
         while not await self._node.persistently(keep):  # which may take longer than a lease
             await self._reign.assured()

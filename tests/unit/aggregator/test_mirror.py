@@ -87,6 +87,21 @@ def test_it_grows_with_the_run_and_is_the_same_in_the_end(ran: Ran, tmp_path: Pa
     assert Mirror(tmp_path / "copy", 0, syncs=False).wish(ME) == mirror.wish(ME)
 
 
+@pytest.mark.parametrize("restarts", [False, True])
+def test_what_came_after_a_version_was_recorded_comes_with_the_next(ran: Ran, restarts: bool, tmp_path: Path) -> None:
+    folder = cut(ran, tmp_path / "at-3", 3)
+    mirror = Mirror(tmp_path / "copy", 2, syncs=False)
+    copied(Source(folder, 2), mirror, Version(3))
+    after = cut(ran, tmp_path / "at-4", 4)
+    name = "journal/v000000000002.spills"  # which the aggregator adds to until it asks for the steps of the next one
+    with (after / name).open("ab") as file:
+        file.write(b"a step that is late, and counted by version 4")
+    if restarts:
+        mirror = Mirror(tmp_path / "copy", 2, syncs=False)
+    copied(Source(after, 2), mirror, Version(4))
+    assert (tmp_path / "copy" / name).read_bytes() == (after / name).read_bytes()
+
+
 @pytest.mark.parametrize("most", range(12))
 async def test_wherever_it_is_ended_a_restart_goes_on_from_it(ran: Ran, most: int, tmp_path: Path) -> None:
     at = len(ledger(ran.folder)) // 2 + 1
