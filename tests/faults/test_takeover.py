@@ -143,3 +143,39 @@ async def test_without_most_clients_nobody_takes_over_unless_told_so(tmp_path: P
         last = folder_of(nodes)
     straight = await in_process(replace(CASE, rounds=rounds), tmp_path, run="straight")
     assert_equal(Ran(last, []).weights, straight.weights)
+
+
+SLOW_DISK = """
+import os, time
+_sync = os.fdatasync
+
+
+def slow(file):
+    _sync(file)
+    path = os.readlink(f"/proc/self/fd/{file}")
+    if path.endswith("/mine/ledger.jsonl") and os.path.exists(slow_once):
+        os.unlink(slow_once)
+        time.sleep(1.5)
+
+
+os.fdatasync = slow
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+async def test_a_record_that_takes_the_disk_longer_than_a_lease_is_written_once(tmp_path: Path) -> None:
+    seen, slow_once = Seen(), tmp_path / "slow"
+    nodes = cluster(tmp_path, seen, durability="power")
+    with (tmp_path / "exact.py").open("a") as file:
+        file.write(f"slow_once = {str(slow_once)!r}\n{SLOW_DISK}")
+    async with asyncio.timeout(50), nodes:
+        await seen.wait_for(says(READY))
+        rounds = await trained(nodes, 1)
+        slow_once.touch()
+        rounds += await trained(nodes, 1)
+        assert not slow_once.exists()
+        last = folder_of(nodes)
+    straight = await in_process(replace(CASE, rounds=rounds), tmp_path, run="straight")
+    assert [record["weights"] for record in ledger(last)] == [record["weights"] for record in ledger(straight.folder)]
+    found = audit(last)
+    assert (found.faults, found.pending) == ([], 0)

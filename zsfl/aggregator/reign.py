@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -96,7 +96,24 @@ class Reign:
         """Whether nobody else can lead now, so that a version may be recorded."""
         return not self._standing.shared or self._is_alone or self._lease.is_held(clock_s())
 
-    async def assured(self) -> None:
+    async def record(self, write: Callable[[], None]) -> None:
+        """Write a record once, while nobody else can lead; returns when that was so also after it was written.
+
+        The disk may take longer than a lease. Where another has taken over meanwhile this ends with Fenced.
+        """
+        is_written = False
+
+        def keep() -> bool:
+            nonlocal is_written
+            if not is_written and self.is_held:
+                write()
+                is_written = True
+            return is_written and self.is_held
+
+        while not await self._node.persistently(keep):
+            await self._assured()
+
+    async def _assured(self) -> None:
         """Returns once nobody else can lead; RunFailed when that does not come about in time."""
         patience_s = self._node.settings.patience_s
         try:
