@@ -76,7 +76,9 @@ class Promise:
     def ask(self, by: Candidate, lease_s: float, now_s: float) -> str:
         """Promise `by` this time; if that is not possible, why."""
         is_same = by.holder == self._holder and by.epoch >= self.epoch
-        if by.epoch < self.epoch or (by.epoch == self.epoch and self._holder and not is_same):
+        # After a restart one may be known only by what its aggregator said: of that, nobody else may become the leader.
+        has_begun = bool(self._holder) or by.known < self.epoch
+        if by.epoch < self.epoch or (by.epoch == self.epoch and has_begun and not is_same):
             return f"epoch {self.epoch} has begun"
         self._asked = max(self._asked, by.newest)
         if now_s < self._until_s and not is_same:
@@ -108,7 +110,7 @@ class Lease:
         """The client of these shards agreed to what it was asked at `asked_s`."""
         for shard in shards:
             if 0 <= shard < self._shards:
-                self._until_s[shard] = asked_s + MARGIN * lease_s
+                self._until_s[shard] = asked_s + MARGIN * min(lease_s, MAX_LEASE_S)
 
     def held_of(self, now_s: float) -> int:
         """How many shards' promises hold now."""

@@ -16,7 +16,6 @@ from helpers.ledger import ledger
 
 import zsfl
 from zsfl.aggregator.audit import audit
-from zsfl.aggregator.reign import Reign
 from zsfl.ids import parse_cid
 from zsfl.reports import AnyReport, Note, Waiting
 
@@ -146,17 +145,73 @@ async def test_without_most_clients_nobody_takes_over_unless_told_so(tmp_path: P
     assert_equal(Ran(last, []).weights, straight.weights)
 
 
-async def test_a_lease_that_ends_while_a_version_is_recorded_does_not_have_it_recorded_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case, held = replace(CASE, rounds=1), [True, False]
+FULL_DISK = """
+import errno, os
+_sync = os.fdatasync
 
-    def is_held(_: Reign) -> bool:
-        return held.pop(0) if held else True
 
-    with monkeypatch.context() as patched:
-        patched.setattr(Reign, "is_held", property(is_held))
-        ran = await in_process(case, tmp_path, run="mine")
-    straight = await in_process(case, tmp_path, run="straight")
-    assert (audit(ran.folder).faults, held) == ([], [])
-    assert [one["version"] for one in ledger(ran.folder)] == [one["version"] for one in ledger(straight.folder)]
+def sync(file):
+    if "/mine.standby-0/" in os.readlink(f"/proc/self/fd/{file}") and os.path.exists(full):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    _sync(file)
+
+
+os.fdatasync = sync
+"""
+SLOW_DISK = """
+import os, time
+_sync = os.fdatasync
+
+
+def slow(file):
+    _sync(file)
+    path = os.readlink(f"/proc/self/fd/{file}")
+    if path.endswith("/mine/ledger.jsonl") and os.path.exists(slow_once):
+        os.unlink(slow_once)
+        time.sleep(1.5)
+
+
+os.fdatasync = slow
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+async def test_a_record_that_takes_the_disk_longer_than_a_lease_is_written_once(tmp_path: Path) -> None:
+    seen, slow_once = Seen(), tmp_path / "slow"
+    nodes = cluster(tmp_path, seen, durability="power")
+    with (tmp_path / "exact.py").open("a") as file:
+        file.write(f"slow_once = {str(slow_once)!r}\n{SLOW_DISK}")
+    async with asyncio.timeout(50), nodes:
+        await seen.wait_for(says(READY))
+        rounds = await trained(nodes, 1)
+        slow_once.touch()
+        rounds += await trained(nodes, 1)
+        assert not slow_once.exists()
+        last = folder_of(nodes)
+    straight = await in_process(replace(CASE, rounds=rounds), tmp_path, run="straight")
+    assert [record["weights"] for record in ledger(last)] == [record["weights"] for record in ledger(straight.folder)]
+    found = audit(last)
+    assert (found.faults, found.pending) == ([], 0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+async def test_a_standby_whose_disk_is_full_says_so_and_goes_on_once_it_has_room(tmp_path: Path) -> None:
+    seen, full = Seen(), tmp_path / "full"
+    nodes = cluster(tmp_path, seen, durability="power")
+    with (tmp_path / "exact.py").open("a") as file:
+        file.write(f"full = {str(full)!r}\n{FULL_DISK}")
+    async with asyncio.timeout(50), nodes:
+        await seen.wait_for(says(READY))
+        rounds = await trained(nodes, 1)
+        full.touch()
+        rounds += await trained(nodes, 1)
+        await seen.wait_for(says("mine.standby-0 cannot be written: No space left on device; make room there"))
+        full.unlink()
+        rounds += await trained(nodes, 1)
+        await nodes.kill("aggregator")
+        rounds += await trained(nodes, 1)
+    straight = await in_process(replace(CASE, rounds=rounds), tmp_path, run="straight")
+    weights = [record["weights"] for record in ledger(tmp_path / "mine.standby-0")]
+    assert weights == [record["weights"] for record in ledger(straight.folder)]
+    found = audit(tmp_path / "mine.standby-0")
+    assert (found.faults, found.pending) == ([], 0)

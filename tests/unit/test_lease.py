@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from zsfl.lease import BEHIND_LEASES, MARGIN, Candidate, Lease, Promise, most_of
+from zsfl.lease import BEHIND_LEASES, MARGIN, MAX_LEASE_S, Candidate, Lease, Promise, most_of
 
 LEASE_S = 2.0
 SHARDS, CANDIDATES = 5, 3
@@ -132,6 +132,22 @@ def test_a_voter_that_has_just_started_promises_nothing_yet() -> None:
     voter = Promise(10.0, LEASE_S)
     assert "before a restart" in voter.ask(candidate("a", 1), LEASE_S, 11.0)
     assert voter.ask(candidate("a", 1), LEASE_S, 12.0) == ""
+
+
+def test_a_voter_that_has_just_started_lets_nobody_else_lead_in_an_epoch_that_it_has_heard_of() -> None:
+    voter = Promise(10.0, LEASE_S)
+    voter.heard_of(2, 7)
+    for now_s in (20.0, 20.0 + BEHIND_LEASES * LEASE_S):
+        assert voter.ask(candidate("b", 2, version=7, known=1), LEASE_S, now_s) == "epoch 2 has begun"
+    assert voter.ask(candidate("a", 2, version=7, known=2), LEASE_S, 40.0) == ""
+
+
+def test_nobody_relies_on_a_longer_promise_than_is_given() -> None:
+    voter, lease = Promise(0.0, LEASE_S), Lease(1)
+    assert voter.ask(candidate("a", 1), 10 * MAX_LEASE_S, 10.0) == ""
+    lease.promised([0], 10.0, 10 * MAX_LEASE_S)
+    assert voter.ask(candidate("b", 2), LEASE_S, 10.0 + MAX_LEASE_S) == ""
+    assert not lease.is_held(10.0 + MAX_LEASE_S)
 
 
 def test_who_lacks_versions_is_passed_over_for_a_while() -> None:

@@ -57,7 +57,7 @@ def read_record(line: bytes, place: str) -> RecordLine:
     """A line of a ledger; `StorageError`, naming its place, when it is none."""
     try:
         return RecordLine(msgspec.json.decode(line, type=Record), hashlib.sha256(line).hexdigest())
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise StorageError(f"{place} is no commit record: {error}") from error
 
 

@@ -50,6 +50,8 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the run was made here in that epoch."""
     shared: bool = False
     """Whether another may have taken over by now: there was one who stood by."""
+    rounds: int = 0
+    """How many the run was to have, as whoever was followed said; 0: not known."""
 
     @classmethod
     def of(cls, folder: Path) -> Standing:
@@ -58,7 +60,7 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
             return msgspec.json.decode((folder / STANDING).read_bytes(), type=cls)
         except FileNotFoundError:
             return cls(holder=secrets.token_hex(6))
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise StorageError(f"{folder / STANDING} cannot be read: {error}; restore it, or start anew") from error
 
     def keep(self, folder: Path) -> None:
@@ -186,7 +188,8 @@ class Mirror:
         """Remove a checkpoint that has not come whole."""
         for path in checkpoints(self.folder / CHECKPOINT):
             if not (path / _CHECKPOINT_FILES[-1]).exists():
-                shutil.rmtree(path)
+                with self._storing():
+                    shutil.rmtree(path)
 
     @property
     def is_usable(self) -> bool:
@@ -207,14 +210,15 @@ class Mirror:
     def go_back(self) -> None:
         """The source knows nothing of the last record: who made it had been succeeded, and it never counted."""
         lines = whole_lines(self.folder / LEDGER)[:-1]
-        os.truncate(self.folder / LEDGER, sum(len(line) + 1 for line in lines))
-        version = read_record(lines[-1], "a ledger").record.version if lines else 0
-        for path in checkpoints(self.folder / CHECKPOINT):
-            if place_of(path).version > version:
-                shutil.rmtree(path)
-        for path in _journal(self.folder, since=version):
-            path.unlink()
-        (self.folder / METRICS).unlink(missing_ok=True)
+        with self._storing():
+            os.truncate(self.folder / LEDGER, sum(len(line) + 1 for line in lines))
+            version = read_record(lines[-1], "a ledger").record.version if lines else 0
+            for path in checkpoints(self.folder / CHECKPOINT):
+                if place_of(path).version > version:
+                    shutil.rmtree(path)
+            for path in _journal(self.folder, since=version):
+                path.unlink()
+            (self.folder / METRICS).unlink(missing_ok=True)
         self._look()
 
     def lacks(self, info: FileInfo) -> bool:
@@ -238,7 +242,7 @@ class Mirror:
         """Takes the pieces of a file, which is in place at the end; StorageError when the disk has no room."""
         path = self.folder / info.name
         aside = path.with_name(f".{path.name}.tmp")
-        try:
+        with self._storing():
             path.parent.mkdir(parents=True, exist_ok=True)
             with aside.open("wb") as file:
                 yield file.write
@@ -247,12 +251,17 @@ class Mirror:
                 self._extend(path, aside.read_bytes())
             else:
                 aside.rename(path)
+            self._changed_us[info.name] = info.changed_us
+            self._has(info.name)
+
+    @contextmanager
+    def _storing(self) -> Generator[None, None, None]:
+        try:
+            yield
         except OSError as error:
             raise StorageError(
                 f"the copy of the run in {self.folder} cannot be written: {error.strerror}; make room there"
             ) from error
-        self._changed_us[info.name] = info.changed_us
-        self._has(info.name)
 
     def _has(self, name: str) -> None:
         """A file is there."""

@@ -188,7 +188,7 @@ def place_of(checkpoint: Path) -> Place:
     """What point a checkpoint was taken at; `StorageError` when that cannot be read."""
     try:
         return msgspec.json.decode((checkpoint / _PLACE).read_bytes(), type=Place)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise StorageError(
             f"{checkpoint / _PLACE} cannot be read: {error}; remove that folder, or start anew"
         ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import msgspec
 
 from zsfl.aggregator.mirror import Source, Standing
 from zsfl.aggregator.stage import Stage
-from zsfl.errors import ConfigError, Fenced, RunFailed, ZsflError
+from zsfl.errors import ConfigError, Fenced, RunFailed, StorageError, ZsflError
 from zsfl.ids import NodeCard, NodeId, Role, Version
 from zsfl.latest import Latest
 from zsfl.lease import Lease, clock_s, most_of
@@ -62,10 +62,10 @@ class Reign:
         while True:
             await self._followers.wait_for(lambda followers: bool(followers) or self._standing.shared)
             if not self._standing.epoch:
-                self._keep(epoch=1)
+                await self._node.persistently(lambda: self._keep(epoch=1))
             await self._renew()
             if not self._standing.shared and self._lease.is_held(clock_s()):
-                self._keep(shared=True)
+                await self._node.persistently(lambda: self._keep(shared=True))
                 self._node.note("another aggregator stands by, and may take over from now on")
             await asyncio.sleep(self._node.settings.lost_after_s / RENEWALS)
 
@@ -88,7 +88,8 @@ class Reign:
         self._promised.touch()
 
     def _fenced(self) -> None:
-        self._keep(led=False)
+        with suppress(StorageError):  # whoever leads is found out from the clients anyway
+            self._keep(led=False)
         raise Fenced("another aggregator has taken over meanwhile: what was not recorded by then is made again there")
 
     @property
@@ -96,7 +97,24 @@ class Reign:
         """Whether nobody else can lead now, so that a version may be recorded."""
         return not self._standing.shared or self._is_alone or self._lease.is_held(clock_s())
 
-    async def assured(self) -> None:
+    async def record(self, write: Callable[[], None]) -> None:
+        """Write a record once, while nobody else can lead; returns when that was so also after it was written.
+
+        The disk may take longer than a lease. Where another has taken over meanwhile this ends with Fenced.
+        """
+        is_written = False
+
+        def keep() -> bool:
+            nonlocal is_written
+            if not is_written and self.is_held:
+                write()
+                is_written = True
+            return is_written and self.is_held
+
+        while not await self._node.persistently(keep):
+            await self._assured()
+
+    async def _assured(self) -> None:
         """Returns once nobody else can lead; RunFailed when that does not come about in time."""
         patience_s = self._node.settings.patience_s
         try:

@@ -162,7 +162,7 @@ class RunFolder:
     def _metrics(self) -> Iterator[AnyReport]:
         """Those that can be read: JSON has no infinity, so that of a run that diverged some cannot."""
         for line in whole_lines(self.path / METRICS):
-            with suppress(msgspec.DecodeError):
+            with suppress(msgspec.DecodeError, UnicodeDecodeError):
                 yield from_line(line)
 
     def write_model(self, state: Mapping[str, Tensor], load_lines: str) -> None:

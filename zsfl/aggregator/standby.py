@@ -13,7 +13,7 @@ import msgspec
 
 from zsfl.aggregator.mirror import Mirror, Standing
 from zsfl.aggregator.reign import asked_of_all
-from zsfl.errors import ConfigError, NoPeer, RunFailed, Unavailable, ZsflError
+from zsfl.errors import ConfigError, NoPeer, RunFailed, StorageError, Unavailable, ZsflError
 from zsfl.ids import NodeCard, NodeId, Role
 from zsfl.latest import Latest
 from zsfl.lease import HANDOVER_S, Lease, clock_s, most_of
@@ -59,7 +59,7 @@ class StandbyRole:
         """Epoch and version, the newest that clients knew of."""
         self._states: Latest[dict[NodeId, RunState]] = Latest({})
         """Of the aggregators that are there."""
-        self._rounds = 0
+        self._rounds = standing.rounds
         self._ears: dict[NodeId, asyncio.Task[None]] = {}
         self._followed: tuple[NodeId, Connection] | None = None
         self._random = random.Random(node.card.id)
@@ -170,7 +170,7 @@ class StandbyRole:
             while self._active() == active:
                 state = self._states.value[active.id]
                 try:
-                    await self._catch_up(connection)
+                    await self._kept_up(connection)
                 except Unavailable as error:
                     self._node.note(f"{active.name} cannot be followed for the moment: {error}", "warning")
                     await asyncio.sleep(self._node.settings.beat_s)
@@ -187,6 +187,24 @@ class StandbyRole:
             self._followed = None
             connection.close("is not followed any more")
         return False
+
+    async def _kept_up(self, connection: Connection) -> None:
+        """Fetch what there is; where the disk refuses it, again until it does not, or `patience_s` have passed."""
+        try:
+            return await self._catch_up(connection)
+        except StorageError as error:
+            trouble = str(error)
+        settings = self._node.settings
+        ends_s = time.monotonic() + settings.patience_s
+        with self._node.waiting(lambda: f"a disk: {trouble}"):
+            while True:
+                await asyncio.sleep(settings.beat_s)
+                try:
+                    return await self._catch_up(connection)
+                except StorageError as error:
+                    if time.monotonic() > ends_s:
+                        raise
+                    trouble = str(error)
 
     async def _catch_up(self, connection: Connection) -> None:
         """Fetch what there is."""
@@ -222,6 +240,8 @@ class StandbyRole:
         if epoch and (epoch > self._standing.epoch or self._standing.led or not self._standing.shared):
             self._keep(epoch=epoch, led=False, shared=True)
             self._epoch = epoch + 1
+        if self._rounds != self._standing.rounds:
+            self._keep(rounds=self._rounds)
 
     def _keep(self, **changes: object) -> None:
         self._standing = msgspec.structs.replace(self._standing, **changes)
@@ -285,9 +305,9 @@ class StandbyRole:
         lease_s = self._node.settings.lost_after_s
         if not await self._has_majority(lease_s):
             return False
-        self._mirror.tidy()
+        await self._node.persistently(self._mirror.tidy)
         is_behind = self._known > (self._standing.epoch, self._mirror.version)
-        self._keep(epoch=self._epoch, led=True)
+        await self._node.persistently(lambda: self._keep(epoch=self._epoch, led=True))
         with suppress(ZsflError):
             await self._has_majority(HANDOVER_S)  # until the versions since the checkpoint are made again
         self.elected = Elected(is_behind=is_behind, rounds=self._rounds)

@@ -370,16 +370,10 @@ class Training:
         self.proven = self.newest
         place = {"round": self.round, "window": place_in_round, "without": without, "memory": self.rules.state()}
         record = record_of(self.version, window, dropped, self._master.digest())
-        record, before = msgspec.structs.replace(record, epoch=state.epoch, **place), self.ledger.last
+        record = msgspec.structs.replace(record, epoch=state.epoch, **place)
 
-        def keep() -> bool:
-            self.journal.sync()
-            if self.ledger.last == before and self._reign.is_held:
-                self.ledger.commit(record)
-            return self.ledger.last != before and self._reign.is_held
-
-        while not await self._node.persistently(keep):  # which may take longer than a lease
-            await self._reign.assured()
+        await self._node.persistently(self.journal.sync)
+        await self._reign.record(lambda: self.ledger.commit(record))
         self._take_state(Version(self.version + 1))
         await self._reign.recorded(self.newest[0])
         self._tally.counted(window, self.version, dropped)

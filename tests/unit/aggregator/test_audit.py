@@ -109,9 +109,10 @@ def test_a_record_that_was_changed_breaks_the_chain(folder: Path) -> None:
     assert any("version 6 does not follow the one before it" in fault for fault in audit(folder).faults)
 
 
-def test_a_line_that_is_no_record_is_told_by_its_place(folder: Path) -> None:
-    with (folder / "ledger.jsonl").open("a") as file:
-        file.write("{}\n")
+@pytest.mark.parametrize("line", [b"{}\n", b'{"\xb0": 1}\n', b"\xff\n"])
+def test_a_line_that_is_no_record_is_told_by_its_place(line: bytes, folder: Path) -> None:
+    with (folder / "ledger.jsonl").open("ab") as file:
+        file.write(line)
     assert any("line 10 of" in fault for fault in audit(folder).faults)
 
 

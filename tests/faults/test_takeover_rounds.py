@@ -1,0 +1,53 @@
+"""Whoever takes over trains as many rounds as the run was to have, also after it was started again."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+from helpers.exact import Case
+from helpers.ledger import ledger, versions
+from helpers.processes import Command, command
+from helpers.waiting import eventually
+
+from zsfl.aggregator.audit import audit
+from zsfl.aggregator.mirror import Standing
+from zsfl.ids import Role
+
+CASE = Case(sizes=(200, 200), rounds=1)
+ROUNDS = 3
+
+
+async def test_a_standby_that_was_started_again_alone_trains_as_many_rounds_as_were_ordered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZSFL_LOST_AFTER_S", "1")
+    monkeypatch.setenv("ZSFL_BEAT_S", "0.2")
+    job, copy = CASE.job_file(tmp_path), tmp_path / "mine.standby"
+    peers: list[str] = []
+    async with asyncio.timeout(55), AsyncExitStack() as stack:
+
+        async def start(role: Role, name: str, *flags: str) -> Command:
+            """It knows all that were started before."""
+            known = [flag for peer in peers for flag in ("--peer", peer)]
+            where = ("--runs", tmp_path, "--run", "mine", "--name", name, "--no-mdns")
+            node = await stack.enter_async_context(command("node", role, job, *where, *known, *flags, cwd=tmp_path))
+            peers.append(await node.address())
+            return node
+
+        leader = await start(Role.AGGREGATOR, "leader", "--rounds", str(ROUNDS))
+        standby = await start(Role.STANDBY, "standby")
+        await start(Role.SPLIT_SERVER, "server")
+        for shard in ("0", "1"):
+            await start(Role.CLIENT, f"client-{shard}", "--shard", shard)
+        await eventually(lambda: versions(copy) and Standing.of(copy).shared, 20)
+        for node in (leader, standby):
+            node.signal(signal.SIGKILL)
+            await node.ended()
+        assert ledger(copy)[-1]["round"] < ROUNDS - 1, "the run was over before it was disturbed"
+        assert await (await start(Role.STANDBY, "standby")).ended(40) == 0
+    assert ledger(copy)[-1]["round"] == ROUNDS - 1
+    assert audit(copy).faults == []
