@@ -283,7 +283,11 @@ class Member:
         epoch, version = self.promise.newest
         refused = self.promise.ask(by, grant.lease_s, clock_s())
         return Granted(
-            shards=tuple(shards), refused=refused, epoch=self.promise.epoch, newest=(epoch, Version(version))
+            shards=tuple(shards),
+            refused=refused,
+            lease_s=min(grant.lease_s, self._node.settings.lost_after_s),
+            epoch=self.promise.epoch,
+            newest=(epoch, Version(version)),
         )
 
     def in_trouble(self, what: str, error: StorageError) -> None:

@@ -162,8 +162,11 @@ def replay_versions(folder: Path, job: Job, first: int, last: int) -> Iterator[V
         raise ConfigError(f"versions {first} to {last} cannot be made again: the ledger has 1 to {len(records)}")
     before = [path for path in checkpoints(folder / CHECKPOINT) if place_of(path).version < first]
     if not before:
+        oldest = min((place_of(path).version for path in checkpoints(folder / CHECKPOINT)), default=len(records))
+        later = f"{oldest + 1} to {len(records)}" if oldest < len(records) else "none"
         raise ConfigError(
-            f"no checkpoint from before version {first} is kept; have more kept with --keep-mib when the run is started"
+            f"no checkpoint from before version {first} is kept: of this run versions {later} can be made again. Have "
+            "more kept with --keep-mib when the run is started"
         )
     place, kept = place_of(before[-1]), Journal(folder / JOURNAL).kept()
     again = {place_of(path).version: path for path in checkpoints(folder / CHECKPOINT)}

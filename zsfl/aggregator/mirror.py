@@ -30,6 +30,8 @@ from zsfl.wire.framing import Buffer
 from zsfl.wire.succession import MAX_FILES, PIECE_BYTES, FetchPiece, FileInfo, Follow, Following, Piece
 
 _WHOLE = ("model.safetensors", "best.safetensors", "load_model.py")
+SUPERSEDED = "superseded.jsonl"
+"""Records that were cut off, the last one first."""
 _CHECKPOINT_FILES = ("master.safetensors", "place.json")
 """The last makes a checkpoint of it."""
 _KEPT_CHECKPOINTS = 2
@@ -208,9 +210,11 @@ class Mirror:
         )
 
     def go_back(self) -> None:
-        """The source knows nothing of the last record: who made it had been succeeded, and it never counted."""
-        lines = whole_lines(self.folder / LEDGER)[:-1]
+        """The source does not know the last record: who made it had been succeeded. It is kept in superseded.jsonl."""
+        *lines, last = whole_lines(self.folder / LEDGER)
         with self._storing():
+            with (self.folder / SUPERSEDED).open("ab") as file:
+                file.write(last + b"\n")
             os.truncate(self.folder / LEDGER, sum(len(line) + 1 for line in lines))
             version = read_record(lines[-1], "a ledger").record.version if lines else 0
             for path in checkpoints(self.folder / CHECKPOINT):

@@ -20,6 +20,7 @@ from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Beat, Committed, Reply, Request
 from zsfl.wire.succession import FetchPiece, Follow, Grant, Granted
 
+MIN_RENEWAL_S = 0.05
 RENEWALS = 4
 """How often a lease is renewed in its time."""
 
@@ -36,6 +37,8 @@ class Reign:
         self._standing = Standing.of(folder)
         self._source = Source(folder, bound)
         self._lease = Lease(shards)
+        self._shortest_s = node.settings.lost_after_s
+        """Of what clients promise."""
         self._is_alone = node.settings.takeover == "always"
         """Nobody's consent is needed: a later epoch is all that ends an earlier one."""
         self._followers: Latest[dict[NodeId, Version]] = Latest({})
@@ -67,7 +70,7 @@ class Reign:
             if not self._standing.shared and self._lease.is_held(clock_s()):
                 await self._node.persistently(lambda: self._keep(shared=True))
                 self._node.note("another aggregator stands by, and may take over from now on")
-            await asyncio.sleep(self._node.settings.lost_after_s / RENEWALS)
+            await asyncio.sleep(max(MIN_RENEWAL_S, self._shortest_s / RENEWALS))
 
     async def _renew(self) -> None:
         lease_s = self._node.settings.lost_after_s
@@ -84,7 +87,8 @@ class Reign:
             if granted.refused and granted.epoch > self._standing.epoch:
                 self._fenced()
             if not granted.refused:
-                self._lease.promised(granted.shards, asked_s, lease_s)
+                self._lease.promised(granted.shards, asked_s, granted.lease_s)
+                self._shortest_s = min(self._shortest_s, granted.lease_s)
         self._promised.touch()
 
     def _fenced(self) -> None:

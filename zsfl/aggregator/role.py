@@ -71,14 +71,15 @@ class AggregatorRole:
         self._stage = Stage(node)
         self._reign = Reign(node, folder.path, self._stage, shards=job.shards, bound=bound)
         self._elected = elected
+        # Versions that depend on who was quick may have been others where they were not handed on.
+        self._forks = elected and not isinstance(job.how, Exact) and node.settings.durability != "replica"
         self._training = Training(node, job, folder, self._stage, master, self._roster, self._shelf, self._reign)
         self._progress = Progress(folder, job, cuts, master, self._training.journal)
         self._held_out = HeldOut(node, self._stage, self._shelf, self._roster, waits=isinstance(job.how, Exact))
         self._best = Best()
         self._begun_s = 0.0
         self._without: frozenset[int] = frozenset()  # shards whose clients had left the run that is resumed
-        self._last: RoundReport | None = None
-        """The last round that was tested."""
+        self._last_tested: RoundReport | None = None
         self._resumed: Place | None = None
         self._untested: list[tuple[RoundReport | None, Version, dict[str, Tensor]]] = []
         """Versions that were to be tested when the run ended that is resumed, with the report of the round they end."""
@@ -118,19 +119,19 @@ class AggregatorRole:
             at = replace(at, lost="later ones were published by one that did not hand them on")
         if at.lost:
             self._node.note(
-                f"going on from version {at.version}, the last that can be made again: {at.lost}", "warning"
+                f"going on from version {at.version}, as later ones cannot be made again: {at.lost}", "warning"
             )
         self._master.take_options()
         self._without = at.without
         counted = [cid for made in at.windows for cid in made.record.counted]
-        training.resume(at, parse_cid(counted[-1]).run if counted else place.run)
+        training.resume(at, "" if self._forks else parse_cid(counted[-1]).run if counted else place.run)
         if place.run != self._stage.run:
             self._progress.rename_run(place, self._stage.run)
         for tested in self._folder.tests():
             if tested.version <= at.version:  # what was tested of later ones is lost with them
                 self._best.take(tested)
         done = [report for report in self._folder.rounds() if report.round <= at.round]
-        self._last = done[-1] if done else None
+        self._last_tested = done[-1] if done else None
         for report, version, state in self._progress.untested({report.round for report in done}, place.round):
             self._shelf.put(version, state)
             self._untested.append((report, version, state))
@@ -231,10 +232,9 @@ class AggregatorRole:
         await self._assemble()
         self._training.publish_weights()
         self._begun_s = time.monotonic()
-        settings = self._node.settings
         for report, version, state in self._untested:
             await self._order_test(report, version, state)
-        if not settings.hold:
+        if not self._node.settings.hold:
             await self._train(self._rounds_left())
             await self._farewell("finished")
             return
@@ -284,7 +284,7 @@ class AggregatorRole:
         self._stage.enter(phase="idle", version=self._training.version)
         await self._held_out.all_done()
         await self._node.persistently(self._folder.write_plot)
-        best, last = self._best.tested, self._last
+        best, last = self._best.tested, self._last_tested
         finished = Finished(
             node=self._node.name,
             rounds=self._training.round,
@@ -355,7 +355,7 @@ class AggregatorRole:
         await self._node.persistently(keep)
         self._node.report(tested)
         if whole is not None:
-            self._last = whole
+            self._last_tested = whole
             self._node.report(whole)
 
     # --- what the run leaves ----------------------------------------------------------------------------

@@ -181,6 +181,7 @@ class StandbyRole:
                 if state.phase == "failed":
                     raise RunFailed(state.reason)
                 if state.phase == "finished":
+                    self._keep(shared=False)  # or it would stand for this run when the next one begins
                     return True
                 await self._states.changed_within(self._node.settings.beat_s)
         finally:
@@ -282,7 +283,8 @@ class StandbyRole:
             )
         raise RunFailed(
             f"for {settings.patience_s:g} s there was not {self._lacking()}. Start the aggregator again, or more of "
-            "its clients; or, if you know that it is gone for good, this one with --takeover always"
+            "its clients; or, if you know that it is gone for good, this one with --takeover always. But look first at "
+            "the copies of others that stood by: the run may have gone on there, or ended"
         )
 
     async def _pause(self) -> None:
@@ -328,7 +330,7 @@ class StandbyRole:
         for granted in answers:
             self._known = max(self._known, granted.newest)
             if not granted.refused:
-                self._lease.promised(granted.shards, asked_s, lease_s)
+                self._lease.promised(granted.shards, asked_s, granted.lease_s)
         refused = [granted.epoch for granted in answers if granted.refused]
         if self._lease.is_held(clock_s()) or (self._node.settings.takeover == "always" and not refused):
             return True

@@ -48,6 +48,8 @@ class Granted(Message, frozen=True, kw_only=True, tag="granted"):
     """Those that it speaks for."""
     refused: ShortText = ""
     """Why it promised nothing; empty: it did."""
+    lease_s: Seconds
+    """What may be relied on: no longer than it itself keeps off after a restart, when it has forgotten its promises."""
     epoch: Count
     """The highest that it knows."""
     newest: tuple[Count, VersionNumber]

@@ -165,7 +165,7 @@ def test_versions_that_there_are_not_are_refused(sound: Path, versions: tuple[in
 
 def test_without_an_earlier_checkpoint_it_is_said_how_to_keep_more(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoint" / "round-000000")
-    with pytest.raises(ConfigError, match=r"no checkpoint from before version 2 is kept; .*--keep-mib"):
+    with pytest.raises(ConfigError, match=r"no checkpoint from before version 2 is kept: .*--keep-mib"):
         list(replay_versions(folder, CASE.job(), 2, 2))
 
 

@@ -129,6 +129,7 @@ async def test_what_was_never_published_is_cut_off(ran: Ran, tmp_path: Path) -> 
     assert mirror.version == at + 2
     copied(Source(ran.folder, 0), mirror, versions(ran))
     assert ledger(mixed) == ledger(ran.folder)
+    assert (mixed / "superseded.jsonl").read_bytes().splitlines(keepends=True) == alien[::-1]
 
 
 def test_a_file_that_is_gone_meanwhile_is_told_of(ran: Ran, tmp_path: Path) -> None:
