@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -103,7 +104,8 @@ class Roster:
         seat = self._seats.get(shard)
         if seat is None:
             return f"shard {shard} (no client yet)"
-        return seat.name if seat.name.endswith(f"-{shard}") else f"{seat.name} (shard {shard})"
+        says_it = re.fullmatch(rf".*[^0-9]-{shard}", seat.name)  # client-1-4 has the shards 1 to 4
+        return seat.name if says_it else f"{seat.name} (shard {shard})"
 
     def node_of(self, shard: int) -> NodeId | None:
         """Who holds a shard, or held it last."""

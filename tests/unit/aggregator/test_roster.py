@@ -110,6 +110,9 @@ def test_shards_are_named_for_people() -> None:
     roster = Roster(3)
     roster.join(A, "client-1", [info(1), info(2)])
     assert [roster.name(shard) for shard in range(3)] == ["shard 0 (no client yet)", "client-1", "client-1 (shard 2)"]
+    several = Roster(5)
+    several.join(A, "client-2-4", [info(shard) for shard in (2, 3, 4)])
+    assert [several.label(shard) for shard in (2, 4)] == ["client-2-4 (shard 2)", "client-2-4 (shard 4)"]
 
 
 joins = st.tuples(st.just("join"), st.sampled_from("abc"), st.sets(st.integers(0, 4), max_size=3))
