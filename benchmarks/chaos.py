@@ -19,7 +19,6 @@ import os
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -59,7 +58,7 @@ class Wrecked:
     """One run in which nodes were killed."""
 
     seed: int
-    kills: Counter[str] = field(default_factory=Counter[str])
+    kills: dict[str, int] = field(default_factory=dict[str, int])
     rounds: int = 0
     versions: int = 0
     counted: int = 0
@@ -85,7 +84,7 @@ class Wrecked:
             case Exited() if report.code:
                 is_aggregating = report.node in ("aggregator", *(f"standby-{number}" for number in range(STANDBYS)))
                 role = Role.AGGREGATOR if is_aggregating else report.node.rsplit("-", 1)[0]
-                self.kills[role] += 1
+                self.kills[str(role)] = self.kills.get(str(role), 0) + 1
                 if report.node == self.leader or not is_aggregating:  # nobody waits for one that stands by
                     self.waiting.append((role, time.perf_counter()))
                 if report.node == self.leader:
@@ -191,7 +190,7 @@ def page(runs: Sequence[Wrecked]) -> str:
         [
             str(run.seed),
             str(sum(run.kills.values())),
-            *(str(run.kills[role]) for role in (Role.CLIENT, Role.SPLIT_SERVER, Role.AGGREGATOR)),
+            *(str(run.kills.get(role, 0)) for role in (Role.CLIENT, Role.SPLIT_SERVER, Role.AGGREGATOR)),
             f"{run.versions:,}",
             f"{run.counted:,}",
             f"{run.seconds:.0f}",
