@@ -12,7 +12,7 @@ import torch
 
 from zsfl.client.local import ClientWeights, LocalParts, StepInHand
 from zsfl.client.remote import RemoteBody
-from zsfl.errors import StaleWeights, Unavailable
+from zsfl.errors import StaleWeights, ZsflError
 from zsfl.ids import Cid, NodeId, PartName, Version
 from zsfl.member import Member
 from zsfl.node import Node
@@ -149,7 +149,7 @@ class StepDriver:
             self._node.start(self._replace([(cid, "body") for cid in cids]), "replace what lost servers spilled")
 
     async def _replace(self, parts: Sequence[tuple[Cid, PartName]]) -> None:
-        with suppress(Unavailable):  # then all of them may be needed
+        with suppress(ZsflError):  # then all of them may be needed
             parts = await self._member.needed(parts)
         for cid, _ in parts:
             if (held := self._held.get(cid)) and not self._remote.has(held[1]):
