@@ -106,15 +106,14 @@ async def _serve(folder: Path, width: int) -> None:
     worker = BodyWorker(job, part, spills, node="server", slots=LOAD.slots)
 
     def answer(request: Request, parts: Sequence[Buffer]) -> Answer | Awaitable[Answer]:
-        begun_s = time.perf_counter()
         if isinstance(request, Forward):
             output = worker.forward_all(weights, [(request, unpack(request.input, parts[0]))])[0]
             spec, data = SPELLINGS[request.reply_codec].pack("output", output)
-            return Output(output=spec, load=LOAD, took_s=time.perf_counter() - begun_s), [data]
+            return Output(output=spec, load=LOAD), [data]
         assert isinstance(request, Backward)
         worker.backward_all(None, [(request, unpack(request.grad, parts[0]), None)])
         spills.release([request.cid])
-        return Spilled(grad=None, loss_sum=None, load=LOAD, took_s=time.perf_counter() - begun_s), []
+        return Spilled(grad=None, loss_sum=None, load=LOAD), []
 
     server = Server(zmq.Context.instance(), HOST, 0, answer, limits=WireLimits(), counters=Counters())
     print(server.port, flush=True)

@@ -49,7 +49,7 @@ EPOCHS, SEEDS = 6, (0, 1, 2)
 WIDTHS = (64, 512)
 """Of the tensors that cross a link: 16 KiB, as MicroSFL's, and 128 KiB."""
 RATES, LINKED, AUTO = (100, 1000), ("raw", "raw+lz4", "fp16", "int8"), "auto"
-SHARDS, TURN_S = 8, 0.5
+SHARDS, TURN_S, LEARN_S = 8, 0.5, 4.0
 FAST_BYTES = {"raw": 66 * 1024, "int8, spill=int8": 18 * 1024}
 """What a step may take."""
 TIMES_FEWER, POINTS_LOST = 16.0, 1.0
@@ -163,7 +163,7 @@ async def linked(repeat: int) -> tuple[Rates, dict[Link, dict[str, str]]]:
         for turn in range(repeat + 1):  # the first is not counted
             order = list(steppers)
             for key in order[turn % len(order) :] + order[: turn % len(order)]:
-                steps_per_s = await steppers[key].run(TURN_S if turn else 2 * TURN_S)
+                steps_per_s = await steppers[key].run(TURN_S if turn else LEARN_S if key[1] == AUTO else 2 * TURN_S)
                 if turn:
                     found[key].append(steps_per_s)
         settled = {link: steppers[link, AUTO].settled() for link in LINKS}

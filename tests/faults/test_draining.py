@@ -124,7 +124,6 @@ async def test_servers_that_leave_a_busy_run_one_after_another_change_no_bit(tmp
         async for report in training:
             if report.version > seen:
                 break
-        await training.aclose()
     watch.assert_nothing_made_twice()
     records = ledger(runs / "tiny")
     assert audit(runs / "tiny").faults == []

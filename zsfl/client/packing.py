@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -16,7 +16,7 @@ from zsfl.tensors.codec import Codec, unpack
 from zsfl.tensors.plan import CodecPlan
 from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.connection import Answer
-from zsfl.wire.framing import Buffer, nbytes
+from zsfl.wire.framing import Buffer
 
 Packed = tuple[TensorSpec, Buffer]
 AtCut = Literal["activation", "output", "gradient"]
@@ -31,7 +31,6 @@ class Packing:
         self._plan = plan
         self._chooser = chooser
         self._learns = plan.chooses
-        self._open = 0
 
     def codec(self, role: AtCut, *, test: bool = False) -> Codec:
         """How a tensor is to be packed now."""
@@ -42,34 +41,38 @@ class Packing:
         """The one tensor of an answer, which was to be packed like this."""
         if len(answer.parts) != 1:
             raise BadShape(f"one tensor belongs to this reply, {len(answer.parts)} came with it")
-        if not self._learns:
-            return unpack(spec, answer.parts[0])
         begun_s = time.perf_counter()
         tensor = unpack(spec, answer.parts[0])
-        # Of what was asked for, also where the server found that lz4 does not pay.
-        self._chooser.unpacked(role, asked, tensor.nbytes, time.perf_counter() - begun_s)
-        self._chooser.packed(role, asked, tensor.nbytes, spec.nbytes)
+        if self._learns:
+            # Of what was asked for, also where the server found that lz4 does not pay.
+            self._chooser.packed(role, asked, tensor.nbytes, spec.nbytes)
+            self._chooser.moved(self._server, tensor.nbytes)
+            self._chooser.spent(self._server, time.perf_counter() - begun_s)
         return tensor
 
-    def packed(self, role: Role, codec: Codec, tensor: torch.Tensor, spec: TensorSpec, seconds: float) -> None:
+    def packed(self, role: Role, codec: Codec, tensor: torch.Tensor, spec: TensorSpec) -> None:
         """A tensor was packed for this server or another."""
         if self._learns:
-            self._chooser.packed(role, codec, tensor.nbytes, spec.nbytes, seconds)
+            self._chooser.packed(role, codec, tensor.nbytes, spec.nbytes)
+
+    def sent(self, tensor: torch.Tensor) -> None:
+        """A tensor is part of a request to this server."""
+        if self._learns:
+            self._chooser.moved(self._server, tensor.nbytes)
 
     @contextmanager
-    def under_way(self) -> Iterator[int]:
-        """While a request is; gives how many are with it."""
-        self._open += 1
+    def under_way(self) -> Iterator[None]:
+        """While a request is packed, sent and answered, or raises."""
+        if not self._learns:
+            yield
+            return
+        self._chooser.asked(self._server, time.perf_counter())
         try:
-            yield self._open
-        finally:
-            self._open -= 1
-
-    def answered(self, parts: Sequence[Buffer], answer: Answer, wire_s: float, open_before: int) -> None:
-        """A request of these parts, still under way, was answered, and was so long on its way there and back."""
-        if self._learns:
-            size = sum(map(nbytes, parts)) + sum(map(nbytes, answer.parts))
-            self._chooser.transferred(self._server, size, max(wire_s, 0.0), (open_before + self._open) / 2)
+            yield
+        except BaseException:
+            self._chooser.failed(self._server, time.perf_counter())
+            raise
+        self._chooser.answered(self._server, time.perf_counter())
 
 
 class Outgoing:
@@ -93,7 +96,7 @@ class Outgoing:
         """What to send to the server of this packing."""
         codec = packing.codec(self._role, test=self._test)
         if codec not in self._packed:
-            begun_s = time.perf_counter()
             self._packed[codec] = codec.pack(self._name, self._tensor)
-            packing.packed(self._role, codec, self._tensor, self._packed[codec][0], time.perf_counter() - begun_s)
+            packing.packed(self._role, codec, self._tensor, self._packed[codec][0])
+        packing.sent(self._tensor)
         return self._packed[codec]

@@ -265,14 +265,12 @@ class RemoteBody:
         if held is None:
             raise NoPeer("that split server is gone")
         connection, packing = held
-        body, parts = make(packing)
-        begun_s = time.perf_counter()
-        with packing.under_way() as count:
+        with packing.under_way():
+            body, parts = make(packing)
             answer = await connection.request(body, parts, deadline_s=self._node.settings.request_s)
-            self._chooser.served(server)
-            if isinstance(answer.body, Output | Spilled):
-                self._chooser.heard(server, answer.body.load)
-                packing.answered(parts, answer, time.perf_counter() - begun_s - answer.body.took_s, count)
+        self._chooser.served(server)
+        if isinstance(answer.body, Output | Spilled):
+            self._chooser.heard(server, answer.body.load)
         return answer
 
     async def _until_room_at(self, server: NodeId) -> None:

@@ -7,9 +7,8 @@ too much is refused at once, and steps that wait together can go through the bod
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from zsfl.errors import BadShape, Unavailable, ZsflError
 from zsfl.ids import Cid, Version, parse_cid
@@ -35,7 +34,6 @@ class Waiting:
     parts: Sequence[Buffer]
     cut: str
     answer: asyncio.Future[Answer]
-    since_s: float = field(default_factory=time.perf_counter)
 
     @property
     def version(self) -> Version:

@@ -186,7 +186,7 @@ class SplitServerRole:
             match chosen[0].request:
                 case Infer() as request:
                     x = unpack(request.input, chosen[0].parts[0])
-                    answers = [self._output(worker.infer(_given(weights), x), request, chosen[0].since_s)]
+                    answers = [self._output(worker.infer(_given(weights), x), request)]
                 case Forward():
                     asked = [
                         (one.request, unpack(one.request.input, one.parts[0]))
@@ -194,10 +194,7 @@ class SplitServerRole:
                         if isinstance(one.request, Forward)
                     ]
                     outputs = worker.forward_all(_given(weights), asked)
-                    answers = [
-                        self._output(output, one, waiting.since_s)
-                        for output, (one, _), waiting in zip(outputs, asked, chosen, strict=True)
-                    ]
+                    answers = [self._output(output, one) for output, (one, _) in zip(outputs, asked, strict=True)]
                     samples = sum(len(x) for _, x in asked)
                 case Backward():
                     given = [
@@ -225,18 +222,18 @@ class SplitServerRole:
             self._node.counters.add("merged", len(chosen))
         return answers
 
-    def _output(self, output: torch.Tensor, request: Forward | Infer, since_s: float) -> Answer:
+    def _output(self, output: torch.Tensor, request: Forward | Infer) -> Answer:
         spec, data = SPELLINGS[request.reply_codec].pack("output", output)
         self._node.counters.add("forwards")
-        return Output(output=spec, load=self._admission.load, took_s=time.perf_counter() - since_s), [data]
+        return Output(output=spec, load=self._admission.load), [data]
 
     def _outcomes(self, results: Sequence[Done | ZsflError], chosen: Sequence[Waiting]) -> list[Answer | ZsflError]:
         return [
-            done if isinstance(done, ZsflError) else self._acknowledged(done, one.request.reply_codec, one.since_s)
+            done if isinstance(done, ZsflError) else self._acknowledged(done, one.request.reply_codec)
             for done, one in zip(results, chosen, strict=True)
         ]
 
-    def _acknowledged(self, done: Done, reply_codec: str, since_s: float) -> Answer:
+    def _acknowledged(self, done: Done, reply_codec: str) -> Answer:
         """The answer to a step whose spill is in place, and not before it is."""
         if done.offer is not None:
             self._member.offer(done.offer)
@@ -245,8 +242,7 @@ class SplitServerRole:
         if done.grad is not None:
             spec, data = SPELLINGS[reply_codec].pack("grad", done.grad)
             parts.append(data)
-        took_s = time.perf_counter() - since_s
-        return Spilled(grad=spec, loss_sum=done.loss_sum, load=self._admission.load, took_s=took_s), parts
+        return Spilled(grad=spec, loss_sum=done.loss_sum, load=self._admission.load), parts
 
     def _touched(self) -> None:
         self._news.touch()
@@ -286,20 +282,19 @@ class SplitServerRole:
             self._news.touch()
 
     async def _attend_forward(self, request: Forward, parts: Sequence[Buffer]) -> Answer:
-        since_s, x = time.perf_counter(), unpack(request.input, parts[0])
-        return self._output(await self._forwards.attend(request.cid, request.merged, (request, x)), request, since_s)
+        x = unpack(request.input, parts[0])
+        return self._output(await self._forwards.attend(request.cid, request.merged, (request, x)), request)
 
     async def _attend_backward(self, request: Backward, parts: Sequence[Buffer]) -> Answer:
-        since_s, grad = time.perf_counter(), unpack(request.grad, parts[0])
+        grad = unpack(request.grad, parts[0])
         x = None if request.input is None else unpack(request.input, parts[1])
         done = await self._backwards.attend(request.cid, request.merged, (request, grad, x))
-        return self._acknowledged(done, request.reply_codec, since_s)
+        return self._acknowledged(done, request.reply_codec)
 
     async def _attend_step(self, request: Step, parts: Sequence[Buffer]) -> Answer:
-        since_s = time.perf_counter()
         x, target = unpack(request.input, parts[0]), unpack(request.target, parts[1])
         done = await self._steps.attend(request.cid, request.merged, (request, x, target))
-        return self._acknowledged(done, request.reply_codec, since_s)
+        return self._acknowledged(done, request.reply_codec)
 
     async def _weights_of(self, step: StepId) -> tuple[PartWeights, BodyWorker]:
         cut = self._cuts.of(step.shard)

@@ -154,8 +154,6 @@ class Output(Message, frozen=True, kw_only=True, tag="output"):
 
     output: TensorSpec
     load: Load
-    took_s: Seconds = 0.0
-    """From the arrival of the request until this reply was made; what else it took is the network's."""
 
 
 class Backward(Message, frozen=True, kw_only=True, tag="backward"):
@@ -212,8 +210,6 @@ class Spilled(Message, frozen=True, kw_only=True, tag="spilled"):
     grad: TensorSpec | None
     loss_sum: float | None
     load: Load
-    took_s: Seconds = 0.0
-    """As in Output."""
 
 
 # --- data: spills and weights -----------------------------------------------------------------------------
