@@ -24,7 +24,7 @@ from _record import circumstances, in_short, table, write
 
 import zsfl
 
-BUDGET_S = 40
+BUDGET_S = 50
 IN_THE_LOT = ("--repeat", "3", "--seconds", "1")
 
 

@@ -30,7 +30,7 @@ from _servers import Servers, draw, servers, servers_figures, servers_table, ser
 import zsfl
 
 BUDGET_S = 100
-IN_THE_LOT = ("--repeat", "2")
+IN_THE_LOT = ("--repeat", "1")
 
 LATENCY_CLIENTS, MOST_PROCESSES = (1, 16, 64), 16
 WARM_S, FULL_S, PACED_S = 0.7, 1.0, 1.5

@@ -30,7 +30,7 @@ from _record import circumstances, in_short, table, write
 
 import zsfl
 
-BUDGET_S = 130
+BUDGET_S = 140
 IN_THE_LOT = ("--repeat", "2", "--steps", "16", "--profile-seconds", "0")
 
 CLIENTS = 20

@@ -25,7 +25,7 @@ from _figures import Figure, add_json_flag, hand_over, shown
 from _record import circumstances, table, write
 from peers.program import Asker, cpu_s, started
 
-BUDGET_S = 90
+BUDGET_S = 70
 IN_THE_LOT = ("--repeat", "3", "--seconds", "0.08")
 """When `make bench` gives up on it; it takes about 90."""
 
