@@ -9,8 +9,9 @@ begins an epoch, and what is said in an earlier one counts no more.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 MARGIN = 0.9
 """Of a promised time, what its holder relies on: clocks of two machines do not run quite alike."""
@@ -83,7 +84,7 @@ class Promise:
         self._asked = max(self._asked, by.newest)
         if now_s < self._until_s and not is_same:
             whom = (
-                f"is promised to {self._name}" if self._name else "may have been promised to another before a restart"
+                f"are promised to {self._name}" if self._name else "may have been promised to another before a restart"
             )
             return f"the next {self._until_s - now_s:.1f} s {whom}"
         best = max(self.newest, self._asked)
@@ -99,6 +100,25 @@ class Promise:
         return ""
 
 
+class Answer(Protocol):
+    """What a client says to who asks for a promise."""
+
+    @property
+    def shards(self) -> Collection[int]:
+        """Those that it speaks for."""
+        ...
+
+    @property
+    def refused(self) -> str:
+        """Why it promised nothing; empty: it did."""
+        ...
+
+    @property
+    def lease_s(self) -> float:
+        """For how long it did."""
+        ...
+
+
 class Lease:
     """The promises that an aggregator holds, or somebody who wants to be one."""
 
@@ -111,6 +131,20 @@ class Lease:
         for shard in shards:
             if 0 <= shard < self._shards:
                 self._until_s[shard] = asked_s + MARGIN * min(lease_s, MAX_LEASE_S)
+
+    def answered(self, answers: Iterable[Answer], asked_s: float) -> None:
+        """What all who were asked at `asked_s` said, as far as they did.
+
+        A shard has one voice: where two processes hold it, and one of them refuses, it has promised nothing. Of two on
+        different sides of a network that is cut, nobody hears both: a shard is to be held by one machine.
+        """
+        known = list(answers)
+        refused = {shard for answer in known if answer.refused for shard in answer.shards}
+        for answer in known:
+            if not answer.refused:
+                self.promised([shard for shard in answer.shards if shard not in refused], asked_s, answer.lease_s)
+        for shard in refused:
+            self._until_s.pop(shard, None)
 
     def held_of(self, now_s: float) -> int:
         """How many shards' promises hold now."""

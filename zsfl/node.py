@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -203,16 +203,27 @@ class Node:
 
         A disk that is full, or was remounted read-only, is no reason to lose a run: somebody may see to it meanwhile.
         """
-        ends_s, trouble = time.monotonic() + self.settings.patience_s, ""
-        with self.waiting(lambda: f"a disk: {trouble}"):
-            while True:
-                try:
-                    return write()
-                except StorageError as error:
-                    if isinstance(error, SpillTooLarge) or time.monotonic() > ends_s:
-                        raise
-                    trouble = str(error)
+
+        async def written() -> _Result:
+            return write()
+
+        return await self.until_written(written)
+
+    async def until_written(self, write: Callable[[], Awaitable[_Result]]) -> _Result:
+        """The same of what waits for others while it writes."""
+        try:
+            return await write()
+        except StorageError as error:
+            refusal = error
+        ends_s = time.monotonic() + self.settings.patience_s
+        with self.waiting(lambda: f"a disk: {refusal}"):
+            while not isinstance(refusal, SpillTooLarge) and time.monotonic() <= ends_s:
                 await asyncio.sleep(self.settings.beat_s)
+                try:
+                    return await write()
+                except StorageError as error:
+                    refusal = error
+        raise refusal
 
     def start(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[None]:
         """Run something for as long as the node lives; its failure ends the node."""

@@ -101,7 +101,9 @@ class Tested(Report, frozen=True, kw_only=True, tag="tested"):
 
 
 class Finished(Report, frozen=True, kw_only=True, tag="finished"):
-    """The rounds asked for are done; `folder` holds what the run leaves."""
+    """The rounds asked for are done; `folder` holds what the run leaves, `seconds` is how long all that took part in it
+    trained them.
+    """
 
     rounds: int
     version: int

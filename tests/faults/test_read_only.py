@@ -152,3 +152,12 @@ async def test_a_server_killed_there_is_not_started_over_and_over(tmp_path: Path
         await cluster.restart(server)
         rounds += await _rounds(cluster, 1)
     await assert_as_if_nothing_had_happened(tmp_path, rounds)
+
+
+async def test_a_run_whose_first_checkpoint_cannot_be_written_does_not_begin(tmp_path: Path) -> None:
+    """Later ones are waited for; of a run that has not begun nothing is lost, and somebody is there to hear of it."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "checkpoint").write_text("a file where the folder is to be")
+    what = r"the run cannot begin: .*mine/checkpoint.*; make room there or choose another folder with --runs"
+    with pytest.raises(zsfl.RunFailed, match=what):
+        await in_process(CASE, tmp_path, run="mine")

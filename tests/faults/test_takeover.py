@@ -5,74 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from helpers.exact import Case, Ran, assert_equal, in_process
+from helpers.exact import Ran, assert_equal, in_process
 from helpers.ledger import ledger
+from helpers.takeover import CASE, READY, Seen, cluster, folder_of, says, trained
 
-import zsfl
 from zsfl.aggregator.audit import audit
 from zsfl.ids import parse_cid
-from zsfl.reports import AnyReport, Note, Waiting
-
-CASE = Case(optimizer="adam", dropout=0.2, sizes=(13, 7, 20, 18))
-LEASE_S = 1.0
-
-
-class Seen:
-    """What a cluster reported, and events for some of it."""
-
-    def __init__(self) -> None:
-        self.reports: list[AnyReport] = []
-        self._awaited: list[tuple[Callable[[AnyReport], bool], asyncio.Event]] = []
-
-    def __call__(self, report: AnyReport) -> None:
-        self.reports.append(report)
-        for fits, event in self._awaited:
-            if fits(report):
-                event.set()
-
-    def notes(self, text: str) -> list[AnyReport]:
-        return [report for report in self.reports if says(text)(report)]
-
-    async def wait_for(self, fits: Callable[[AnyReport], bool]) -> None:
-        event = asyncio.Event()
-        self._awaited.append((fits, event))
-        if not any(map(fits, self.reports)):
-            await event.wait()
-
-
-def says(text: str) -> Callable[[AnyReport], bool]:
-    def fits(report: AnyReport) -> bool:
-        return (isinstance(report, Note) and text in report.message) or (
-            isinstance(report, Waiting) and text in report.what
-        )
-
-    return fits
-
-
-def cluster(runs: Path, seen: Seen, case: Case = CASE, **flags: Any) -> zsfl.LocalCluster:
-    settings = {"run": "mine", "split_servers": 2, "standbys": 1, "mdns": False, "beat_s": 0.2} | flags
-    return zsfl.LocalCluster(
-        replace(case, rounds=10_000).job_file(runs), runs=runs, on_report=seen, lost_after_s=LEASE_S, **settings
-    )
-
-
-async def trained(nodes: zsfl.LocalCluster, rounds: int) -> int:
-    return len([report async for report in nodes.train(rounds)])
-
-
-def folder_of(nodes: zsfl.LocalCluster) -> Path:
-    """Of whoever led last."""
-    assert nodes.result is not None
-    return Path(nodes.result.folder)
-
-
-READY = "another aggregator stands by, and may take over"
 
 
 async def test_one_that_is_killed_is_succeeded_and_stands_by_when_it_is_back(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from helpers.waiting import eventually
 
 from zsfl.aggregator.audit import audit
 from zsfl.aggregator.mirror import Standing
+from zsfl.cluster.nodes import rounds_in
 from zsfl.ids import Role
+from zsfl.reports import Finished
 
 CASE = Case(sizes=(200, 200), rounds=1)
 ROUNDS = 3
@@ -48,6 +50,10 @@ async def test_a_standby_that_was_started_again_alone_trains_as_many_rounds_as_w
             node.signal(signal.SIGKILL)
             await node.ended()
         assert ledger(copy)[-1]["round"] < ROUNDS - 1, "the run was over before it was disturbed"
-        assert await (await start(Role.STANDBY, "standby")).ended(40) == 0
+        before_s = sum(report.seconds for report in list(rounds_in(copy))[:-1])  # the last may be made again
+        alone = await start(Role.STANDBY, "standby")
+        assert await alone.ended(40) == 0
+    [finished] = [report for report in alone.reports() if isinstance(report, Finished)]
+    assert finished.seconds > before_s
     assert ledger(copy)[-1]["round"] == ROUNDS - 1
     assert audit(copy).faults == []

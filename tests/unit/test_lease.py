@@ -9,7 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from zsfl.ids import Version
 from zsfl.lease import BEHIND_LEASES, MARGIN, MAX_LEASE_S, Candidate, Lease, Promise, most_of
+from zsfl.wire.succession import Granted
 
 LEASE_S = 2.0
 SHARDS, CANDIDATES = 5, 3
@@ -116,7 +118,7 @@ def test_a_promise_runs_out_sooner_for_its_holder_than_for_who_gave_it() -> None
     lease.promised([0], 10.0, LEASE_S)
     assert lease.is_held(10.0 + MARGIN * LEASE_S - 0.01)
     assert not lease.is_held(10.0 + MARGIN * LEASE_S)
-    assert "promised to a" in voter.ask(candidate("b", 2), LEASE_S, 10.0 + LEASE_S - 0.01)
+    assert "s are promised to a" in voter.ask(candidate("b", 2), LEASE_S, 10.0 + LEASE_S - 0.01)
     assert voter.ask(candidate("b", 2), LEASE_S, 10.0 + LEASE_S) == ""
     assert voter.ask(candidate("a", 1), LEASE_S, 20.0) == "epoch 2 has begun"
     assert "epoch 2 has begun" in voter.ask(candidate("c", 2), LEASE_S, 20.0)
@@ -177,6 +179,46 @@ def test_what_was_said_in_an_earlier_epoch_is_not_taken_in() -> None:
     voter.heard_of(2, 5)
     voter.heard_of(1, 9)
     assert (voter.epoch, voter.newest) == (2, (2, 5))
+
+
+def said(*shards: int, refused: str = "") -> Granted:
+    return Granted(shards=shards, refused=refused, lease_s=LEASE_S, epoch=1, newest=(0, Version(0)))
+
+
+def test_a_shard_that_two_processes_hold_has_one_voice() -> None:
+    lease = Lease(3)
+    lease.answered([said(0), said(1), said(1)], 0.0)
+    assert lease.held_of(0.0) == 2
+    lease.answered([said(0), said(1), said(1, refused="promised to another")], 0.1)
+    assert lease.held_of(0.1) == 1, "what the one promises, the other may have promised to somebody else"
+    lease.answered([said(1)], 0.2)
+    assert lease.held_of(0.2) == 2
+
+
+class Twins(OneLeads):
+    """Every shard is held by two processes; whoever asks hears both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others = [self.promise(0.0) for _ in range(SHARDS)]
+
+    @rule(who=st.integers(0, CANDIDATES - 1), shards=st.sets(st.integers(0, SHARDS - 1)), late=st.booleans())
+    def ask(self, who: int, shards: set[int], late: bool) -> None:
+        one = self.all[who]
+        answers = [
+            said(shard, refused=voter.ask(candidate(one.holder, one.epoch), LEASE_S, self.now_s))
+            for shard in shards
+            for voter in (self.voters[shard], self.others[shard])
+        ]
+        one.lease.answered(answers, self.now_s)
+
+    @rule(shard=st.integers(0, SHARDS - 1))
+    def other_voter_starts_again(self, shard: int) -> None:
+        self.others[shard] = self.promise(self.now_s)
+
+
+def test_nobody_leads_beside_another_where_shards_are_held_twice() -> None:
+    run_state_machine_as_test(Twins, settings=settings(RUNS, max_examples=100))
 
 
 @pytest.mark.parametrize(("shards", "most"), [(1, 1), (2, 2), (3, 2), (4, 3), (5, 3)])

@@ -19,6 +19,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from zsfl.aggregator.run_folder import to_disk
 from zsfl.errors import SpillCorrupt, StorageError
 from zsfl.ids import Cid, SpillKind, Version
 from zsfl.learning.averaging import Contribution
@@ -48,6 +49,8 @@ class Journal:
         """Whose file that is."""
         self._unsynced: list[Segment] = []
         """Written to since they were last brought to the disk."""
+        self._has_new = False
+        """Whether a file was made since then."""
         self._page = _Page()
         self._sizes: dict[Version, int] | None = None
 
@@ -60,6 +63,7 @@ class Journal:
             self._known()[self._at] = self._live.size_bytes
         with self._storing():
             self._folder.mkdir(parents=True, exist_ok=True)
+            self._has_new |= self._syncs and not path.exists()
             live = Segment(path, sealed=path.exists())
             live.repair()  # one that a killed process left may be torn at its end
             self._at, self._live = version, live
@@ -84,6 +88,10 @@ class Journal:
             for segment in self._unsynced:
                 segment.sync()
             self._unsynced.clear()
+            if self._has_new:
+                for folder in (self._folder, self._folder.parent):
+                    to_disk(folder)
+                self._has_new = False
 
     def close(self) -> None:
         """Keep no more; what is there stays."""

@@ -22,7 +22,7 @@ import msgspec
 from zsfl.aggregator.commit import read_record
 from zsfl.aggregator.journal import file_name
 from zsfl.aggregator.progress import checkpoints, place_of
-from zsfl.aggregator.run_folder import CHECKPOINT, JOURNAL, LEDGER, METRICS, STANDING, whole_lines
+from zsfl.aggregator.run_folder import CHECKPOINT, JOURNAL, LEDGER, METRICS, STANDING, to_disk
 from zsfl.errors import StorageError
 from zsfl.ids import NodeId, Version
 from zsfl.spill.segments import SUFFIX
@@ -74,6 +74,7 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
                 file.flush()
                 os.fsync(file.fileno())
             aside.rename(folder / STANDING)
+            to_disk(folder)
         except OSError as error:
             raise StorageError(f"cannot write {folder / STANDING}: {error.strerror}; make room there") from error
 
@@ -90,20 +91,19 @@ class Source:
         self._bound = bound
 
     def follow(self, request: Follow, version: Version) -> Following:
-        """What there is that the standby has not, at this version of the ledger."""
+        """What there is that the standby has not, at this version; `StorageError` if its files cannot be read."""
         if not self._agrees(request.ledger_bytes, request.last):
             return Following(agrees=False)
         found = checkpoints(self._folder / CHECKPOINT)
         if not found:
             return Following(agrees=True)  # the run has not begun
-        new = request.checkpoint != _round(found[-1])
         # Earlier ones than its oldest checkpoint needs are not kept; who has none at all starts with the newest.
         oldest = place_of(found[-1] if request.checkpoint is None else found[0])
         since = max(request.since, oldest.version - self._bound)
         # By their names: to look for them among thousands at each version would take too long.
         paths = [self._folder / JOURNAL / file_name(one) for one in range(since, version)[:MAX_FILES]]
         paths.append(self._folder / LEDGER)
-        paths += [found[-1] / name for name in _CHECKPOINT_FILES] if new else []
+        paths += [found[-1] / name for name in _CHECKPOINT_FILES]
         paths += [self._folder / name for name in (*_WHOLE, METRICS)]
         # Where there are too many the rest is named in the next answer.
         return Following(agrees=True, files=tuple(_infos(self._folder, paths[:MAX_FILES])))
@@ -111,7 +111,8 @@ class Source:
     def _agrees(self, size_bytes: int, last: str) -> bool:
         if not size_bytes:
             return True
-        return last == _last_digest(self._folder / LEDGER, size_bytes)
+        line = _last_line(self._folder / LEDGER, size_bytes)
+        return line is not None and last == hashlib.sha256(line).hexdigest()
 
     def piece(self, request: FetchPiece) -> tuple[Piece, Sequence[bytes]]:
         """Bytes of a file; its name was checked when the request was decoded."""
@@ -127,8 +128,10 @@ def _infos(folder: Path, paths: Sequence[Path]) -> list[FileInfo]:
     for path in paths:
         with suppress(FileNotFoundError):
             found = path.stat()
+            # A record that the disk refused half-way is written anew: nobody is told of what is there of it.
+            size = _whole_bytes(path) if path.name == LEDGER else found.st_size
             name = path.relative_to(folder).as_posix()
-            infos.append(FileInfo(name=name, size_bytes=found.st_size, changed_us=found.st_mtime_ns // 1000))
+            infos.append(FileInfo(name=name, size_bytes=size, changed_us=found.st_mtime_ns // 1000))
     return infos
 
 
@@ -136,19 +139,49 @@ def _round(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("round-"))
 
 
-def _last_digest(ledger: Path, size_bytes: int) -> str | None:
-    """Digest of the record that ends at this place; None when none does."""
+@contextmanager
+def _reading(path: Path) -> Generator[int, None, None]:
+    """An open file, for `os.pread`; `StorageError`, but for one that is not there, where the disk refuses it."""
     try:
-        with ledger.open("rb") as file:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield file
+        finally:
+            os.close(file)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}; look what is there, and restore it") from error
+
+
+def _whole_bytes(ledger: Path) -> int:
+    """Where its last whole line ends; 0 where there is none."""
+    try:
+        with _reading(ledger) as file:
+            end = os.fstat(file).st_size
+            while end:
+                start = max(0, end - _TAIL_BYTES)
+                if (found := os.pread(file, end - start, start).rfind(b"\n")) >= 0:
+                    return start + found + 1
+                end = start
+    except FileNotFoundError:
+        pass
+    return 0
+
+
+def _last_line(ledger: Path, size_bytes: int) -> bytes | None:
+    """The line that ends at this place; None when none does."""
+    try:
+        with _reading(ledger) as file:
             length = _TAIL_BYTES
             while True:
                 start = max(0, size_bytes - length)
-                tail = os.pread(file.fileno(), size_bytes - start, start)
+                tail = os.pread(file, size_bytes - start, start)
                 if len(tail) != size_bytes - start or not tail.endswith(b"\n"):
                     return None
                 *before, line = tail[:-1].split(b"\n")
                 if before or start == 0:
-                    return hashlib.sha256(line).hexdigest()
+                    return line
                 length *= 2
     except FileNotFoundError:
         return None
@@ -165,20 +198,18 @@ class Mirror:
         self.folder = folder
         self._bound = bound
         self._syncs = syncs
-        self._changed_us: dict[str, int] = {}
-        """Of files that change as a whole, as the source told when they were fetched."""
-        self._look()
-
-    def _look(self) -> None:
-        """Find out what is there."""
-        ledger = self.folder / LEDGER
-        lines = whole_lines(ledger)
-        self._bytes = sum(len(line) + 1 for line in lines)
-        self._last = ""
-        self.version = Version(0)
+        self.version: Version
         """Of the last record."""
-        if lines:
-            record, self._last = read_record(lines[-1], f"the last line of {ledger}")
+        self._fetched: dict[str, FileInfo] = {}
+        """By name, what the source told of the files that were fetched last."""
+        self._look(_whole_bytes(folder / LEDGER))
+
+    def _look(self, ledger_bytes: int) -> None:
+        """Find out what is there, of a ledger as much as this."""
+        ledger = self.folder / LEDGER
+        self._bytes, self._last, self.version = ledger_bytes, "", Version(0)
+        if ledger_bytes:
+            record, self._last = read_record(_last_line(ledger, ledger_bytes) or b"", f"the last line of {ledger}")
             self.version = record.version
         self.tidy()
         found = checkpoints(self.folder / CHECKPOINT)
@@ -211,31 +242,42 @@ class Mirror:
 
     def go_back(self) -> None:
         """The source does not know the last record: who made it had been succeeded. It is kept in superseded.jsonl."""
-        *lines, last = whole_lines(self.folder / LEDGER)
+        ledger = self.folder / LEDGER
+        last = _last_line(ledger, self._bytes) or b""
+        left = max(0, self._bytes - len(last) - 1)
+        before = _last_line(ledger, left) if left else None
+        version = read_record(before, f"a line of {ledger}").record.version if before is not None else 0
         with self._storing():
             with (self.folder / SUPERSEDED).open("ab") as file:
                 file.write(last + b"\n")
-            os.truncate(self.folder / LEDGER, sum(len(line) + 1 for line in lines))
-            version = read_record(lines[-1], "a ledger").record.version if lines else 0
+            os.truncate(ledger, left)
             for path in checkpoints(self.folder / CHECKPOINT):
                 if place_of(path).version > version:
                     shutil.rmtree(path)
             for path in _journal(self.folder, since=version):
                 path.unlink()
             (self.folder / METRICS).unlink(missing_ok=True)
-        self._look()
+        self._fetched.clear()
+        self._look(left)
 
     def lacks(self, info: FileInfo) -> bool:
-        """Whether this file is to be fetched."""
-        path = self.folder / info.name
-        size = path.stat().st_size if path.exists() else -1
+        """Whether this file is to be fetched.
+
+        One of the same size may be another one, of a process that made other versions: then it was not changed in the
+        same moment.
+        """
+        if self._fetched.get(info.name) == info:
+            return False
         if info.name == LEDGER:
             return info.size_bytes > self._bytes
-        if info.name in (*_WHOLE, METRICS):
-            return self._changed_us.get(info.name) != info.changed_us or size != info.size_bytes
-        if size == info.size_bytes:
-            self._has(info.name)
-        return size != info.size_bytes
+        try:
+            found = (self.folder / info.name).stat()
+        except FileNotFoundError:
+            return True
+        if (found.st_size, found.st_mtime_ns // 1000) != (info.size_bytes, info.changed_us):
+            return True
+        self._has(info)
+        return False
 
     def begins_at(self, info: FileInfo) -> int:
         """From where on it is to be fetched."""
@@ -247,16 +289,27 @@ class Mirror:
         path = self.folder / info.name
         aside = path.with_name(f".{path.name}.tmp")
         with self._storing():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folder(path.parent)
             with aside.open("wb") as file:
                 yield file.write
                 self._sync(file)
             if info.name == LEDGER:
                 self._extend(path, aside.read_bytes())
             else:
+                os.utime(aside, ns=(info.changed_us * 1000, info.changed_us * 1000))
                 aside.rename(path)
-            self._changed_us[info.name] = info.changed_us
-            self._has(info.name)
+                self._sync_names(path.parent)
+            self._has(info)
+
+    def _make_folder(self, folder: Path) -> None:
+        if not folder.is_dir():
+            self._make_folder(folder.parent)
+            folder.mkdir(exist_ok=True)
+            self._sync_names(folder.parent)
+
+    def _sync_names(self, folder: Path) -> None:
+        if self._syncs:
+            to_disk(folder)
 
     @contextmanager
     def _storing(self) -> Generator[None, None, None]:
@@ -267,8 +320,10 @@ class Mirror:
                 f"the copy of the run in {self.folder} cannot be written: {error.strerror}; make room there"
             ) from error
 
-    def _has(self, name: str) -> None:
+    def _has(self, info: FileInfo) -> None:
         """A file is there."""
+        self._fetched[info.name] = info
+        name = info.name
         if name.startswith(JOURNAL):
             self._complete = max(self._complete, Version(int(Path(name).stem[1:])))
         elif name.endswith(_CHECKPOINT_FILES[-1]):
@@ -280,11 +335,14 @@ class Mirror:
         if not data:
             return
         record, last = read_record(data[:-1].rpartition(b"\n")[2], f"what follows the last line of {path}")
-        with path.open("r+b" if path.exists() else "w+b") as file:
+        is_new = not path.exists()
+        with path.open("w+b" if is_new else "r+b") as file:
             file.seek(self._bytes)
             file.truncate()
             file.write(data)
             self._sync(file)
+        if is_new:
+            self._sync_names(path.parent)
         self._bytes, self._last = self._bytes + len(data), last
         self.version = record.version
         self._complete = max(self._complete, _last_grown(record.version))
@@ -305,6 +363,7 @@ class Mirror:
         first = place_of(found[-_KEPT_CHECKPOINTS:][0]).version - self._bound
         for path in _journal(self.folder, before=first):
             path.unlink()
+        self._fetched = {name: info for name, info in self._fetched.items() if (self.folder / name).exists()}
 
 
 def _last_grown(version: Version) -> Version:

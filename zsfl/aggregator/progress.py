@@ -12,7 +12,7 @@ import msgspec
 from torch import Tensor
 
 from zsfl.aggregator.journal import Journal
-from zsfl.aggregator.run_folder import RunFolder
+from zsfl.aggregator.run_folder import RunFolder, to_disk
 from zsfl.errors import ConfigError, StorageError
 from zsfl.ids import Version
 from zsfl.learning.cuts import Cuts
@@ -49,8 +49,12 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 class Progress:
     """Keeps how far a run got in its folder. Everything here blocks on the disk."""
 
-    def __init__(self, folder: RunFolder, job: Job, cuts: Cuts, master: Master, journal: Journal) -> None:
+    def __init__(
+        self, folder: RunFolder, job: Job, cuts: Cuts, master: Master, journal: Journal, *, syncs: bool = False
+    ) -> None:
+        """With `syncs` a checkpoint outlasts a loss of power."""
         self._folder = folder
+        self._syncs = syncs
         self._journal = journal
         self._bound = max_staleness(job.how)
         self._model = cuts.first
@@ -79,10 +83,16 @@ class Progress:
             shutil.rmtree(aside, ignore_errors=True)
             self._master.save(aside)
             (aside / _PLACE).write_bytes(msgspec.json.encode(place))
+            if self._syncs:
+                for path in (*aside.iterdir(), aside):
+                    to_disk(path)
             shutil.rmtree(new, ignore_errors=True)
             aside.rename(new)
+            if self._syncs:
+                to_disk(folder)
         except OSError as error:
-            raise StorageError(f"cannot write a checkpoint in {folder}: {error.strerror}; make room there") from error
+            what = f"cannot write a checkpoint in {folder}: {error.strerror}"
+            raise StorageError(f"{what}; make room there or choose another folder") from error
 
     def rename_run(self, place: Place, run: str) -> None:
         """From this checkpoint on the run has another id, as what was made after it is lost in part."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,8 @@ from zsfl.wire.messages import Beat, Committed, Reply, Request
 from zsfl.wire.succession import FetchPiece, Follow, Grant, Granted
 
 MIN_RENEWAL_S = 0.05
+COPYING_S = 2.0
+"""Whoever stands by and has asked for nothing so long does not copy any more."""
 RENEWALS = 4
 """How often a lease is renewed in its time."""
 
@@ -45,6 +48,10 @@ class Reign:
         """Of those who stand by, the newest version that each has."""
         self._promised = Latest(None)
         self._version = stage.state.version
+        self._is_leaving = False
+        """It gave up its lease, and records nothing more."""
+        self._copied_s = -math.inf
+        """When somebody who stands by asked for something last."""
 
     def begin(self, version: Version) -> None:
         """The run is at this version; blocking."""
@@ -63,7 +70,7 @@ class Reign:
     async def run(self) -> None:
         """Renew the lease, while there is one; Fenced when another has taken over."""
         while True:
-            await self._followers.wait_for(lambda followers: bool(followers) or self._standing.shared)
+            await self._followers.wait_for(lambda now: (bool(now) or self._standing.shared) and not self._is_leaving)
             if not self._standing.epoch:
                 await self._node.persistently(lambda: self._keep(epoch=1))
             await self._renew()
@@ -72,9 +79,8 @@ class Reign:
                 self._node.note("another aggregator stands by, and may take over from now on")
             await asyncio.sleep(max(MIN_RENEWAL_S, self._shortest_s / RENEWALS))
 
-    async def _renew(self) -> None:
-        lease_s = self._node.settings.lost_after_s
-        grant = Grant(
+    def _grant(self, lease_s: float) -> Grant:
+        return Grant(
             holder=self._standing.holder,
             name=self._node.name,
             epoch=self._standing.epoch,
@@ -82,13 +88,15 @@ class Reign:
             version=self._version,
             lease_s=lease_s,
         )
-        asked_s = clock_s()
-        for granted in await asked_of_all(self._node, grant, lease_s):
-            if granted.refused and granted.epoch > self._standing.epoch:
-                self._fenced()
-            if not granted.refused:
-                self._lease.promised(granted.shards, asked_s, granted.lease_s)
-                self._shortest_s = min(self._shortest_s, granted.lease_s)
+
+    async def _renew(self) -> None:
+        lease_s = self._node.settings.lost_after_s
+        asked_s, grant = clock_s(), self._grant(lease_s)
+        answers = await asked_of_all(self._node, grant, lease_s)
+        if any(granted.refused and granted.epoch > self._standing.epoch for granted in answers):
+            self._fenced()
+        self._lease.answered(answers, asked_s)
+        self._shortest_s = min([self._shortest_s, *(granted.lease_s for granted in answers if not granted.refused)])
         self._promised.touch()
 
     def _fenced(self) -> None:
@@ -99,6 +107,8 @@ class Reign:
     @property
     def is_held(self) -> bool:
         """Whether nobody else can lead now, so that a version may be recorded."""
+        if self._is_leaving:
+            return False
         return not self._standing.shared or self._is_alone or self._lease.is_held(clock_s())
 
     async def record(self, write: Callable[[], None]) -> None:
@@ -135,6 +145,24 @@ class Reign:
         held = self._lease.held_of(clock_s())
         return f"consent of most clients ({held} of {self._shards} shards, {most_of(self._shards)} are needed)"
 
+    async def abdicate(self, timeout_s: float) -> bool:
+        """Record nothing more, and let the clients follow another at once; whether there is one who stands by.
+
+        Whoever does is waited for, `timeout_s` at most, until it has what is recorded.
+        """
+        if not (self._standing.shared and self._followers.value):
+            return False
+        self._is_leaving = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._followers.wait_for(lambda now: not now or max(now.values()) >= self._version)
+        if not self._followers.value:
+            return False
+        await asked_of_all(self._node, self._grant(0.0), self._node.settings.lost_after_s)
+        there = max(self._followers.value.values(), default=0)
+        self._node.note(f"leaving the run to whoever stands by, at version {there}")
+        return True
+
     def mind(self, beat: Beat, job: str) -> None:
         """Of two aggregators the one of the earlier epoch gives way, or of equal ones that which has not begun.
 
@@ -154,6 +182,7 @@ class Reign:
         """Answer somebody who stands by; None: it was not asked by one."""
         match request:
             case Follow():
+                self._copied_s = clock_s()
                 epoch = self._standing.epoch if self._standing.shared else 0
                 following = self._source.follow(request, self._version)
                 following = msgspec.structs.replace(following, origin=self._standing.origin, epoch=epoch)
@@ -162,14 +191,28 @@ class Reign:
                     self._followers.touch()
                 return following, ()
             case FetchPiece():
+                self._copied_s = clock_s()
                 return self._source.piece(request)
             case _:
                 return None
 
     def lost(self, card: NodeCard) -> None:
         """A peer is gone."""
-        if self._followers.value.pop(card.id, None) is not None:
-            self._followers.touch()
+        if self._followers.value.pop(card.id, None) is None:
+            return
+        self._followers.touch()
+        if not self._followers.value and self._node.settings.durability == "replica" and not self._is_leaving:
+            self._node.note(
+                f"{card.name} was the last that stood by, and durability is replica: no version is announced until one "
+                "stands by again; start one with zsfl node standby JOB",
+                "warning",
+            )
+
+    async def seen_off(self) -> None:
+        """The run is over: returns when nobody copies its last files any more, or after `patience_s`."""
+        ends_s = clock_s() + self._node.settings.patience_s
+        while self._node.peers(Role.STANDBY) and clock_s() < min(ends_s, self._copied_s + COPYING_S):
+            await self._followers.changed_within(MIN_RENEWAL_S)
 
     async def recorded(self, version: Version) -> None:
         """A version is recorded; returns when it is on as many machines as the settings ask for."""

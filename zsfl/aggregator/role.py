@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 import msgspec
-from torch import Tensor
 
-from zsfl.aggregator.held_out import Best, HeldOut, Order
+from zsfl.aggregator.held_out import HeldOut
 from zsfl.aggregator.progress import Place, Progress
 from zsfl.aggregator.reign import Reign
 from zsfl.aggregator.replay import recover
@@ -22,6 +20,7 @@ from zsfl.aggregator.stage import Stage
 from zsfl.aggregator.standby import Elected
 from zsfl.aggregator.tally import PeerCounters
 from zsfl.aggregator.training import Training
+from zsfl.aggregator.trials import Trials
 from zsfl.errors import ConfigError, NoPeer, RemoteProtocolError, RunFailed, StorageError
 from zsfl.ids import NodeCard, NodeId, Role, Version, parse_cid
 from zsfl.latest import Latest, first_of
@@ -30,7 +29,7 @@ from zsfl.learning.job import Job
 from zsfl.learning.master import Master
 from zsfl.learning.modes import Exact, max_staleness
 from zsfl.node import OFFERS_TOPIC, BeatExtras, Node
-from zsfl.reports import Assembled, Finished, RoundReport, Tested
+from zsfl.reports import Assembled, Finished, RoundReport
 from zsfl.weights.shelf import Shelf
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import (
@@ -74,15 +73,16 @@ class AggregatorRole:
         # Versions that depend on who was quick may have been others where they were not handed on.
         self._forks = elected and not isinstance(job.how, Exact) and node.settings.durability != "replica"
         self._training = Training(node, job, folder, self._stage, master, self._roster, self._shelf, self._reign)
-        self._progress = Progress(folder, job, cuts, master, self._training.journal)
+        syncs = node.settings.durability == "power"
+        self._progress = Progress(folder, job, cuts, master, self._training.journal, syncs=syncs)
         self._held_out = HeldOut(node, self._stage, self._shelf, self._roster, waits=isinstance(job.how, Exact))
-        self._best = Best()
-        self._begun_s = 0.0
+        self._trials = Trials(node, job, folder, self._progress, self._training, self._held_out)
+        self._start_with = 0 if node.settings.resume or elected else node.settings.start_with
+        """Shards whose clients a run begins with; 0: all, as one that is resumed does."""
         self._without: frozenset[int] = frozenset()  # shards whose clients had left the run that is resumed
-        self._last_tested: RoundReport | None = None
         self._resumed: Place | None = None
-        self._untested: list[tuple[RoundReport | None, Version, dict[str, Tensor]]] = []
-        """Versions that were to be tested when the run ended that is resumed, with the report of the round they end."""
+        self._before_s = 0.0
+        """How long earlier processes trained what this one goes on with."""
         self._server = node.serve(self._answer)
         self._ears: dict[NodeId, asyncio.Task[None]] = {}
         self.hears = frozenset(Role)
@@ -127,21 +127,16 @@ class AggregatorRole:
         training.resume(at, "" if self._forks else parse_cid(counted[-1]).run if counted else place.run)
         if place.run != self._stage.run:
             self._progress.rename_run(place, self._stage.run)
-        for tested in self._folder.tests():
-            if tested.version <= at.version:  # what was tested of later ones is lost with them
-                self._best.take(tested)
-        done = [report for report in self._folder.rounds() if report.round <= at.round]
-        self._last_tested = done[-1] if done else None
-        for report, version, state in self._progress.untested({report.round for report in done}, place.round):
+        for version, state in self._trials.resume(at, place.round):
             self._shelf.put(version, state)
-            self._untested.append((report, version, state))
-        if at.windows and self._job.tests(at.version) and at.version not in self._best.seen:
-            self._untested.append((None, *training.newest))
+        if not self._node.settings.hold:
+            self._before_s = sum(report.seconds for report in self._folder.rounds() if report.round <= at.round)
 
     # --- what the node asks -----------------------------------------------------------------------------
 
     async def drain(self, timeout_s: float) -> None:
-        """Nothing to wait for: the last checkpoint and the ledger are on disk, and steps can be made again."""
+        """The run is on the disk, and steps can be made again; whoever stands by is handed it."""
+        await self._reign.abdicate(timeout_s)
 
     async def control(self, request: Request) -> Reply:
         """Answer a client or an observer."""
@@ -221,7 +216,13 @@ class AggregatorRole:
             serving = tasks.create_task(self._server.run(), name="data")
             try:
                 await first_of(self._run_job(), self._held_out.run(), self._reign.run())
-            except (RunFailed, StorageError) as error:
+            except StorageError as error:
+                if not await self._reign.abdicate(FAREWELL_S):
+                    await self._fail(error)
+                else:  # another disk may be better
+                    error.args = (f"{error}. Another aggregator stands by and may go on; with --resume this one does",)
+                raise
+            except RunFailed as error:
                 await self._fail(error)
                 raise
             finally:
@@ -231,9 +232,7 @@ class AggregatorRole:
     async def _run_job(self) -> None:
         await self._assemble()
         self._training.publish_weights()
-        self._begun_s = time.monotonic()
-        for report, version, state in self._untested:
-            await self._order_test(report, version, state)
+        await self._trials.begin()
         if not self._node.settings.hold:
             await self._train(self._rounds_left())
             await self._farewell("finished")
@@ -249,6 +248,8 @@ class AggregatorRole:
 
     async def _assemble(self) -> None:
         """Wait for as many clients as the run begins with, and at least one split server."""
+        if self._elected and (self._elected.has_followed or not self._node.settings.resume):
+            await self._until_back()
         try:
             with self._node.waiting(self._missing):
                 async with asyncio.timeout(self._node.settings.join_s):
@@ -260,15 +261,24 @@ class AggregatorRole:
         if any(before.get(shard, count) != count for shard, count in samples.items()):
             raise ConfigError("the shards have other sizes than when the run began; resume it with the same data")
         if self._resumed is None:
-            self._keep(None)
+            self._keep_first()
         clients, servers = (len(self._node.peers(role)) for role in (Role.CLIENT, Role.SPLIT_SERVER))
         folder, rounds, name = str(self._folder.path), self._training.round, self._node.name
         self._node.report(Assembled(node=name, clients=clients, split_servers=servers, folder=folder, rounds=rounds))
 
+    async def _until_back(self) -> None:
+        """Wait for all who took part; but who went with the aggregator before is waited for no longer than ever."""
+        how, settings = self._job.how, self._node.settings
+        with self._node.waiting(self._missing), suppress(TimeoutError):
+            async with asyncio.timeout(max(how.return_s if isinstance(how, Exact) else 0.0, settings.lost_after_s)):
+                await self._roster.wait_for(lambda _: not self._missing())
+        if absent := self._roster.value.absent(self._without, 0):
+            self._node.note(f"going on without clients for shards {ranges(absent)}, until they are back", "warning")
+        self._start_with = 1
+
     def _missing(self) -> str:
         """What the run cannot begin without, for people."""
-        start_with = self._node.settings.start_with * (self._resumed is None)  # resumed, with all who were there
-        absent = self._roster.value.absent(self._without, start_with)
+        absent = self._roster.value.absent(self._without, self._start_with)
         wanted = [f"clients for shards {ranges(absent)}"] if absent else []
         if not self._node.peers(Role.SPLIT_SERVER):
             wanted.append("a split server")
@@ -279,19 +289,19 @@ class AggregatorRole:
         total = self._training.round + rounds
         if not rounds:
             self._node.note(f"the run has its {total} rounds already; ask for more with --rounds", "warning")
-        while self._training.round < total and (self._training.is_in_round or not self._is_early):
+        while self._training.round < total and (self._training.is_in_round or not self._trials.is_enough):
             await self._train_round(total)
         self._stage.enter(phase="idle", version=self._training.version)
         await self._held_out.all_done()
         await self._node.persistently(self._folder.write_plot)
-        best, last = self._best.tested, self._last_tested
+        best, last = self._trials.best.tested, self._trials.last
         finished = Finished(
             node=self._node.name,
             rounds=self._training.round,
             version=self._training.version,
             accuracy=last.accuracy if last else None,
             loss=last.loss if last else None,
-            seconds=time.monotonic() - begun_s,
+            seconds=time.monotonic() - begun_s + self._before_s,
             folder=str(self._folder.path),
             best_accuracy=best.accuracy if best else None,
             best_version=best.version if best else None,
@@ -299,66 +309,27 @@ class AggregatorRole:
         )
         self._node.report(finished)
 
-    @property
-    def _is_early(self) -> bool:
-        """Whether tests have not got better for so long that training ends."""
-        return self._job.stop_after is not None and self._best.since >= self._job.stop_after
-
     async def _train_round(self, total: int) -> None:
         self._counters.heard(self._node.card.id, self._node.name, self._node.counted())
-        self._counters.begin(lambda node: node == self._node.card.id or self._node.peer(node) is not None)
-        tally = await self._training.train_round(total, self._made, lambda: self._is_early)
+        before = () if self._resumed is None else [card.id for role in Role for card in self._node.peers(role)]
+        self._counters.begin(lambda node: node == self._node.card.id or self._node.peer(node) is not None, before)
+        tally = await self._training.train_round(total, self._trials.made, lambda: self._trials.is_enough)
         self._counters.heard(self._node.card.id, self._node.name, self._node.counted())
         report = tally.round_report(self._training.version, self._counters.added(), time.monotonic())
         report = msgspec.structs.replace(report, without=self._roster.value.without())
         await self._node.persistently(lambda: self._keep(report))
-        await self._order_test(report, *self._training.newest)
-
-    async def _made(self, version: Version) -> bool:
-        """A version inside a round is there: have it tested, if the job wants that. Whether training ends here."""
-        if self._job.tests(version):
-            await self._order_test(None, *self._training.newest)
-        return self._is_early
-
-    async def _order_test(self, report: RoundReport | None, version: Version, state: dict[str, Tensor]) -> None:
-        """Have a version tested; with it, `report` of the round that it ends is whole."""
-
-        async def keep(tested: Tested, order: Order) -> None:
-            await self._tested(tested, order, report)
-
-        seconds = time.monotonic() - self._begun_s
-        round_ = self._training.round if report is None else report.round
-        await self._held_out.order(Order(version=version, state=state, round=round_, seconds=seconds, then=keep))
-        if self._job.stop_after is not None and isinstance(self._job.how, Exact):
-            await self._held_out.all_done()  # where training ends must not depend on who was quicker
-
-    async def _tested(self, tested: Tested, order: Order, report: RoundReport | None) -> None:
-        if tested.loss is not None and not math.isfinite(tested.loss):
-            self._training.newest = self._training.proven
-            raise RunFailed(
-                f"the held-out loss became {tested.loss} after round {order.round} (version {order.version}): lower "
-                "the learning rate, or look for bad samples"
-            )
-        is_best = tested.loss is not None and self._best.take(tested)
-        tested = msgspec.structs.replace(tested, ends_round=report is not None)
-        whole = None if report is None else msgspec.structs.replace(report, loss=tested.loss, accuracy=tested.accuracy)
-
-        def keep() -> None:
-            if is_best:
-                self._progress.keep_best(order.state)
-            self._folder.append_metrics(tested)
-            if whole is not None:
-                self._folder.append_metrics(whole)
-                if not order.left_out:
-                    self._progress.keep_from(whole.round, self._node.settings.keep_mib << 20)
-
-        await self._node.persistently(keep)
-        self._node.report(tested)
-        if whole is not None:
-            self._last_tested = whole
-            self._node.report(whole)
+        await self._trials.order(report, *self._training.newest)
 
     # --- what the run leaves ----------------------------------------------------------------------------
+
+    def _keep_first(self) -> None:
+        """What the run begins with; blocking. Nothing is lost yet, and whoever starts a run is there to hear of it, so
+        that a disk which refuses is not waited for.
+        """
+        try:
+            self._keep(None)
+        except StorageError as error:
+            raise StorageError(f"the run cannot begin: {error} with --runs") from error
 
     def _keep(self, report: RoundReport | None) -> None:
         """Model and checkpoint of a round, or of what it begins with; blocking."""
@@ -381,13 +352,15 @@ class AggregatorRole:
     async def _fail(self, error: Exception) -> None:
         """Keep the last good version, and tell everybody why the run ends."""
         version, state = self._training.newest
+        kept = ""
         with suppress(StorageError):
             self._progress.keep_model(state)
+            kept = f" (version {version} is kept in {self._folder.path})"
             self._progress.keep_to(version)
             self._training.ledger.cut_after(version)
             self._folder.write_plot()
         self._stage.place(reason=str(error)[:2000])
-        error.args = (f"{error} (version {version} is kept in {self._folder.path})",)
+        error.args = (f"{error}{kept}",)
         await self._farewell("failed")
 
     async def _farewell(self, phase: Phase) -> None:
@@ -397,3 +370,4 @@ class AggregatorRole:
             async with asyncio.timeout(FAREWELL_S):
                 others = (Role.CLIENT, Role.SPLIT_SERVER, Role.STANDBY)
                 await self._roster.wait_for(lambda _: not any(map(self._node.peers, others)))
+        await self._reign.seen_off()

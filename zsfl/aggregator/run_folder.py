@@ -135,6 +135,8 @@ class RunFolder:
                 rest = rest[file.write(rest) :]
             if sync:
                 os.fdatasync(file.fileno())
+                if not end:  # the file may be new
+                    to_disk(self.path)
             self._ends[name] = end + len(line)
 
     def commits(self) -> list[bytes]:
@@ -266,6 +268,15 @@ def _new_folder(runs: Path, name: str) -> Path:
             number += 1
         else:
             return path
+
+
+def to_disk(path: Path) -> None:
+    """A file, or the names in a folder, would outlast a loss of power when this returns."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def whole_lines(path: Path) -> list[bytes]:

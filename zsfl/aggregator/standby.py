@@ -13,7 +13,7 @@ import msgspec
 
 from zsfl.aggregator.mirror import Mirror, Standing
 from zsfl.aggregator.reign import asked_of_all
-from zsfl.errors import ConfigError, NoPeer, RunFailed, StorageError, Unavailable, ZsflError
+from zsfl.errors import ConfigError, NoPeer, RunFailed, Unavailable, ZsflError
 from zsfl.ids import NodeCard, NodeId, Role
 from zsfl.latest import Latest
 from zsfl.lease import HANDOVER_S, Lease, clock_s, most_of
@@ -36,6 +36,8 @@ class Elected:
     """Whether versions were published that it has not: they are made again."""
     rounds: int
     """How many rounds the run was to have; 0: not known."""
+    has_followed: bool
+    """Whether somebody else aggregated since this node was started, and its clients may still be there."""
 
 
 class StandbyRole:
@@ -62,6 +64,10 @@ class StandbyRole:
         self._rounds = standing.rounds
         self._ears: dict[NodeId, asyncio.Task[None]] = {}
         self._followed: tuple[NodeId, Connection] | None = None
+        self._has_followed = False
+        """Whether it ever did."""
+        self._ended: RunState | None = None
+        """How whoever was followed ended the run, though this node could not fetch all that it left."""
         self._random = random.Random(node.card.id)
         self.elected: Elected | None = None
         self.hears = frozenset({Role.AGGREGATOR})
@@ -89,7 +95,9 @@ class StandbyRole:
         """A peer is gone."""
         if ear := self._ears.pop(card.id, None):
             ear.cancel()
-            self._states.value.pop(card.id, None)
+            state = self._states.value.pop(card.id, None)
+            if state is not None and state.epoch >= self._standing.epoch and state.phase in ("finished", "failed"):
+                self._ended = state
             if self._followed is not None and self._followed[0] == card.id:
                 self._followed[1].close(f"is gone ({reason})")
             self._node.note(f"{card.name} is gone: {reason}", "warning")
@@ -136,6 +144,8 @@ class StandbyRole:
             if (active := self._active()) is not None:
                 if await self._follow(active):
                     return
+            elif self._ended is not None:
+                return self._end(self._ended)
             elif self._standing.shared and self._mirror.is_usable and self._node.settings.takeover != "never":
                 if await self._stand():
                     return
@@ -148,40 +158,50 @@ class StandbyRole:
         return self._node.peer(max(known, key=lambda node: (known[node].epoch, node))) if known else None
 
     async def _until_active(self) -> None:
-        join_s = self._node.settings.join_s
+        settings = self._node.settings
+        allowed_s = settings.patience_s if self._has_followed else settings.join_s
+        advice = "Start one with: zsfl node aggregator JOB"
+        if self._has_followed:
+            advice = "Start it again with --resume"
+        if self._standing.shared and self._mirror.is_usable:  # and takes over never
+            copy = self._mirror.folder
+            advice += (
+                ". This one does not take over by itself (--takeover never): if you know that the other is gone for "
+                f"good, stop this one and go on from its copy {copy} with: zsfl node aggregator JOB --run {copy.name} "
+                "--resume (and --takeover always, where no more than half of the shards have their clients left)"
+            )
+            self._node.note(f"there is no aggregator. {advice}", "warning")
+        elif self._has_followed:
+            advice += ". This one had not stood by for long enough to take over"
         try:
             with self._node.waiting("an aggregator to stand by"):
-                async with asyncio.timeout(join_s):
+                async with asyncio.timeout(allowed_s):
                     await self._states.wait_for(lambda _: self._active() is not None)
         except TimeoutError:
-            raise NoPeer(
-                f"no aggregator came within {join_s:g} s, and this one has not stood by one long enough to take over; "
-                "start one with: zsfl node aggregator JOB"
-            ) from None
+            raise NoPeer(f"for {allowed_s:g} s there was no aggregator. {advice}") from None
 
     # --- following --------------------------------------------------------------------------------------
 
     async def _follow(self, active: NodeCard) -> bool:
         """Keep the copy up to date while this one aggregates; whether the run is over."""
         connection = self._node.connect(active, active.data_port)
-        self._followed = active.id, connection
+        self._followed, self._has_followed = (active.id, connection), True
         said = False
         try:
             while self._active() == active:
                 state = self._states.value[active.id]
                 try:
-                    await self._kept_up(connection)
+                    await self._node.until_written(lambda: self._catch_up(connection))
                 except Unavailable as error:
-                    self._node.note(f"{active.name} cannot be followed for the moment: {error}", "warning")
-                    await asyncio.sleep(self._node.settings.beat_s)
+                    if self._active() == active:
+                        self._node.note(f"{active.name} cannot be followed for the moment: {error}", "warning")
+                        await asyncio.sleep(self._node.settings.beat_s)
                     continue
                 if not said:
                     self._node.note(f"standing by {active.name}, at version {self._mirror.version}")
                     said = True
-                if state.phase == "failed":
-                    raise RunFailed(state.reason)
-                if state.phase == "finished":
-                    self._keep(shared=False)  # or it would stand for this run when the next one begins
+                if state.phase in ("finished", "failed"):
+                    self._end(state)
                     return True
                 await self._states.changed_within(self._node.settings.beat_s)
         finally:
@@ -189,23 +209,17 @@ class StandbyRole:
             connection.close("is not followed any more")
         return False
 
-    async def _kept_up(self, connection: Connection) -> None:
-        """Fetch what there is; where the disk refuses it, again until it does not, or `patience_s` have passed."""
-        try:
-            return await self._catch_up(connection)
-        except StorageError as error:
-            trouble = str(error)
-        settings = self._node.settings
-        ends_s = time.monotonic() + settings.patience_s
-        with self._node.waiting(lambda: f"a disk: {trouble}"):
-            while True:
-                await asyncio.sleep(settings.beat_s)
-                try:
-                    return await self._catch_up(connection)
-                except StorageError as error:
-                    if time.monotonic() > ends_s:
-                        raise
-                    trouble = str(error)
+    def _end(self, state: RunState) -> None:
+        """The run is over; RunFailed when it failed."""
+        if state.phase == "failed":
+            raise RunFailed(state.reason)
+        self._keep(shared=False)  # or it would stand for this run when the next one begins
+        if self._mirror.version < state.version:
+            self._node.note(
+                f"the run is finished, and its aggregator left before all of it was here: this copy ends at version "
+                f"{self._mirror.version} of {state.version}",
+                "warning",
+            )
 
     async def _catch_up(self, connection: Connection) -> None:
         """Fetch what there is."""
@@ -312,7 +326,7 @@ class StandbyRole:
         await self._node.persistently(lambda: self._keep(epoch=self._epoch, led=True))
         with suppress(ZsflError):
             await self._has_majority(HANDOVER_S)  # until the versions since the checkpoint are made again
-        self.elected = Elected(is_behind=is_behind, rounds=self._rounds)
+        self.elected = Elected(is_behind=is_behind, rounds=self._rounds, has_followed=self._has_followed)
         self._node.note(f"taking over at version {self._mirror.version}, in epoch {self._epoch}", "warning")
         return True
 
@@ -327,10 +341,8 @@ class StandbyRole:
         )
         asked_s = clock_s()
         answers = await asked_of_all(self._node, grant, self._node.settings.lost_after_s)
-        for granted in answers:
-            self._known = max(self._known, granted.newest)
-            if not granted.refused:
-                self._lease.promised(granted.shards, asked_s, granted.lease_s)
+        self._lease.answered(answers, asked_s)
+        self._known = max(self._known, *(granted.newest for granted in answers), (0, 0))
         refused = [granted.epoch for granted in answers if granted.refused]
         if self._lease.is_held(clock_s()) or (self._node.settings.takeover == "always" and not refused):
             return True

@@ -115,17 +115,26 @@ class PeerCounters:
         self._names: dict[NodeId, str] = {}
         self._now: dict[NodeId, Mapping[str, float]] = {}
         self._before: dict[NodeId, Mapping[str, float]] = {}
+        self._unheard: set[NodeId] = set()
+        """Those who were there before, and have not told how far they had counted."""
 
     def heard(self, node: NodeId, name: str, counters: Mapping[str, float]) -> None:
         """A node told its counters."""
+        if node in self._unheard:
+            self._unheard.discard(node)
+            self._before[node] = counters
         self._names[node] = name
         self._now[node] = counters
 
-    def begin(self, present: Callable[[NodeId], bool]) -> None:
-        """A round begins: nodes that are gone are forgotten, one that comes later counts from zero."""
+    def begin(self, present: Callable[[NodeId], bool], before: Collection[NodeId] = ()) -> None:
+        """A round begins: nodes that are gone are forgotten, one that comes later counts from zero.
+
+        Of those who were there `before` with another aggregator, what they tell first is not of this round.
+        """
         self._now = {node: counters for node, counters in self._now.items() if present(node)}
         self._names = {node: self._names[node] for node in self._now}
         self._before = dict(self._now)
+        self._unheard = set(before) - self._now.keys()
 
     def added(self) -> dict[str, dict[str, float]]:
         """What was added in this round by each node's name: all starts of one node together."""

@@ -13,9 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import msgspec
+
 from zsfl.cluster.chaos import Chaos, wreck
 from zsfl.cluster.keeper import Keeper
-from zsfl.cluster.nodes import Leader, NodeInfo, check_counts, death, given_up, port_again, rounds_in
+from zsfl.cluster.nodes import Leader, NodeInfo, check_counts, death, given_up, is_done_without, port_again, rounds_in
 from zsfl.cluster.orders import deadline, order
 from zsfl.cluster.spawner import NodeCommand, Spawner
 from zsfl.cluster.spawners import loaded, spawner_for
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 START_S = 60.0
 """What a cluster may take until all nodes have found one another."""
 MOST_ROUNDS = 1 << 30
-AGGREGATING = frozenset({Role.AGGREGATOR, Role.STANDBY})
 MOST_PEERS = 16
 """Addresses that a node is told to find the others by."""
 STOP_S = 15.0
@@ -100,7 +101,7 @@ class LocalCluster:
         self._events: asyncio.Queue[AnyReport | None] = asyncio.Queue()
         self._changed = asyncio.Event()
         self._assembled = self._closing = self._training = False
-        self._rounds_done = self._reported = 0
+        self._rounds_done, self._reported, self._ordered_s = 0, 0, 0.0
         self._ordered: int | None = None
         """Rounds that are to be done in all; None: what the job says."""
         self._errands: set[asyncio.Task[None]] = set()
@@ -165,7 +166,7 @@ class LocalCluster:
         await self.until(lambda: not self._training)
         events = self._events = asyncio.Queue[AnyReport | None]()
         self._ordered = None if rounds is None else self._rounds_done + rounds
-        self._training = True
+        self._training, self._ordered_s = True, time.monotonic()
         try:
             await self._give_order()
         except BaseException:
@@ -265,6 +266,8 @@ class LocalCluster:
     async def _read_reports(self) -> None:
         while True:
             report = await self._spawner.reports.get()
+            if isinstance(report, Finished):  # it may be that several aggregators made these rounds, one after another
+                report = msgspec.structs.replace(report, seconds=time.monotonic() - self._ordered_s)
             self._take(report)
             if self._on_report is not None and not self._closing:
                 try:
@@ -322,10 +325,7 @@ class LocalCluster:
                     return self._fail(given_up(name, node, self._logs, self._keeper.early[name]))
                 case "let go":
                     pass
-        group = AGGREGATING if node.role in AGGREGATING else {node.role}
-        others = [other for other in self.nodes.values() if other.role in group and other.exit_code is None]
-        may_go = node.role is Role.SPLIT_SERVER or node.failed is None
-        if self._assembled and may_go and others:
+        if self._assembled and is_done_without(node, self.nodes.values()):
             return
         # What the others know of a failed run they have from the aggregator, whose own words are on the way.
         if node.role is Role.AGGREGATOR or node.failed is None or node.failed.kind != "RunFailed":

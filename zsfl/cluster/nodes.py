@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,8 @@ from zsfl.errors import ConfigError, RunFailed, ZsflError
 from zsfl.ids import Address, Role
 from zsfl.reports import Failed, RoundReport, from_line
 from zsfl.wire.sockets import is_free
+
+AGGREGATING = frozenset({Role.AGGREGATOR, Role.STANDBY})
 
 
 @dataclass(slots=True)
@@ -43,6 +45,15 @@ class NodeInfo:
     def is_there(self) -> bool:
         """Whether they are open still."""
         return self.was_ready and self.exit_code is None
+
+
+def is_done_without(node: NodeInfo, nodes: Iterable[NodeInfo]) -> bool:
+    """Whether a run goes on without a node that ended: others do the same, and what it failed of is its own affair."""
+    group = AGGREGATING if node.role in AGGREGATING else {node.role}
+    has_failed = node.failed is not None and node.role is not Role.SPLIT_SERVER
+    has_bad_disk = node.failed is not None and node.failed.kind == "StorageError" and node.role in AGGREGATING
+    others = any(other.role in group and other.exit_code is None for other in nodes)
+    return others and (has_bad_disk or not has_failed)
 
 
 @dataclass(slots=True)

@@ -43,7 +43,8 @@ _WANTED: dict[Role, frozenset[Role]] = {
     Role.CLIENT: frozenset({Role.SPLIT_SERVER, Role.AGGREGATOR}),
     Role.SPLIT_SERVER: frozenset({Role.AGGREGATOR}),
     Role.AGGREGATOR: frozenset(Role),
-    Role.STANDBY: frozenset({Role.AGGREGATOR, Role.CLIENT}),
+    # Split servers too: where no aggregator is left to ask, they alone know all the clients.
+    Role.STANDBY: frozenset({Role.AGGREGATOR, Role.SPLIT_SERVER, Role.CLIENT}),
     Role.OBSERVER: frozenset(Role),
 }
 _EXCHANGE_ORDER = (Role.AGGREGATOR, Role.SPLIT_SERVER, Role.STANDBY, Role.OBSERVER, Role.CLIENT)

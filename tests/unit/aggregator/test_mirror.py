@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from helpers.ledger import ledger
 
 from zsfl.aggregator.mirror import Mirror, Source, Standing
 from zsfl.errors import StorageError
-from zsfl.ids import NodeId, Version
+from zsfl.ids import NodeId, Version, parse_cid
 from zsfl.wire.succession import PIECE_BYTES, FetchPiece, FileInfo
 
 CASE = Case(optimizer="adam", sizes=(7, 9), rounds=3)
@@ -130,6 +132,81 @@ async def test_what_was_never_published_is_cut_off(ran: Ran, tmp_path: Path) -> 
     copied(Source(ran.folder, 0), mirror, versions(ran))
     assert ledger(mixed) == ledger(ran.folder)
     assert (mixed / "superseded.jsonl").read_bytes().splitlines(keepends=True) == alien[::-1]
+
+
+def test_to_go_back_far_reads_no_ledger_as_a_whole(ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = cut(ran, tmp_path / "mixed", 3)
+    record = ledger(ran.folder)[2]
+    with (mixed / "ledger.jsonl").open("a") as file:
+        file.writelines(json.dumps(record | {"version": version}) + "\n" for version in range(4, 1_000))
+    size, read = (mixed / "ledger.jsonl").stat().st_size, 0
+    pread = os.pread
+
+    def counted(file: int, length: int, offset: int) -> bytes:
+        nonlocal read
+        read += length
+        return pread(file, length, offset)
+
+    mirror = Mirror(mixed, 0, syncs=False)
+    monkeypatch.setattr("zsfl.aggregator.mirror.os.pread", counted)
+    monkeypatch.setattr("zsfl.aggregator.mirror._TAIL_BYTES", 1 << 10)
+    for version in range(998, 2, -1):
+        mirror.go_back()
+        assert mirror.version == version
+    assert read < 20 * size
+    assert mirror.wish(ME) == Mirror(cut(ran, tmp_path / "at-3", 3), 0, syncs=False).wish(ME)
+
+
+def test_files_of_the_same_size_of_another_process_are_not_taken_for_the_same(ran: Ran, tmp_path: Path) -> None:
+    """As after a restart that gave the run another id: it is in a checkpoint, and in the names of contributions."""
+    folder, copy = cut(ran, tmp_path / "at-5", 5), tmp_path / "copy"
+    copied(Source(folder, 0), Mirror(copy, 0, syncs=False), Version(5))
+    names = ("checkpoint/round-000002/place.json", "journal/v000000000004.spills")
+    run = parse_cid(ledger(ran.folder)[0]["counted"][0]).run.encode()
+    for name in names:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data.replace(run, b"abcdef"))
+        assert (folder / name).read_bytes() != data
+    copied(Source(folder, 0), Mirror(copy, 0, syncs=False), Version(5))
+    assert [(copy / name).read_bytes() for name in names] == [(folder / name).read_bytes() for name in names]
+    assert copy_once(Source(folder, 0), Mirror(copy, 0, syncs=False), Version(5)) == 0, "nothing is fetched twice"
+
+
+def test_a_record_that_the_disk_refused_half_way_is_told_to_nobody(ran: Ran, tmp_path: Path) -> None:
+    folder, copy = cut(ran, tmp_path / "at-4", 4), tmp_path / "copy"
+    with (folder / "ledger.jsonl").open("ab") as file:
+        file.write(b'{"version": 5, "prede')
+    mirror = Mirror(copy, 0, syncs=False)
+    copied(Source(folder, 0), mirror, Version(4))
+    assert (copy / "ledger.jsonl").read_bytes().endswith(b"\n")
+    assert mirror.version == 4
+    torn = FileInfo(name="ledger.jsonl", size_bytes=(folder / "ledger.jsonl").stat().st_size, changed_us=7)
+    assert mirror.lacks(torn)
+    with mirror.receiving(torn) as write:
+        write(b'{"version": 5, "prede')
+    assert not mirror.lacks(torn), "of one that is told, what there is was fetched"
+    assert mirror.version == 4
+
+
+def test_a_ledger_that_is_none_is_told_of_with_what_to_do(ran: Ran, tmp_path: Path) -> None:
+    folder = cut(ran, tmp_path / "at-4", 4)
+    wish = Mirror(cut(ran, tmp_path / "copy", 3), 0, syncs=False).wish(ME)
+    (folder / "ledger.jsonl").unlink()
+    (folder / "ledger.jsonl").mkdir()
+    with pytest.raises(StorageError, match=r"ledger\.jsonl cannot be read: Is a directory; .*restore it"):
+        Source(folder, 0).follow(wish, Version(4))
+    with pytest.raises(StorageError, match="restore it"):
+        Mirror(folder, 0, syncs=False)
+
+
+def test_what_outlasts_a_loss_of_power_has_its_name_on_the_disk_too(
+    ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("zsfl.aggregator.mirror.to_disk", synced.append)
+    copy = tmp_path / "copy"
+    copied(Source(cut(ran, tmp_path / "at-5", 5), 0), Mirror(copy, 0, syncs=True), Version(5))
+    assert {path for path in copy.rglob("*") if path.is_dir()} | {copy, tmp_path} == set(synced)
 
 
 def test_a_file_that_is_gone_meanwhile_is_told_of(ran: Ran, tmp_path: Path) -> None:

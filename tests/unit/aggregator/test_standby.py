@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,14 +12,15 @@ import pytest
 
 from zsfl.aggregator.mirror import Mirror, Standing
 from zsfl.aggregator.standby import StandbyRole
-from zsfl.errors import NoPeer, Unavailable
-from zsfl.ids import NodeId
+from zsfl.errors import NoPeer, RunFailed, Unavailable
+from zsfl.ids import NodeCard, NodeId, Role, RunId, Version
 from zsfl.settings import NodeSettings
-from zsfl.wire.messages import CheckNeed, Request
+from zsfl.wire.messages import Beat, CheckNeed, Phase, Request, RunState
 from zsfl.wire.refusals import refusal, to_error
 from zsfl.wire.succession import FileInfo, Follow, Following
 
 ORIGIN = "b" * 12
+LEADER = NodeCard(id=NodeId("leader"), name="leader", role=Role.AGGREGATOR, host="127.0.0.1", control_port=1)
 LEDGER = FileInfo(name="ledger.jsonl", size_bytes=100, changed_us=1)
 
 
@@ -33,12 +36,58 @@ class Source:
         return SimpleNamespace(expect=lambda _: self.following)
 
 
-def standby(folder: Path) -> Any:
-    standing = Standing(holder="a" * 12, origin=ORIGIN, epoch=1, shared=True)
+class FakeNode:
+    """A node that has no peers but the aggregator."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings, self.card, self.name = NodeSettings(**settings), SimpleNamespace(id=NodeId("me")), "me"
+        self.notes: list[str] = []
+        self.there = [LEADER]
+
+    def peer(self, node: NodeId) -> NodeCard | None:
+        return next((card for card in self.there if card.id == node), None)
+
+    def note(self, message: str, level: str = "info") -> None:
+        self.notes.append(message)
+
+    def waiting(self, what: object) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def listen(self, *_: object) -> Any:
+        return SimpleNamespace(run=lambda: None)
+
+    def start(self, *_: object) -> Any:
+        return SimpleNamespace(cancel=lambda: None)
+
+    def connect(self, card: NodeCard, port: int) -> Any:
+        return SimpleNamespace(close=lambda _: None, request=self._cut)
+
+    async def _cut(self, request: Request, deadline_s: float) -> Any:
+        """The aggregator leaves while it is asked."""
+        self.there.clear()
+        self.lost()
+        raise Unavailable("gone")
+
+    lost: Callable[[], None] = staticmethod(lambda: None)
+
+    async def until_written(self, write: Callable[[], Any]) -> Any:
+        return await write()
+
+
+def standby(folder: Path, *, shared: bool = True, node: FakeNode | None = None) -> Any:
+    standing = Standing(holder="a" * 12, origin=ORIGIN, epoch=1, shared=shared)
     standing.keep(folder)
-    node = SimpleNamespace(settings=NodeSettings(), card=SimpleNamespace(id=NodeId("me")), name="me")
     mirror = Mirror(folder, 0, syncs=False)
-    return StandbyRole(cast(Any, node), mirror, standing, shards=4, warm_up=lambda: None)
+    return StandbyRole(cast(Any, node or FakeNode()), mirror, standing, shards=4, warm_up=lambda: None)
+
+
+def says(role: Any, phase: Phase, version: int = 7) -> None:
+    """The aggregator is there, and tells where the run stands."""
+    role.joined(LEADER)
+    state = RunState(
+        run=RunId("3fa9c1"), phase=phase, version=Version(version), round=1, rounds=2, window=0, windows=1, epoch=1
+    )
+    role.heard(Beat(card=LEADER, peers=(), counters={}, state=state))
 
 
 async def test_an_epoch_is_not_known_before_its_history_is_here(tmp_path: Path) -> None:
@@ -55,3 +104,55 @@ async def test_who_takes_it_for_an_aggregator_may_ask_again(tmp_path: Path) -> N
     with pytest.raises(NoPeer) as raised:
         await standby(tmp_path).control(CheckNeed(parts=()))
     assert isinstance(to_error(refusal(raised.value), "me"), Unavailable)
+
+
+async def test_a_run_that_is_finished_is_not_stood_for_though_its_last_files_are_not_here(tmp_path: Path) -> None:
+    node = FakeNode()
+    role = standby(tmp_path, node=node)
+    says(role, "finished")
+    node.lost = lambda: role.lost(LEADER, "left: it said goodbye")
+    await role._until_over()
+    assert role.elected is None
+    assert not Standing.of(tmp_path).shared, "it would stand for this run when the next one begins"
+    assert any("this copy ends at version 0 of 7" in note for note in node.notes)
+
+
+async def test_a_run_that_failed_is_not_stood_for_either(tmp_path: Path) -> None:
+    node = FakeNode()
+    role = standby(tmp_path, node=node)
+    says(role, "failed")
+    node.lost = lambda: role.lost(LEADER, "silent for 2 s")
+    with pytest.raises(RunFailed):
+        await role._until_over()
+
+
+@pytest.mark.parametrize(
+    ("flags", "shared", "said"),
+    [
+        ({}, False, r"for 0.02 s there was no aggregator\. .*--resume.*had not stood by for long enough to take over"),
+        (
+            {"takeover": "never"},
+            True,
+            r"for 0.02 s .*\(--takeover never\).* go on from its copy .*aggregator JOB --run copy --resume \(and",
+        ),
+    ],
+)
+async def test_who_does_not_take_over_says_what_can_be_done_once_the_runs_patience_is_over(
+    flags: dict[str, Any], shared: bool, said: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    (folder / "checkpoint" / "round-000000").mkdir(parents=True)
+    (folder / "checkpoint" / "round-000000" / "place.json").touch()
+    node = FakeNode(patience_s=0.02, **flags)
+    role = standby(folder, shared=shared, node=node)
+    says(role, "training")
+    node.lost = lambda: role.lost(LEADER, "silent for 2 s")
+    with pytest.raises(NoPeer, match=said):
+        await role._until_over()
+    assert len([note for note in node.notes if "--takeover never" in note]) == shared
+
+
+async def test_who_never_saw_an_aggregator_waits_for_one_as_long_as_any_node(tmp_path: Path) -> None:
+    node = FakeNode(join_s=0.02, beat_s=0.001, lost_after_s=0.002)
+    with pytest.raises(NoPeer, match=r"for 0.02 s there was no aggregator\. Start one with: zsfl node aggregator JOB$"):
+        await standby(tmp_path, shared=False, node=node)._until_over()

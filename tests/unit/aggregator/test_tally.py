@@ -43,6 +43,15 @@ def evaluated(samples: int, weight: float, correct: float | None, loss_sum: floa
     return Evaluated(shard=0, version=Version(0), samples=samples, weight=weight, correct=correct, loss_sum=loss_sum)
 
 
+def test_what_nodes_counted_for_another_aggregator_is_not_of_the_first_round() -> None:
+    counters, old, new = PeerCounters(), NodeId("old"), NodeId("new")
+    counters.begin(lambda _: True, before=[old])
+    counters.heard(old, "old", {"bytes_sent": 1_000.0})
+    counters.heard(old, "old", {"bytes_sent": 1_010.0})
+    counters.heard(new, "new", {"bytes_sent": 5.0})  # it joined meanwhile
+    assert counters.added() == {"old": {"bytes_sent": 10.0}, "new": {"bytes_sent": 5.0}}
+
+
 steps = st.tuples(st.floats(0.5, 100), st.floats(-100, 100), st.integers(1, 500))
 
 

@@ -1,0 +1,109 @@
+"""Which versions are tested on held-out data, and what becomes of the result: the best one, the end of training."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import msgspec
+from torch import Tensor
+
+from zsfl.aggregator.held_out import Best, HeldOut, Order
+from zsfl.aggregator.progress import Progress
+from zsfl.aggregator.replay import Recovered
+from zsfl.aggregator.run_folder import RunFolder
+from zsfl.aggregator.training import Training
+from zsfl.errors import RunFailed
+from zsfl.ids import Version
+from zsfl.learning.job import Job
+from zsfl.learning.modes import Exact
+from zsfl.node import Node
+from zsfl.reports import RoundReport, Tested
+
+
+class Trials:
+    """Has versions tested, keeps the best, and says when no later one is worth training for."""
+
+    def __init__(
+        self, node: Node, job: Job, folder: RunFolder, progress: Progress, training: Training, held_out: HeldOut
+    ) -> None:
+        self._node = node
+        self._job = job
+        self._folder = folder
+        self._progress = progress
+        self._training = training
+        self._held_out = held_out
+        self._begun_s = 0.0
+        self._untested: list[tuple[RoundReport | None, Version, dict[str, Tensor]]] = []
+        """Versions that were to be tested when the run ended that is resumed, with the report of the round they end."""
+        self.best = Best()
+        self.last: RoundReport | None = None
+        """Of the newest round that was tested."""
+
+    def resume(self, at: Recovered, round_: int) -> list[tuple[Version, dict[str, Tensor]]]:
+        """Go on at this point after the checkpoint of a round; versions that are tested yet, to be put on the shelf."""
+        for tested in self._folder.tests():
+            if tested.version <= at.version:  # what was tested of later ones is lost with them
+                self.best.take(tested)
+        done = [report for report in self._folder.rounds() if report.round <= at.round]
+        self.last = done[-1] if done else None
+        left = self._progress.untested({report.round for report in done}, round_)
+        self._untested += left
+        if at.windows and self._job.tests(at.version) and at.version not in self.best.seen:
+            self._untested.append((None, *self._training.newest))
+        return [(version, state) for _, version, state in left]
+
+    async def begin(self) -> None:
+        """Training begins: have tested what an earlier process did not come to."""
+        self._begun_s = time.monotonic()
+        for report, version, state in self._untested:
+            await self.order(report, version, state)
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether tests have not got better for so long that training ends."""
+        return self._job.stop_after is not None and self.best.since >= self._job.stop_after
+
+    async def made(self, version: Version) -> bool:
+        """A version inside a round is there: have it tested, if the job wants that. Whether training ends here."""
+        if self._job.tests(version):
+            await self.order(None, *self._training.newest)
+        return self.is_enough
+
+    async def order(self, report: RoundReport | None, version: Version, state: dict[str, Tensor]) -> None:
+        """Have a version tested; with it, `report` of the round that it ends is whole."""
+
+        async def keep(tested: Tested, order: Order) -> None:
+            await self._tested(tested, order, report)
+
+        seconds = time.monotonic() - self._begun_s
+        round_ = self._training.round if report is None else report.round
+        await self._held_out.order(Order(version=version, state=state, round=round_, seconds=seconds, then=keep))
+        if self._job.stop_after is not None and isinstance(self._job.how, Exact):
+            await self._held_out.all_done()  # where training ends must not depend on who was quicker
+
+    async def _tested(self, tested: Tested, order: Order, report: RoundReport | None) -> None:
+        if tested.loss is not None and not math.isfinite(tested.loss):
+            self._training.newest = self._training.proven
+            raise RunFailed(
+                f"the held-out loss became {tested.loss} after round {order.round} (version {order.version}): lower "
+                "the learning rate, or look for bad samples"
+            )
+        is_best = tested.loss is not None and self.best.take(tested)
+        tested = msgspec.structs.replace(tested, ends_round=report is not None)
+        whole = None if report is None else msgspec.structs.replace(report, loss=tested.loss, accuracy=tested.accuracy)
+
+        def keep() -> None:
+            if is_best:
+                self._progress.keep_best(order.state)
+            self._folder.append_metrics(tested)
+            if whole is not None:
+                self._folder.append_metrics(whole)
+                if not order.left_out:
+                    self._progress.keep_from(whole.round, self._node.settings.keep_mib << 20)
+
+        await self._node.persistently(keep)
+        self._node.report(tested)
+        if whole is not None:
+            self.last = whole
+            self._node.report(whole)
