@@ -26,8 +26,8 @@ from zsfl.errors import ZsflError
 from zsfl.ids import Role
 from zsfl.reports import AnyReport, Exited, to_line
 
-GRACE_S = 4.0
-"""What nodes may take to leave once they are asked to, before they are killed."""
+GRACE_S = 10.0
+"""What nodes may take to leave once they are asked to, before they are killed: more than they give themselves."""
 
 
 class Spawn(msgspec.Struct, frozen=True, tag_field="do", tag="spawn"):
