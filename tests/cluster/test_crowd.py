@@ -19,5 +19,5 @@ async def test_more_shards_in_one_client_than_a_connection_carries_and_nothing_i
     crowd = Case(sizes=(2,), copies=300, rounds=1, tested=1)
     ran = await in_process(crowd, tmp_path / "crowd", slots=4, client_processes=1)
     assert [report.steps for report in ran.reports] == [300]
-    await eventually(lambda: asyncio.all_tasks() <= tasks, 5)
-    await eventually(lambda: psutil.Process().num_fds() <= descriptors, 5)
+    await eventually(lambda: asyncio.all_tasks() <= tasks)
+    await eventually(lambda: psutil.Process().num_fds() <= descriptors)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import socket
+import random
+import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from zsfl.cluster.processes import ProcessSpawner
 from zsfl.cluster.spawner import NodeCommand, Spawner
 from zsfl.ids import Role
 from zsfl.reports import AnyReport, Failed, Finished, Ready, RoundReport
+from zsfl.wire.sockets import is_free
 
 NODES = {
     "aggregator": Role.AGGREGATOR,
@@ -28,10 +30,8 @@ NODES = {
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        return int(trial.getsockname()[1])
+    """A port that nobody listens on now, and that the system gives nobody who asks for any: those begin at 32768."""
+    return next(port for port in iter(lambda: random.randrange(10_000, 32_000), None) if is_free("127.0.0.1", port))
 
 
 @asynccontextmanager
@@ -47,7 +47,7 @@ async def _spawner(job: Path, folder: Path) -> AsyncIterator[Spawner]:
 async def _until(spawner: Spawner, fits: Callable[[AnyReport], bool], count: int = 1) -> None:
     """Returns at the `count`th report that fits."""
     while count:
-        report = await until(spawner.reports.get(), 20)
+        report = await until(spawner.reports.get())
         assert not isinstance(report, Failed), report
         count -= fits(report)
 
@@ -77,7 +77,7 @@ async def test_without_mdns_the_address_of_any_one_node_is_enough(tmp_path: Path
 
 
 async def test_by_mdns_nodes_started_by_hand_find_one_another(tmp_path: Path) -> None:
-    job, alone = write_job(tmp_path, shards=4), ("--cluster", tmp_path.name)
+    job, alone = write_job(tmp_path, shards=4), ("--cluster", secrets.token_hex(4))
     async with (
         command("node", "client", job, "--shards", "0-3", *alone, cwd=tmp_path) as client,
         command("node", "split-server", job, *alone, cwd=tmp_path) as server,

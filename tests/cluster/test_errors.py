@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 import struct
 import subprocess
@@ -188,11 +189,11 @@ async def test_a_shard_that_another_client_holds(tmp_path: Path) -> None:
     spawner = ProcessSpawner(write_job(tmp_path), tmp_path / "logs")
     try:
         await spawner.open()
-        flags = {"runs": tmp_path / "runs", "cluster": tmp_path.name}
+        flags = {"runs": tmp_path / "runs", "cluster": secrets.token_hex(4)}
         await spawner.start(NodeCommand(name="aggregator", role=Role.AGGREGATOR, flags=flags))
         for name in ("one", "two"):
             await spawner.start(NodeCommand(name=name, role=Role.CLIENT, flags={**flags, "shards": "0"}))
-        while not isinstance(report := await until(spawner.reports.get(), 20), Failed):
+        while not isinstance(report := await until(spawner.reports.get()), Failed):
             pass
     finally:
         await spawner.close()

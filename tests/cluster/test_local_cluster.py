@@ -40,9 +40,9 @@ async def _nothing_left(mark: str) -> AsyncIterator[None]:
     await compute(int)  # the thread that torch runs in stays
     before, tasks = _held(), asyncio.all_tasks()
     yield
-    await eventually(lambda: not marked(mark), 5)
-    await eventually(lambda: asyncio.all_tasks() == tasks, 5)
-    await eventually(lambda: _held()[0] <= before[0] and _held()[1:] == before[1:], 5)
+    await eventually(lambda: not marked(mark))
+    await eventually(lambda: asyncio.all_tasks() == tasks)
+    await eventually(lambda: _held()[0] <= before[0] and _held()[1:] == before[1:])
 
 
 async def test_a_cluster_of_processes_trains_and_leaves_its_results_whatever_its_block_raises(

@@ -13,7 +13,7 @@ from helpers.gated import VERSIONS, gated_job
 from helpers.ledger import Record, counted, ledger, shards, versions
 from helpers.nodes import Nodes
 from helpers.rounds import Rounds
-from helpers.waiting import eventually, until
+from helpers.waiting import HANG_S, eventually, until
 
 import zsfl
 from zsfl.ids import Role, parse_cid
@@ -62,7 +62,7 @@ async def test_shards_that_have_nothing_to_do_for_a_while_hold_up_nobody(
     mode: Mode, sizes: tuple[int, ...], batches: str, tmp_path: Path
 ) -> None:
     case = replace(EVEN, mode=mode, sizes=sizes, batches=batches)
-    ran = await in_process(case, tmp_path, patience_s=10.0)
+    ran = await in_process(case, tmp_path, patience_s=HANG_S)
     assert len(ran.reports) == case.rounds
     assert shards(ledger(ran.folder)[0]) <= set(range(len(sizes)))
 
@@ -166,7 +166,7 @@ async def test_nothing_is_skipped_while_everybody_is_gone(mode: str, tmp_path: P
     job = replace(EVEN, mode=mode, rounds=10_000, sizes=(60, 60)).job()
     nodes = Nodes(job, tmp_path)
     try:
-        address = await nodes.start("aggregator", Role.AGGREGATOR, patience_s=20.0)
+        address = await nodes.start("aggregator", Role.AGGREGATOR, patience_s=HANG_S)
         await nodes.start("server", Role.SPLIT_SERVER, peers=(address,))
         when_alone = list[int]()
         for attempt in range(3):
@@ -194,7 +194,7 @@ async def test_the_one_with_most_of_the_data_may_leave_and_come_back(mode: str, 
     """Of a round's six windows only it has steps in five."""
     nodes = Nodes(replace(EVEN, mode=mode, rounds=10_000, sizes=(30, 5), batches="equal").job(), tmp_path)
     try:
-        address = await nodes.start("aggregator", Role.AGGREGATOR, patience_s=20.0)
+        address = await nodes.start("aggregator", Role.AGGREGATOR, patience_s=HANG_S)
         await nodes.start("server", Role.SPLIT_SERVER, peers=(address,))
         await nodes.start("small", Role.CLIENT, shards="1", peers=(address,))
         for name in ("large", "large-again"):
@@ -211,20 +211,20 @@ async def test_the_one_with_most_of_the_data_may_leave_and_come_back(mode: str, 
 async def test_a_run_that_everybody_left_fails_when_its_patience_ends(tmp_path: Path) -> None:
     nodes = Nodes(replace(EVEN, mode="async", rounds=10_000).job(), tmp_path)
     try:
-        address = await nodes.start("aggregator", Role.AGGREGATOR, patience_s=2.0)
+        address = await nodes.start("aggregator", Role.AGGREGATOR, patience_s=3.0)
         await nodes.start("server", Role.SPLIT_SERVER, peers=(address,))
         await nodes.start("client", Role.CLIENT, shards="0-2", peers=(address,))
         await eventually(lambda: len(nodes.rounds) >= 1)
         nodes.tasks["client"].cancel()
         with pytest.raises(zsfl.RunFailed, match=r"stood still|there was no client"):
-            await until(nodes.tasks["aggregator"], 20.0)
+            await until(nodes.tasks["aggregator"])
     finally:
         await nodes.close()
 
 
 async def test_who_leaves_with_a_goodbye_is_not_waited_for(tmp_path: Path) -> None:
     case = replace(EVEN, mode=zsfl.Exact(return_s=1000.0), batches="proportional")
-    async with zsfl.LocalCluster(case.job(), in_process=True, runs=tmp_path, patience_s=30.0) as cluster:
+    async with zsfl.LocalCluster(case.job(), in_process=True, runs=tmp_path, patience_s=HANG_S) as cluster:
         assert [report.samples async for report in cluster.train(1)] == [45]
         await cluster.stop("client-1")
         assert [report.samples async for report in cluster.train(2)] == [30, 30]

@@ -16,9 +16,6 @@ from helpers.waiting import eventually
 
 import zsfl
 
-LEFT_S = 8.0
-"""What all processes of a cluster may take to leave once nobody tells them to."""
-
 
 @pytest.fixture
 def mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
@@ -30,10 +27,10 @@ def mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
 async def test_a_killed_parent_leaves_no_process(tmp_path: Path, mark: str) -> None:
     job = write_job(tmp_path, rounds=100_000)
     async with command("up", job, cwd=tmp_path) as up:
-        await eventually(lambda: "round 2/" in up.text, 30)
+        await eventually(lambda: "round 2/" in up.text)
         assert len(marked(mark)) == 7  # the command, the fork server, the aggregator, 2 split servers, 2 clients
         up.process.kill()
-        await eventually(lambda: not marked(mark), LEFT_S)
+        await eventually(lambda: not marked(mark))
 
 
 async def test_a_killed_fork_server_leaves_no_process(tmp_path: Path, mark: str) -> None:
@@ -46,7 +43,7 @@ async def test_a_killed_fork_server_leaves_no_process(tmp_path: Path, mark: str)
 
     with pytest.raises(zsfl.RunFailed, match=r"the process that starts nodes ended; see .*logs"):
         await run()
-    await eventually(lambda: not marked(mark), LEFT_S)
+    await eventually(lambda: not marked(mark))
 
 
 @pytest.mark.parametrize("moment", ["fork server", "joined", "round 2/"])
@@ -55,7 +52,7 @@ async def test_ctrl_c_at_any_moment(tmp_path: Path, mark: str, moment: str) -> N
         if moment == "fork server":
             await eventually(lambda: len(marked(mark)) > 1)
         else:
-            await eventually(lambda: moment in demo.text, 30)
+            await eventually(lambda: moment in demo.text)
         demo.signal(signal.SIGINT)
         assert await demo.ended() == 130
         assert demo.err == ["zsfl: interrupted; all nodes have left\n"]

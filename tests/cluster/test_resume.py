@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers.exact import Case, Ran, assert_equal, in_process, in_processes, spills_left
 from helpers.nodes import Nodes
+from helpers.waiting import HANG_S
 from helpers.wires import Wires
 from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
@@ -153,12 +154,12 @@ async def test_a_new_aggregator_takes_a_run_over_from_its_checkpoint(tmp_path: P
         address = await nodes.start("first", Role.AGGREGATOR)
         await nodes.start("server", Role.SPLIT_SERVER, peers=(address,))
         client = await nodes.start("clients", Role.CLIENT, shards="0-3", peers=(address,))
-        await asyncio.wait([nodes.tasks["first"]], timeout=20)
+        await asyncio.wait([nodes.tasks["first"]], timeout=HANG_S)
         assert nodes.tasks["first"].cancelled()
         # Clients and server are in the middle of the third round, and stay.
         nodes.lost_after_round = None
         await nodes.start("second", Role.AGGREGATOR, resume=True, peers=(client,))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             await asyncio.gather(*(nodes.tasks[name] for name in ("second", "server", "clients")))
     finally:
         await nodes.close()
@@ -173,7 +174,7 @@ async def _play(nodes: Nodes, **flags: Any) -> None:
     address = await nodes.start("aggregator", Role.AGGREGATOR, **flags)
     await nodes.start("server", Role.SPLIT_SERVER, peers=(address,))
     await nodes.start("clients", Role.CLIENT, shards="0-3", peers=(address,))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(HANG_S):
         await asyncio.gather(*nodes.tasks.values())
 
 
@@ -284,7 +285,7 @@ async def test_an_address_that_another_program_took_over_is_no_matter(tmp_path: 
         address = await nodes.start("aggregator", Role.AGGREGATOR, rounds=1, peers=(taken,))
         await nodes.start("server", Role.SPLIT_SERVER, peers=(taken, address))
         await nodes.start("clients", Role.CLIENT, shards="0-3", peers=(taken, address))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             await asyncio.gather(*nodes.tasks.values())
     finally:
         await nodes.close()

@@ -13,7 +13,7 @@ import pytest
 from helpers.exact import Case, Ran, assert_equal, in_process, spills_left
 from helpers.ledger import ledger
 from helpers.nodes import Nodes
-from helpers.waiting import eventually
+from helpers.waiting import HANG_S, eventually
 
 import zsfl
 from zsfl.aggregator.audit import audit
@@ -55,11 +55,11 @@ async def _taken_over(case: Case, runs: Path, monkeypatch: pytest.MonkeyPatch, v
         for name in ("server-0", "server-1"):
             await nodes.start(name, Role.SPLIT_SERVER, peers=(address,))
         client = await nodes.start("clients", Role.CLIENT, shards="0-3", peers=(address,))
-        await asyncio.wait([nodes.tasks["first"]], timeout=30)
+        await asyncio.wait([nodes.tasks["first"]], timeout=HANG_S)
         assert nodes.tasks["first"].cancelled()
         left = (runs / "nodes" / "ledger.jsonl").read_bytes()
         await nodes.start("second", Role.AGGREGATOR, resume=True, peers=(client,))
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(HANG_S):
             await asyncio.gather(*(nodes.tasks[name] for name in ("second", "server-0", "server-1", "clients")))
     finally:
         await nodes.close()
@@ -145,13 +145,13 @@ async def test_what_is_offered_before_all_are_back_waits(
         await nodes.start("server", Role.SPLIT_SERVER, peers=(address,), beat_s=0.1)
         client = await nodes.start("clients", Role.CLIENT, shards="0-2", peers=(address,), beat_s=0.1)
         await nodes.start("late", Role.CLIENT, shards="3", peers=(address,), beat_s=0.1)
-        await asyncio.wait([nodes.tasks["first"]], timeout=20)
+        await asyncio.wait([nodes.tasks["first"]], timeout=HANG_S)
         nodes.tasks["late"].cancel()
-        await nodes.start("second", Role.AGGREGATOR, resume=True, peers=(client,), patience_s=10.0)
+        await nodes.start("second", Role.AGGREGATOR, resume=True, peers=(client,), patience_s=HANG_S)
         heard = [note for note in nodes.notes if "clients joined" in note]
-        await eventually(lambda: len([note for note in nodes.notes if "clients joined" in note]) > len(heard), 10)
+        await eventually(lambda: len([note for note in nodes.notes if "clients joined" in note]) > len(heard))
         await nodes.start("late-again", Role.CLIENT, shards="3", peers=(client,), beat_s=0.1)
-        async with asyncio.timeout(25):
+        async with asyncio.timeout(HANG_S):
             await nodes.tasks["second"]
     finally:
         await nodes.close()
@@ -256,9 +256,10 @@ async def test_one_that_is_back_before_it_was_missed_finds_every_window_made(tmp
         keep_alive=True,
         on_report=on_report,
         beat_s=0.2,
-        lost_after_s=20.0,
+        lost_after_s=HANG_S,
+        patience_s=HANG_S,
     )
-    async with asyncio.timeout(50), cluster:
+    async with asyncio.timeout(2 * HANG_S), cluster:
         server = cluster.nodes["split-server-0"].pid
         assert server is not None
         os.kill(server, signal.SIGSTOP)

@@ -10,6 +10,7 @@ import pytest
 from helpers.exact import Case, Ran, assert_equal, in_process
 from helpers.jobs import write_job
 from helpers.ledger import ledger
+from helpers.waiting import HANG_S
 
 import zsfl
 from zsfl.aggregator.audit import audit
@@ -64,7 +65,7 @@ async def test_all_killed_at_once_find_one_another_again(tmp_path: Path) -> None
         training = asyncio.create_task(_trained(cluster, 2))
         await cluster.until(lambda: cluster.is_training)
         await asyncio.gather(*(cluster.kill(name) for name in cluster.nodes))
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(HANG_S):
             rounds += await training
     straight = await in_process(replace(CASE, rounds=rounds), tmp_path, run="straight")
     assert_equal(Ran(tmp_path / "killed", []).weights, straight.weights)
@@ -145,6 +146,7 @@ async def test_a_node_that_dies_whenever_it_is_ready_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keeper_module, "MOST_EARLY_DEATHS", 2)
+    monkeypatch.setattr(keeper_module, "EARLY_S", 2 * HANG_S)
     job, gate = write_job(tmp_path, rounds=10_000), tmp_path / "gate"
     job.write_text(job.read_text() + DYING.format(gate=str(gate)))
     cluster = zsfl.LocalCluster(

@@ -11,11 +11,19 @@ from safetensors.torch import load_file
 import zsfl
 
 CASE = Case(merge=True, copies=3, sizes=(13, 7, 20), steps=2, rounds=20, optimizer="momentum")
+MERGING = """
+from zsfl.split_server.merging import MergePolicy
+MergePolicy.pays = lambda _self, _kind, count: count > 1
+"""
+"""Whatever this machine measures."""
 KILLED_AT = {4: "split-server-0", 11: "split-server-1"}
 
 
 async def test_killed_servers_change_nothing_and_no_step_counts_twice(tmp_path: Path) -> None:
-    cluster = zsfl.LocalCluster(CASE.job_file(tmp_path), mdns=False, split_servers=3, runs=tmp_path)
+    job = CASE.job_file(tmp_path)
+    with job.open("a") as file:
+        file.write(MERGING)
+    cluster = zsfl.LocalCluster(job, mdns=False, split_servers=3, runs=tmp_path)
     reports: list[zsfl.RoundReport] = []
     async with cluster:
         async for report in cluster.train():

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from helpers.disks import read_only
 from helpers.exact import Case, Ran, assert_equal, in_process, spills_left
+from helpers.waiting import HANG_S
 
 import zsfl
 from zsfl import waits
@@ -46,7 +47,7 @@ class Told:
 
     async def until(self, true: Callable[[], object]) -> None:
         """Returns once `true` is, which is looked at whenever something is said."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             while not true():
                 self._more.clear()
                 await self._more.wait()

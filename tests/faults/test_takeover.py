@@ -12,6 +12,7 @@ import pytest
 from helpers.exact import Ran, assert_equal, in_process
 from helpers.ledger import ledger
 from helpers.takeover import CASE, READY, Seen, cluster, folder_of, says, trained
+from helpers.waiting import HANG_S
 
 from zsfl.aggregator.audit import audit
 from zsfl.ids import parse_cid
@@ -19,7 +20,7 @@ from zsfl.ids import parse_cid
 
 async def test_one_that_is_killed_is_succeeded_and_stands_by_when_it_is_back(tmp_path: Path) -> None:
     seen = Seen()
-    async with asyncio.timeout(50), cluster(tmp_path, seen, keep_alive=True) as nodes:
+    async with asyncio.timeout(2 * HANG_S), cluster(tmp_path, seen, keep_alive=True) as nodes:
         await seen.wait_for(says(READY))
         rounds = await trained(nodes, 1)
         os.kill(nodes.nodes["aggregator"].pid or 0, signal.SIGSTOP)  # so that it is not back before it is succeeded
@@ -46,7 +47,7 @@ async def test_one_that_is_killed_is_succeeded_and_stands_by_when_it_is_back(tmp
 @pytest.mark.parametrize("durability", ["process", "replica"])
 async def test_one_that_was_stopped_and_wakes_adds_nothing(durability: str, tmp_path: Path) -> None:
     seen = Seen()
-    async with asyncio.timeout(50), cluster(tmp_path, seen, durability=durability) as nodes:
+    async with asyncio.timeout(2 * HANG_S), cluster(tmp_path, seen, durability=durability) as nodes:
         await seen.wait_for(says(READY))
         rounds = await trained(nodes, 1)
         training = asyncio.create_task(trained(nodes, 6))
@@ -70,7 +71,8 @@ async def test_one_that_was_stopped_and_wakes_adds_nothing(durability: str, tmp_
 
 async def test_without_most_clients_nobody_takes_over_unless_told_so(tmp_path: Path) -> None:
     seen = Seen()
-    async with asyncio.timeout(50), cluster(tmp_path, seen, keep_alive=True) as nodes:
+    # Long enough that nobody who is there is taken for gone.
+    async with asyncio.timeout(2 * HANG_S), cluster(tmp_path, seen, keep_alive=True, lost_after_s=4.0) as nodes:
         await seen.wait_for(says(READY))
         rounds = await trained(nodes, 1)
         clients = [nodes.nodes[f"client-{shard}"].pid or 0 for shard in (0, 1)]
@@ -123,7 +125,7 @@ async def test_a_record_that_takes_the_disk_longer_than_a_lease_is_written_once(
     nodes = cluster(tmp_path, seen, durability="power")
     with (tmp_path / "exact.py").open("a") as file:
         file.write(f"slow_once = {str(slow_once)!r}\n{SLOW_DISK}")
-    async with asyncio.timeout(50), nodes:
+    async with asyncio.timeout(2 * HANG_S), nodes:
         await seen.wait_for(says(READY))
         rounds = await trained(nodes, 1)
         slow_once.touch()
@@ -142,7 +144,7 @@ async def test_a_standby_whose_disk_is_full_says_so_and_goes_on_once_it_has_room
     nodes = cluster(tmp_path, seen, durability="power")
     with (tmp_path / "exact.py").open("a") as file:
         file.write(f"full = {str(full)!r}\n{FULL_DISK}")
-    async with asyncio.timeout(50), nodes:
+    async with asyncio.timeout(2 * HANG_S), nodes:
         await seen.wait_for(says(READY))
         rounds = await trained(nodes, 1)
         full.touch()

@@ -10,14 +10,14 @@ from pathlib import Path
 from helpers.ledger import ledger, versions
 from helpers.rounds import Rounds
 from helpers.takeover import READY, Seen, assert_undisturbed, cluster, led_by, says
-from helpers.waiting import eventually
+from helpers.waiting import HANG_S, eventually
 
 from zsfl.aggregator.mirror import Standing
 
 
 async def test_of_two_that_stand_by_one_leads_and_the_other_takes_over_from_it(tmp_path: Path) -> None:
     seen, both = Seen(), {"standby-0", "standby-1"}
-    async with asyncio.timeout(50), cluster(tmp_path, seen, standbys=2) as nodes:
+    async with asyncio.timeout(2 * HANG_S), cluster(tmp_path, seen, standbys=2) as nodes:
         await seen.wait_for(says(READY, "aggregator"))
         for name in both:
             await seen.wait_for(says("standing by aggregator", name))
@@ -60,7 +60,7 @@ async def test_one_that_is_killed_while_it_copies_copies_the_rest_when_it_is_bac
     nodes = cluster(tmp_path, seen)
     with (tmp_path / "exact.py").open("a") as file:
         file.write(f"armed = {str(armed)!r}\n{KILL}")
-    async with asyncio.timeout(50), nodes:
+    async with asyncio.timeout(2 * HANG_S), nodes:
         await seen.wait_for(says(READY))
         await nodes.kill("standby-0")
         rounds = Rounds(nodes)
@@ -86,7 +86,7 @@ async def test_clients_that_die_in_the_moment_of_the_handover_are_waited_for(tmp
     def pids(*names: str) -> list[int]:
         return [nodes.nodes[name].pid or 0 for name in names]
 
-    async with asyncio.timeout(50), cluster(tmp_path, seen, keep_alive=True) as nodes:
+    async with asyncio.timeout(2 * HANG_S), cluster(tmp_path, seen, keep_alive=True) as nodes:
         await seen.wait_for(says(READY))
         rounds = Rounds(nodes)
         await rounds.until(led_by("aggregator"))

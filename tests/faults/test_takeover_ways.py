@@ -26,7 +26,7 @@ from helpers.takeover import (
     says,
     trained,
 )
-from helpers.waiting import eventually
+from helpers.waiting import HANG_S, eventually
 
 import zsfl
 from zsfl.aggregator.audit import audit
@@ -49,7 +49,7 @@ def parsed(flags: str) -> dict[str, Any]:
 @pytest.mark.parametrize("mode", ["elastic", "async"])
 async def test_in_modes_that_wait_for_nobody_there_is_one_history_too(mode: str, tmp_path: Path) -> None:
     seen, rounds = Seen(), 30
-    async with asyncio.timeout(50), cluster(tmp_path, seen, replace(CASE, mode=mode)) as nodes:
+    async with asyncio.timeout(2 * HANG_S), cluster(tmp_path, seen, replace(CASE, mode=mode)) as nodes:
         await seen.wait_for(says(READY))
         training = asyncio.create_task(trained(nodes, rounds))
         await eventually(lambda: versions(tmp_path / COPY), 30)
@@ -69,7 +69,7 @@ async def test_in_modes_that_wait_for_nobody_there_is_one_history_too(mode: str,
 async def test_with_half_of_the_clients_one_takes_over_alone_where_it_is_told_to(tmp_path: Path) -> None:
     """Two machines, and one of them is gone, with the aggregator and half of the clients."""
     seen, case = Seen(), replace(CASE, sizes=(13, 18), mode=zsfl.Exact(return_s=0.5))
-    async with asyncio.timeout(50), cluster(tmp_path, seen, case, takeover="always") as nodes:
+    async with asyncio.timeout(2 * HANG_S), cluster(tmp_path, seen, case, takeover="always") as nodes:
         await seen.wait_for(says(READY))
         rounds = Rounds(nodes)
         await rounds.until(led_by("aggregator"))
@@ -88,7 +88,7 @@ async def test_with_half_of_the_clients_one_takes_over_alone_where_it_is_told_to
 
 async def test_where_none_may_take_over_a_person_goes_on_from_the_copy(tmp_path: Path) -> None:
     seen, advice = Seen(), f"--run {COPY} --resume"
-    async with asyncio.timeout(50), cluster(tmp_path, seen, takeover="never") as nodes:
+    async with asyncio.timeout(2 * HANG_S), cluster(tmp_path, seen, takeover="never") as nodes:
         await seen.wait_for(says(READY))
         await Rounds(nodes).until(led_by("aggregator"))
         await eventually(lambda: versions(tmp_path / COPY), 30)
@@ -119,7 +119,7 @@ async def test_where_none_may_take_over_a_person_goes_on_from_the_copy(tmp_path:
 
 async def test_an_aggregator_that_is_asked_to_leave_hands_over_all_it_has_recorded(tmp_path: Path) -> None:
     seen = Seen()
-    async with asyncio.timeout(50), cluster(tmp_path, seen) as nodes:
+    async with asyncio.timeout(2 * HANG_S), cluster(tmp_path, seen) as nodes:
         await seen.wait_for(says(READY))
         rounds = Rounds(nodes)
         await rounds.until(led_by("aggregator"))
@@ -136,7 +136,7 @@ async def test_an_aggregator_that_is_asked_to_leave_hands_over_all_it_has_record
 @pytest.mark.parametrize("durability", ["process", "replica"])
 async def test_one_that_stands_by_and_leaves_changes_nothing(durability: str, tmp_path: Path) -> None:
     seen = Seen()
-    async with asyncio.timeout(50), cluster(tmp_path, seen, durability=durability) as nodes:
+    async with asyncio.timeout(2 * HANG_S), cluster(tmp_path, seen, durability=durability) as nodes:
         await seen.wait_for(says(READY))
         rounds = Rounds(nodes)
         [*_, last] = await rounds.until(led_by("aggregator"))
@@ -177,7 +177,7 @@ async def test_an_aggregator_whose_disk_stays_bad_leaves_the_run_to_another(tmp_
     nodes = cluster(tmp_path, seen, durability="power")
     with (tmp_path / "exact.py").open("a") as file:
         file.write(f"bad = {str(bad)!r}\n{BAD_DISK}")
-    async with asyncio.timeout(50), nodes:
+    async with asyncio.timeout(2 * HANG_S), nodes:
         await seen.wait_for(says(READY))
         rounds = Rounds(nodes)
         await rounds.until(led_by("aggregator"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.waiting import eventually
+from helpers.waiting import HANG_S, eventually
 
 _JOB = """
 import pathlib, time
@@ -20,10 +20,11 @@ GATE, REACHED = pathlib.Path({gate!r}), pathlib.Path({reached!r})
 class Gated(torch.utils.data.TensorDataset):
     # A subclass is read sample by sample.
     def __getitem__(self, index):
-        deadline = time.monotonic() + 40  # of a test that failed
+        deadline = time.monotonic() + {hang_s}  # of a test that failed
         while GATE.exists() and time.monotonic() < deadline:
             REACHED.touch()
             time.sleep(0.005)
+        time.sleep({read_s})
         return super().__getitem__(index)
 
 
@@ -68,15 +69,17 @@ class Gate:
 
     async def is_reached(self) -> None:
         """Returns once something is held up."""
-        await eventually(self.reached.exists, 20)
+        await eventually(self.reached.exists)
 
 
-def gated_job(folder: Path, mode: str, *, tests: bool = False) -> tuple[Path, Gate]:
-    """A job file of four shards of 40 samples, and the gate before the first one's training samples or `tests`.
+def gated_job(folder: Path, mode: str, *, tests: bool = False, read_s: float = 0.0) -> tuple[Path, Gate]:
+    """A job file of four shards of 40 samples, and the gate before the first one's training samples or `tests`, each of
+    which takes `read_s` to read besides.
 
     That client has held-out samples only where these are what is gated: its one thread for tensors is held up whole.
     """
     gate = Gate(folder / "gate", folder / "reached")
     path = folder / "gated.py"
-    path.write_text(_JOB.format(gate=str(gate.path), reached=str(gate.reached), tests=tests, mode=mode))
+    places = {"gate": str(gate.path), "reached": str(gate.reached)}
+    path.write_text(_JOB.format(**places, tests=tests, mode=mode, read_s=read_s, hang_s=2 * HANG_S))
     return path, gate

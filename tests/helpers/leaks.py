@@ -10,11 +10,9 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import zmq
-from helpers.waiting import POLL_S
+from helpers.waiting import HANG_S, POLL_S
 
 from zsfl.lane import compute
-
-GONE_S = 5.0
 
 
 def _descriptors() -> set[tuple[str, str]]:
@@ -44,7 +42,7 @@ async def nothing_left() -> AsyncIterator[None]:
     yield
     left = set[object]()
     try:
-        async with asyncio.timeout(GONE_S):
+        async with asyncio.timeout(HANG_S):
             while left := await _everything() - before:
                 await asyncio.sleep(POLL_S)
     except TimeoutError:

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import psutil
-from helpers.waiting import eventually
+from helpers.waiting import HANG_S, eventually
 
 from zsfl.ids import Address
 from zsfl.reports import AnyReport, Failed, Ready, from_line
@@ -57,7 +57,7 @@ class Command:
 
     async def address(self) -> Address:
         """Where the node listens, once it is ready."""
-        await eventually(lambda: self.process.returncode is not None or self._ready(), 30)
+        await eventually(lambda: self.process.returncode is not None or self._ready())
         ready = self._ready()
         assert ready, self.text
         return Address(ready.address)
@@ -65,7 +65,7 @@ class Command:
     def _ready(self) -> Ready | None:
         return next((report for report in self.reports() if isinstance(report, Ready)), None)
 
-    async def ended(self, deadline_s: float = 30.0) -> int:
+    async def ended(self, deadline_s: float = HANG_S) -> int:
         """Its exit code, once it and its output have ended."""
         async with asyncio.timeout(deadline_s):
             code = await self.process.wait()

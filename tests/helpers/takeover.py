@@ -58,10 +58,15 @@ def says(text: str, node: str = "") -> Callable[[AnyReport], bool]:
 
 def cluster(runs: Path, seen: Seen, case: Case = CASE, **flags: Any) -> zsfl.LocalCluster:
     """One that stands by, and a job without end."""
-    settings = {"run": "mine", "split_servers": 2, "standbys": 1, "mdns": False, "beat_s": 0.2} | flags
-    return zsfl.LocalCluster(
-        replace(case, rounds=10_000).job_file(runs), runs=runs, on_report=seen, lost_after_s=LEASE_S, **settings
-    )
+    settings = {
+        "run": "mine",
+        "split_servers": 2,
+        "standbys": 1,
+        "mdns": False,
+        "beat_s": 0.2,
+        "lost_after_s": LEASE_S,
+    } | flags
+    return zsfl.LocalCluster(replace(case, rounds=10_000).job_file(runs), runs=runs, on_report=seen, **settings)
 
 
 async def trained(nodes: zsfl.LocalCluster, rounds: int) -> int:

@@ -7,9 +7,11 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 POLL_S = 0.01
+HANG_S = 120.0
+"""What nothing takes, however busy the machine: a deadline in a test ends a hang, and measures nothing."""
 
 
-async def eventually(condition: Callable[[], object], deadline_s: float = 10.0) -> None:
+async def eventually(condition: Callable[[], object], deadline_s: float = HANG_S) -> None:
     """Returns once `condition()` is true; TimeoutError after `deadline_s`."""
     async with asyncio.timeout(deadline_s):
         while not condition():
@@ -19,7 +21,7 @@ async def eventually(condition: Callable[[], object], deadline_s: float = 10.0) 
 _Value = TypeVar("_Value")
 
 
-async def until(coming: Awaitable[_Value], deadline_s: float = 10.0) -> _Value:
+async def until(coming: Awaitable[_Value], deadline_s: float = HANG_S) -> _Value:
     """What `coming` brings; TimeoutError after `deadline_s`."""
     async with asyncio.timeout(deadline_s):
         return await coming

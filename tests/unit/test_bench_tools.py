@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.waiting import HANG_S
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 MODULES = ("run", "compare", "transport", "_figures", "_record", "peers", "peers.program")
@@ -128,16 +129,26 @@ def test_what_breaks_is_said_and_the_others_are_measured(
     assert "silent.py handed over no figures" in said.err
 
 
-def test_over_its_budget_it_and_all_it_started_are_stopped(bench: Any, tmp_path: Path) -> None:
+def test_over_its_budget_it_and_all_it_started_are_stopped(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here = tmp_path / "pid"
     child = f"import os, time; open({str(here)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     body = f"import subprocess, time\nsubprocess.Popen([sys.executable, '-c', {child!r}])\n"
     body += f"import os\nwhile not os.path.exists({str(here)!r}) or not open({str(here)!r}).read(): time.sleep(0.01)\n"
-    write(tmp_path, "endless", "BUDGET_S = 5", body + "time.sleep(600)")
+    write(tmp_path, "endless", "BUDGET_S = 0.5", body + "time.sleep(600)")
     (entry,) = bench.run.entries(tmp_path)
+    wait = subprocess.Popen.wait
+
+    def once_it_has_begun(process: Any, timeout: float | None = None) -> int:
+        while not (here.exists() and here.read_text()):
+            time.sleep(0.01)
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", once_it_has_begun)
     outcome = bench.run.run(entry, entry.budget_s)
-    assert outcome.failure == "stopped after 5 s, its budget"
-    until_s = time.monotonic() + 10
+    assert outcome.failure == "stopped after 0.5 s, its budget"
+    until_s = time.monotonic() + HANG_S
     while Path(f"/proc/{here.read_text()}").exists() and _state(here.read_text()) != "Z":
         assert time.monotonic() < until_s
         time.sleep(0.01)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.waiting import HANG_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,7 +63,7 @@ def is_light(module: str) -> bool:
 def probe(preloaded: str, names: list[str]) -> dict[str, tuple[str, set[str]]]:
     """Of each module, imported alone: its error (empty when there is none) and what it loaded."""
     command = [sys.executable, "-c", PROBE, preloaded, *names]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S, check=True)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     found = {name: (error, set(loaded)) for name, error, loaded in answers}
     assert found.keys() == set(names)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from helpers.waiting import HANG_S
+
 from zsfl.latest import Latest
 
 
@@ -35,7 +37,7 @@ async def test_a_value_set_by_whoever_was_woken_is_not_missed() -> None:
     counting = [asyncio.create_task(count_on()) for _ in range(2)]
     await asyncio.sleep(0)
     latest.set(1)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG_S):
         await asyncio.gather(*counting)
 
 
@@ -63,6 +65,6 @@ async def test_a_change_ends_the_waiting_for_one_and_so_does_the_time() -> None:
     await asyncio.sleep(0)
     assert not waiting.done()
     latest.touch()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG_S):
         await waiting
         await latest.changed_within(0.0)  # the change before does not count

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from zsfl.waits import FIRST_WORD_S, LONELY_S, Overdue, Waits
 
 
@@ -13,9 +11,9 @@ def _said(waits: Waits, now_s: float) -> list[tuple[str, bool]]:
 
 
 def test_a_wait_is_spoken_of_after_a_while_and_with_hints_once_it_is_lonely() -> None:
-    waits = Waits()
+    start_s = 1000.0
+    waits = Waits(lambda: start_s)
     with waits.waiting(lambda: "an aggregator"):
-        start_s = time.monotonic()
         assert _said(waits, start_s) == []
         assert _said(waits, start_s + FIRST_WORD_S + 0.1) == [("an aggregator", False)]
         assert _said(waits, start_s + LONELY_S - 0.1) == []

@@ -48,8 +48,8 @@ from zsfl.wire.messages import (
     Train,
 )
 
-FAREWELL_S = 2.0
-"""How long the aggregator of a finished run stays for peers that have not heard of the end."""
+FAREWELL_S = 30.0
+"""How long the aggregator of a finished run stays for peers that are there and have not heard of the end: busy ones."""
 
 
 class AggregatorRole:

@@ -26,8 +26,8 @@ from zsfl.errors import ZsflError
 from zsfl.ids import Role
 from zsfl.reports import AnyReport, Exited, to_line
 
-GRACE_S = 4.0
-"""What nodes may take to leave once they are asked to, before they are killed."""
+GRACE_S = 10.0
+"""What nodes may take to leave once they are asked to, before they are killed: more than they give themselves."""
 
 
 class Spawn(msgspec.Struct, frozen=True, tag_field="do", tag="spawn"):
@@ -64,7 +64,6 @@ class ForkServer:
         self._waiting = selectors.DefaultSelector()
         self._out = reports
         self._ending = False
-        self._had_aggregator = False
         os.set_blocking(self._wakeup[1], False)
 
     def run(self) -> None:
@@ -104,12 +103,6 @@ class ForkServer:
                         os.kill(pid, order.signal)
 
     def _spawn(self, order: Spawn) -> None:
-        if order.role is Role.AGGREGATOR:
-            if (
-                self._had_aggregator
-            ):  # what its optimizer imports, 1.4 s each time, the first has imported beside others
-                importlib.import_module("torch._dynamo")
-            self._had_aggregator = True
         read, write = os.pipe()
         pid = os.fork()
         if pid:

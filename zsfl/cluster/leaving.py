@@ -16,7 +16,7 @@ from zsfl.settings import is_address
 from zsfl.wire.connection import Connection
 from zsfl.wire.messages import Drain, Draining
 
-ANSWER_S = 5.0
+ANSWER_S = 10.0
 """What a node may take to answer: it is never busy with anything else."""
 LOOK_S = 0.1
 """How often to look whether it is still there."""

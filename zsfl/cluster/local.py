@@ -7,7 +7,7 @@ import itertools
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -30,12 +30,12 @@ from zsfl.wire.messages import Train
 if TYPE_CHECKING:
     from zsfl.learning.job import Job
 
-START_S = 60.0
+START_S = 120.0
 """What a cluster may take until all nodes have found one another."""
 MOST_ROUNDS = 1 << 30
 MOST_PEERS = 16
 """Addresses that a node is told to find the others by."""
-STOP_S = 15.0
+STOP_S = 60.0
 """What one node may take to leave."""
 NOT_RUNNING = "this cluster is not running: use it inside its `async with` block"
 
@@ -156,7 +156,7 @@ class LocalCluster:
 
     # --- what one does with a cluster -------------------------------------------------------------------
 
-    async def train(self, rounds: int | None = None) -> AsyncIterator[RoundReport]:
+    async def train(self, rounds: int | None = None) -> AsyncGenerator[RoundReport, None]:
         """Train so many more rounds (None: what the job has left), yielding each one's report.
 
         Rounds that an earlier `train` left undone are done first. RunFailed when the run cannot go on.

@@ -16,7 +16,7 @@ from zsfl.settings import WireLimits
 from zsfl.wire.connection import Connection
 from zsfl.wire.messages import Train
 
-ORDER_S = 10.0
+ORDER_S = 30.0
 """What an order may take until it is answered."""
 
 

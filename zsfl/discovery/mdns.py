@@ -28,7 +28,7 @@ MAX_QUEUED = 1024
 """Candidates not yet taken from `events()`; a further one is ignored and counted."""
 MAX_OTHERS = 64
 """Addresses of other jobs and protocols kept for people to see."""
-RESOLVE_S = 1.0
+RESOLVE_S = 3.0
 GOODBYE_S = 1.0
 
 

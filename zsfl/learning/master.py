@@ -24,7 +24,7 @@ from zsfl.ids import parse_cid
 from zsfl.learning.averaging import Contribution, average
 from zsfl.learning.flat import FlatLayout, FlatTensors
 from zsfl.learning.norms import VALUES, norm_rules, pool_buffers, uncounted
-from zsfl.learning.optim import OptimizerSpec
+from zsfl.learning.optim import OptimizerSpec, make_step
 
 if TYPE_CHECKING:
     from zsfl.learning.model import SplitModel
@@ -114,7 +114,8 @@ class Master:
                 parameter.copy_(before)
             self._optimizer.state.clear()
             self._optimizer.state.update(held)
-            self._optimizer.zero_grad(set_to_none=True)
+            for parameter in self._trained.values():
+                parameter.grad = None
             raise
 
     def _descend(self, gradient: Mapping[str, Tensor]) -> None:
@@ -122,8 +123,7 @@ class Master:
         for name, parameter in self._trained.items():
             parameter.grad = gradient[name].to(parameter.dtype) if name in gradient else None
         self._spec.clip(self._trained.values())
-        cast(Any, self._optimizer).step()
-        self._optimizer.zero_grad(set_to_none=True)
+        make_step(self._optimizer)
 
     def _check_finite(self) -> None:
         """RunFailed, naming the tensor, when weights or what the optimizer remembers of them overflowed."""

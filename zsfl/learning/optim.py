@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Collection, Iterable, Mapping
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from typing import Any, cast
 
@@ -81,7 +84,8 @@ class OptimizerSpec:
             )
         object.__setattr__(self, "options", dict(self.options))
         try:
-            trial = _without_dynamo(self.factory)([nn.Parameter(torch.zeros(1, 1))], **self.options)
+            with _without_compiler():
+                trial = cast(Any, self.factory)([nn.Parameter(torch.zeros(1, 1))], **self.options)
             lr = float(trial.param_groups[0]["lr"])
         except Exception as error:
             raise ConfigError(f"{self!r} cannot be built: {error}; correct the optimizer's options") from error
@@ -106,7 +110,8 @@ class OptimizerSpec:
     def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         """The optimizer over `parameters`; `ConfigError` when it refuses them (none, wrong rank, ...)."""
         try:
-            return cast(Any, self.factory)(list(parameters), **self.options)
+            with _without_compiler():
+                return cast(Any, self.factory)(list(parameters), **self.options)
         except Exception as error:
             raise ConfigError(f"{self!r} does not fit this job's parameters: {error}") from error
 
@@ -139,13 +144,36 @@ def _name(function: object) -> str:
     return getattr(function, "__qualname__", type(function).__qualname__)
 
 
-def _without_dynamo(factory: type[Optimizer]) -> Any:
-    """A subclass for trial: torch's own `add_param_group` imports the compiler, 1.4 s in every process."""
+COMPILER = "torch._dynamo"
+"""Torch's optimizers import it, 1.2 s and 100 MB in every process, only to tell it to leave them alone."""
+_DISABLED = "__dynamo_disable"
+"""Where a function that the compiler is to leave alone keeps what is called in its stead."""
 
-    def add_param_group(self: Any, param_group: dict[str, Any]) -> None:
-        self.param_groups.append({**self.defaults, **param_group})
 
-    return type(factory.__name__, (factory,), {"add_param_group": add_param_group})
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Inside, an optimizer can be made without the compiler where nobody has imported it: there is nobody to tell."""
+    alone = getattr(Optimizer.add_param_group, "__wrapped__", None)
+    if alone is None or COMPILER in sys.modules or hasattr(alone, _DISABLED):
+        yield
+        return
+    setattr(alone, _DISABLED, alone)
+    try:
+        yield
+    finally:
+        delattr(alone, _DISABLED)
+
+
+def make_step(optimizer: Optimizer) -> None:
+    """`optimizer.step()`, then all gradients are None; to be called without gradients being recorded."""
+    plain = not any(getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
+    if COMPILER in sys.modules or not plain or optimizer.defaults.get("differentiable"):
+        cast(Any, optimizer).step()
+    else:
+        inspect.unwrap(type(optimizer).step)(optimizer)  # what torch wraps around it imports the compiler
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 def optimizer(

@@ -80,7 +80,7 @@ async def said_of(error: ZsflError, folder: Path) -> list[str]:
         asked = len(node.asked)
         offer = SpillOffer(cid=cid(version, shard), part="body", version=Version(version), size_bytes=9)
         collector.offered(CARD.id, [offer])
-        await eventually(lambda asked=asked: len(node.asked) > asked, 5)
+        await eventually(lambda asked=asked: len(node.asked) > asked)
     collector.lost(CARD)
     await node.end()
     return node.notes
@@ -162,7 +162,7 @@ async def test_one_that_came_along_damaged_is_asked_for(tmp_path: Path) -> None:
     at = Collecting(tmp_path)
     offer, data = spill(4, (0, 1))
     at.collector.offered(CARD.id, [offer], [data[:-1] + b"x"])
-    await eventually(lambda: bool(at.node.asked), 5)
+    await eventually(lambda: bool(at.node.asked))
     assert at.node.asked[0] == FetchSpills(wanted=((cid(4, 0), "merged"),))
     assert at.took == []
     assert at.node.notes[0].startswith("server handed over a corrupt spill")
@@ -193,10 +193,10 @@ async def test_a_body_part_that_nobody_offers_is_made_again_by_its_client(tmp_pa
     at.collector.joined(CLIENT)
     offer, data = spill(4, (1,), "client")
     at.collector.offered(CLIENT.id, [offer], [data])
-    await eventually(lambda: Remake(lost=((cid(4, 1), "body"),)) in at.node.asked, 5)
+    await eventually(lambda: Remake(lost=((cid(4, 1), "body"),)) in at.node.asked)
     body, data = spill(4, (1,))
     at.collector.offered(CARD.id, [body], [data])
-    await eventually(lambda: not at.collector.has_lost, 5)
+    await eventually(lambda: not at.collector.has_lost)
     await at.ends()
 
 
@@ -206,7 +206,7 @@ async def test_what_a_server_does_not_hand_over_in_time_is_made_again(tmp_path: 
     at.collector.joined(CLIENT)
     at.collector.offered(CARD.id, [spill(4, (0, 1))[0]])
     wanted = Remake(lost=((cid(4, 0), "body"), (cid(4, 1), "body")))
-    await eventually(lambda: wanted in at.node.asked, 5)
+    await eventually(lambda: wanted in at.node.asked)
     await at.ends()
 
 
@@ -218,7 +218,7 @@ async def test_what_a_client_does_not_hand_over_in_time_is_waited_for(tmp_path: 
     for _ in range(3):  # as often as its heartbeats offer it
         asked = len(at.node.asked)
         at.collector.offered(CLIENT.id, [offer])
-        await eventually(lambda asked=asked: len(at.node.asked) > asked, 5)
+        await eventually(lambda asked=asked: len(at.node.asked) > asked)
     assert not any(isinstance(request, Remake) for request in at.node.asked)
     await at.ends()
 
@@ -264,7 +264,7 @@ async def test_those_who_hold_the_shard_are_asked_to_make_it_again_and_nobody_wa
         roster.join(card.id, card.name, [ShardInfo(shard=shard, train_samples=9, test_samples=0, classes=())])
         collector.joined(card)
     collector.offered(CARD.id, [spill(4, (shard,))[0] for shard in (0, 1)])
-    await eventually(lambda: "client-1" in node.remade, 5)
+    await eventually(lambda: "client-1" in node.remade)
     assert node.remade == {"client-0": [(cid(4, 0), "body")], "client-1": [(cid(4, 1), "body")]}
     for task in node.tasks:
         task.cancel()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any, cast
@@ -28,7 +28,8 @@ A, B = NodeId("a"), NodeId("b")
 class Hall:
     """Three shards with held-out samples at two clients, one shard without any, and who tests them."""
 
-    def __init__(self, patience_s: float = 60.0, waits: bool = True) -> None:
+    def __init__(self, patience_s: float = 600.0, waits: bool = True, at_once: Sequence[int] = ()) -> None:
+        """Shards that answer `at_once` do so the moment they are asked."""
         self.said: list[Announcement] = []
         self.notes: list[str] = []
         self.results: list[reports.Tested] = []
@@ -36,7 +37,7 @@ class Hall:
             name="agg",
             card=SimpleNamespace(id=NodeId("agg")),
             settings=SimpleNamespace(patience_s=patience_s),
-            publish=self.said.append,
+            publish=self.publish,
             note=lambda message, level: self.notes.append(f"{level}: {message}"),
         )
         self.stage = Stage(cast(Any, node))
@@ -46,6 +47,13 @@ class Hall:
         self.roster.value.join(A, "client-0", infos[:2])
         self.roster.value.join(B, "client-2", infos[2:])
         self.tests = HeldOut(cast(Any, node), self.stage, self.shelf, self.roster, waits=waits)
+        self.at_once = at_once
+
+    def publish(self, announcement: Announcement) -> None:
+        self.said.append(announcement)
+        if announcement.state.tested is not None:
+            for shard in self.at_once:
+                self.answers(shard)
 
     async def order(self, version: int) -> None:
         self.shelf.put(Version(version), {})
@@ -134,12 +142,9 @@ async def test_where_training_does_not_wait_the_oldest_that_is_not_begun_is_left
 
 
 async def test_one_that_did_not_answer_is_not_waited_for_until_it_is_heard_again() -> None:
-    async with at_work(Hall(patience_s=0.2)) as hall:
+    async with at_work(Hall(patience_s=0.05, at_once=(0, 1))) as hall:
         for version in range(3):
             await hall.order(version)
-            await hall.until_tested(version)
-            for shard in range(2):
-                hall.answers(shard)
             if version == 1:
                 await eventually(lambda: len(hall.results) == 2)
                 assert len([note for note in hall.notes if "did not test" in note]) == 1
@@ -179,11 +184,8 @@ async def test_nobody_waits_for_one_who_leaves_in_a_test_and_one_who_joins_is_as
 
 
 async def test_one_who_does_not_answer_is_waited_for_with_patience_and_then_no_more() -> None:
-    async with at_work(Hall(patience_s=0.05)) as hall:
+    async with at_work(Hall(patience_s=0.05, at_once=(0, 2))) as hall:
         await hall.order(5)
-        await hall.until_tested(5)
-        hall.answers(0)
-        hall.answers(2)
         await until(hall.tests.all_done())
     assert hall.results[0].clients.keys() == {"client-0", "client-2"}
     assert hall.notes == [

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.processes import command, finished
-from helpers.waiting import eventually
+from helpers.waiting import HANG_S, eventually
 from helpers.wires import HOST, wires
 
 from zsfl.bench import network
@@ -26,7 +26,7 @@ from zsfl.wire.messages import Hello, Reply, Request, Train
 
 async def test_two_processes_measure_the_way_between_them(tmp_path: Path) -> None:
     async with command("bench", "--serve", cwd=tmp_path) as server:
-        await eventually(lambda: bool(server.out), 30)
+        await eventually(lambda: bool(server.out))
         said = re.search(r"run: zsfl bench (127\.0\.0\.1:\d+)", server.text)
         assert said, server.text
         code, asked = await finished("bench", said[1], "--seconds", "0.02", cwd=tmp_path)
@@ -45,7 +45,7 @@ async def test_two_processes_measure_the_way_between_them(tmp_path: Path) -> Non
 async def test_each_size_is_measured_alone_and_with_others_open() -> None:
     async with wires() as w:
         server = w.serve(network._answers(HOST, Counters()))
-        found = [one async for one in measure(f"{HOST}:{server.port}", seconds=0.01, request_s=20)]
+        found = [one async for one in measure(f"{HOST}:{server.port}", seconds=0.01, request_s=HANG_S)]
     assert [one.size_bytes for one in found] == list(SIZES)
     assert all(0 < one.median_s <= one.slow_s for one in found)
     assert all(one.answers_per_s > 0 for one in found)
@@ -67,7 +67,7 @@ async def test_a_node_that_is_no_bench_server_is_told_apart() -> None:
 
     async with wires() as w:
         with pytest.raises(NoPeer, match=r"is no bench server.*the jobs differ in name"):
-            _ = [one async for one in measure(f"{HOST}:{w.serve(node).port}", seconds=0.01, request_s=1)]
+            _ = [one async for one in measure(f"{HOST}:{w.serve(node).port}", seconds=0.01, request_s=HANG_S)]
 
 
 @pytest.mark.parametrize(("size", "said"), [(1024, "other bytes than the 1024"), (1, "other than the 1024 bytes")])
@@ -80,7 +80,7 @@ async def test_a_server_that_sends_back_something_else_is_found_out(size: int, s
 
     async with wires() as w:
         with pytest.raises(RemoteProtocolError, match=said):
-            _ = [one async for one in measure(f"{HOST}:{w.serve(liar).port}", seconds=0.01, request_s=5)]
+            _ = [one async for one in measure(f"{HOST}:{w.serve(liar).port}", seconds=0.01, request_s=HANG_S)]
 
 
 async def test_an_answer_that_does_not_come_ends_the_measurement() -> None:
@@ -108,11 +108,13 @@ async def test_a_bench_server_joins_no_run_and_answers_nothing_else() -> None:
         connection = w.connect(w.serve(network._answers(HOST, Counters())))
         card = network._card(HOST)
         with pytest.raises(ConfigError, match="not a node of a run"):
-            await connection.request(Hello(protocol=PROTOCOL, facts={"name": "x"}, card=card, codecs=()), deadline_s=5)
+            await connection.request(
+                Hello(protocol=PROTOCOL, facts={"name": "x"}, card=card, codecs=()), deadline_s=HANG_S
+            )
         with pytest.raises(ConfigError, match="use one version of zsfl"):
-            await connection.request(Hello(protocol=PROTOCOL + 1, facts={}, card=card, codecs=()), deadline_s=5)
+            await connection.request(Hello(protocol=PROTOCOL + 1, facts={}, card=card, codecs=()), deadline_s=HANG_S)
         with pytest.raises(RemoteProtocolError, match="does not answer Train"):
-            await connection.request(Train(rounds=1), deadline_s=5)
+            await connection.request(Train(rounds=1), deadline_s=HANG_S)
 
 
 @pytest.mark.parametrize(

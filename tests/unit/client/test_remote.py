@@ -152,7 +152,7 @@ async def test_it_is_not_asked_to_be_left_alone_for_longer_than_it_is_there() ->
     await eventually(lambda: merger.asked)
     net.body.lost(card(MERGER), "it said goodbye")
     with pytest.raises(Unavailable, match="gone"):
-        await until(forward, 1.0)
+        await until(forward)
 
 
 @pytest.mark.parametrize("is_there", [True, False])
@@ -187,6 +187,6 @@ async def test_steps_that_wait_to_be_merged_leave_room_for_others() -> None:
     net.body.heard(MERGER, Load(slots=1, busy=0, service_s=0.1))
     waiting = [net.forward(), net.forward()]
     await eventually(lambda: len(merger.asked) == 2)
-    assert torch.equal(await until(net.body.infer(0, Version(0), X), 1.0), X + 1)
+    assert torch.equal(await until(net.body.infer(0, Version(0), X)), X + 1)
     for task in waiting:
         task.cancel()

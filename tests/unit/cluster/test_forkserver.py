@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 
+from helpers.waiting import HANG_S
+
 from zsfl.cluster.forkserver import Input, Output
 from zsfl.reports import Note, from_line
 
@@ -30,7 +32,7 @@ def test_long_lines_are_passed_on_whole() -> None:
     with subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=write), selectors.DefaultSelector() as ready:
         os.close(write)
         ready.register(read, selectors.EVENT_READ)
-        while lines.count(b"\n") < LINES and ready.select(20):
+        while lines.count(b"\n") < LINES and ready.select(HANG_S):
             passed = source.read()
             assert not passed or passed.endswith(b"\n")
             lines += passed

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
-from helpers.waiting import eventually, until
+from helpers.waiting import HANG_S, eventually, until
 from helpers.wires import HOST, Wires, wires
 
 from zsfl.cluster import leaving
@@ -59,25 +59,33 @@ async def test_nobody_listens() -> None:
         free.bind((HOST, 0))
         port = free.getsockname()[1]
         with pytest.raises(NoPeer, match=f"nobody listens at {HOST}:{port}: has it left already"):
-            await until(drain(address(port), 5.0), 5)
+            await until(drain(address(port), HANG_S))
 
 
 @pytest.mark.parametrize("says", [b"HTTP/1.0 400 Bad Request\r\n\r\n", b"SSH-2.0-x\r\n", b""])
 async def test_what_listens_is_no_node(says: bytes) -> None:
     async with listener(says) as where:
         with pytest.raises(NoPeer, match=f"what listens at {where} is no zsfl node"):
-            await until(drain(where, 5.0), 5)
+            await until(drain(where, HANG_S))
 
 
 async def test_what_listens_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leaving, "ANSWER_S", 0.1)
     async with listener(None) as where:
         with pytest.raises(NoPeer, match=r"does not answer within 0\.1 s: is it a zsfl node"):
-            await until(drain(where, 5.0), 5)
+            await until(drain(where, HANG_S))
 
 
 async def test_a_node_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leaving, "ANSWER_S", 0.5)
+    check_is_node = leaving._check_is_node
+
+    async def checked(where: Address) -> None:
+        """It greets in no time, and then has little to answer in."""
+        await check_is_node(where)
+        monkeypatch.setattr(leaving, "ANSWER_S", 0.1)
+
+    monkeypatch.setattr(leaving, "ANSWER_S", HANG_S)
+    monkeypatch.setattr(leaving, "_check_is_node", checked)
 
     async def hang(*_: object) -> tuple[Reply, Sequence[Buffer]]:
         await asyncio.Event().wait()
@@ -85,7 +93,7 @@ async def test_a_node_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async with wires() as w:
         with pytest.raises(NoPeer, match="takes connections and does not answer: is it the address in the node's"):
-            await until(drain(address(w.serve(hang).port), 5.0), 5)
+            await until(drain(address(w.serve(hang).port), HANG_S))
 
 
 async def test_whoever_refuses_is_quoted() -> None:
@@ -95,7 +103,7 @@ async def test_whoever_refuses_is_quoted() -> None:
     async with wires() as w:
         where = address(w.serve(refuse).port)
         with pytest.raises(NoPeer, match=f"what listens at {where}: a bench server does not answer Drain. Give the"):
-            await until(drain(where, 5.0), 5)
+            await until(drain(where, HANG_S))
 
 
 async def test_a_node_that_does_not_go() -> None:
@@ -103,7 +111,7 @@ async def test_a_node_that_does_not_go() -> None:
     async with wires() as w:
         where = address(w.serve(stay).port)
         with pytest.raises(Unavailable, match=rf"stays at {where} was asked to leave and is still there after 0\.3 s"):
-            await until(drain(where, 0.3, told.append), 5)
+            await until(drain(where, 0.3, told.append))
     assert told == [STAYS]
 
 
@@ -116,7 +124,7 @@ async def replaced(w: Wires, server: Server) -> None:
         raise Rejected("this is another node")
 
     await w.stop(server)
-    await eventually(lambda: is_free("127.0.0.1", server.port), 10)  # ZeroMQ closes a socket a moment later
+    await eventually(lambda: is_free("127.0.0.1", server.port))  # ZeroMQ closes a socket a moment later
     w.serve(refuse, server.port)
 
 
@@ -127,7 +135,7 @@ async def test_it_has_left_when_its_socket_is_closed_or_somebody_elses(
     async with wires() as w:
         server = w.serve(stay)
         asked = asyncio.Event()
-        leaves = asyncio.create_task(drain(address(server.port), 20.0, lambda _: asked.set()))
+        leaves = asyncio.create_task(drain(address(server.port), HANG_S, lambda _: asked.set()))
         await until(asked.wait())
         await goes(w, server)
         assert await until(leaves) == "stays"

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import secrets
+from collections.abc import AsyncIterator
 
 import pytest
 import zeroconf as zc
+from helpers.waiting import HANG_S, eventually
 from zeroconf.asyncio import AsyncZeroconf
 
+from zsfl.discovery import mdns
 from zsfl.discovery.events import Candidate
-from zsfl.discovery.mdns import MAX_OTHERS, MAX_QUEUED, SERVICE, Mdns, read_announcement
+from zsfl.discovery.mdns import MAX_OTHERS, MAX_QUEUED, Mdns, read_announcement
 from zsfl.errors import Unavailable
 from zsfl.ids import Address, NodeCard, NodeId, Role
 
 HOST = "127.0.0.1"
 JOB = "job-under-test"
-DEADLINE_S = 5.0
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever else announces himself on this machine, such as the nodes of another test, is not heard."""
+    monkeypatch.setattr(mdns, "SERVICE", f"_zsfl-{secrets.token_hex(4)}._tcp.local.")
 
 
 def card(node_id: str, port: int, role: Role = Role.CLIENT) -> NodeCard:
@@ -31,23 +39,17 @@ def seen_as(mdns_card: NodeCard) -> Candidate:
     return Candidate(mdns_card.address, "mdns", mdns_card.role, mdns_card.id)
 
 
-async def soon(mdns: Mdns) -> Candidate:
-    async with asyncio.timeout(DEADLINE_S):
-        return await anext(mdns.events())
+async def soon(one: Mdns) -> Candidate:
+    async with asyncio.timeout(HANG_S):
+        return await anext(one.events())
 
 
 async def next_of(events: AsyncIterator[Candidate], wanted: Candidate) -> None:
     """Read until `wanted` comes."""
-    async with asyncio.timeout(DEADLINE_S):
+    async with asyncio.timeout(HANG_S):
         async for candidate in events:
             if candidate == wanted:
                 return
-
-
-async def eventually(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_nodes_see_one_another_whoever_starts_first() -> None:
@@ -60,16 +62,13 @@ async def test_nodes_see_one_another_whoever_starts_first() -> None:
             assert mine.ignored == 0
 
 
-async def test_running_node_is_seen_quickly() -> None:
+async def test_a_node_that_runs_is_seen_by_one_that_comes_later() -> None:
     running = card("a2", 4011)
-    loop = asyncio.get_running_loop()
     async with Mdns(running, JOB, 1) as one, node("b2", 4012) as early:
         await next_of(one.events(), Candidate(Address(f"{HOST}:4012"), "mdns", Role.CLIENT, NodeId("b2")))
         await next_of(early.events(), seen_as(running))
-        begun_s = loop.time()
         async with node("c2", 4013) as late:
             await next_of(late.events(), seen_as(running))
-            assert loop.time() - begun_s < 2.0
 
 
 @pytest.mark.parametrize(
@@ -123,7 +122,7 @@ async def test_malformed_announcements_are_counted_and_do_no_harm() -> None:
 
 def service(name: str, about: dict[str, str | bytes], *, host: str = HOST, port: int | None = 4000) -> zc.ServiceInfo:
     return zc.ServiceInfo(
-        SERVICE, f"{name}.{SERVICE}", port=port, properties=about, parsed_addresses=[host] if host else None
+        mdns.SERVICE, f"{name}.{mdns.SERVICE}", port=port, properties=about, parsed_addresses=[host] if host else None
     )
 
 
@@ -205,7 +204,7 @@ async def test_leaving_waits_no_longer_than_the_deadline_and_leaves_no_task(
 ) -> None:
     monkeypatch.setattr("zeroconf._core._UNREGISTER_TIME", 60_000)
     monkeypatch.setattr("zsfl.discovery.mdns.GOODBYE_S", 0.01)
-    async with asyncio.timeout(DEADLINE_S):
+    async with asyncio.timeout(HANG_S):
         async with node("a11", 4081):
             pass
     assert asyncio.all_tasks() == {asyncio.current_task()}

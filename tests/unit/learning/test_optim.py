@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 from zsfl.errors import ConfigError
-from zsfl.learning.optim import OptimizerSpec, adam, adamw, optimizer, sgd
+from zsfl.learning import optim
+from zsfl.learning.optim import OptimizerSpec, adam, adamw, make_step, optimizer, sgd
 
 
 def test_reads_the_same_however_it_was_written() -> None:
@@ -64,6 +66,14 @@ def test_stating_an_optimizer_reads_the_same_in_every_process_and_does_not_load_
         def falling(version): return 0.5**version
         print(zsfl.yogi(clip_norm=1, schedule=zsfl.cosine(9)), zsfl.sgd(0.1, schedule=falling))
         print('torch._dynamo' in sys.modules)
+        import torch
+        from zsfl.learning.optim import make_step
+        weight = torch.nn.Parameter(torch.ones(2))
+        made = zsfl.adam().build([weight])
+        weight.grad = torch.ones(2)
+        with torch.no_grad():
+            make_step(made)
+        print(weight.grad, 'torch._dynamo' in sys.modules)
     """
     said = {
         subprocess.run(
@@ -78,5 +88,46 @@ def test_stating_an_optimizer_reads_the_same_in_every_process_and_does_not_load_
     assert said == {
         "Yogi(betas=(0.9, 0.999), eps=0.001, initial_accumulator=1e-06, lr=0.01, clip_norm=1, "
         "schedule=Cosine(versions=9, warmup=0, floor=0.0)) "
-        "SGD(lr=0.1, momentum=0.0, nesterov=False, weight_decay=0.0, schedule=falling)\nFalse\n"
+        "SGD(lr=0.1, momentum=0.0, nesterov=False, weight_decay=0.0, schedule=falling)\nFalse\nNone False\n"
     }
+
+
+FACTORIES = [
+    one for one in vars(torch.optim).values() if isinstance(one, type) and issubclass(one, torch.optim.Optimizer)
+]
+UNFIT = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
+
+
+@pytest.mark.parametrize("factory", [one for one in FACTORIES if one not in UNFIT])
+@pytest.mark.parametrize("compiler", [False, True])
+def test_a_step_is_that_of_torch_whether_or_not_its_compiler_is_there(
+    factory: type[torch.optim.Optimizer], compiler: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(step: Callable[[torch.optim.Optimizer], object]) -> list[torch.Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(3, columns, generator=draw)) for columns in (2, 4)]
+        made = optimizer(factory, lr=0.1).build(weights)
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=draw)
+            with torch.no_grad():
+                step(made)
+        return list(weights)
+
+    ordinary = trained(lambda made: made.step())
+    with monkeypatch.context() as patched:
+        if not compiler:
+            patched.delitem(sys.modules, optim.COMPILER, raising=False)
+        assert all(map(torch.equal, trained(make_step), ordinary))
+
+
+def test_a_step_calls_what_was_hooked_to_it() -> None:
+    weight, called = torch.nn.Parameter(torch.ones(2)), list[str]()
+    made = sgd(lr=0.5).build([weight])
+    made.register_step_pre_hook(lambda *_: called.append("before"))
+    made.register_step_post_hook(lambda *_: called.append("after"))
+    weight.grad = torch.ones(2)
+    with torch.no_grad():
+        make_step(made)
+    assert called == ["before", "after"]
+    assert weight.tolist() == [0.5, 0.5]

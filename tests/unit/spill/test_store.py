@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from helpers.waiting import HANG_S
 
 from zsfl.errors import BadShape, SpillFull, StorageError
 from zsfl.ids import Cid, PartName, RunId, Version, parse_cid, step_cid
@@ -425,18 +426,18 @@ def test_what_is_offered_can_be_told_while_the_disk_is_slow(tmp_path: Path, monk
 
     def pwritev(*args: Any) -> int:
         writing.set()
-        go_on.wait(20)
+        go_on.wait(HANG_S)
         return slow(*args)
 
     monkeypatch.setattr(os, "pwritev", pwritev)
     writer = threading.Thread(target=store.put, args=(meta(2, 1), SMALL))
     writer.start()
     try:
-        assert writing.wait(20)
+        assert writing.wait(HANG_S)
         assert store.offers(RUN) == [offer]
     finally:
         go_on.set()
-        writer.join(20)
+        writer.join(HANG_S)
 
 
 @pytest.mark.parametrize("numbers", [2000, 70_000], ids=["small", "large"])

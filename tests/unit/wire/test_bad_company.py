@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import zmq
 import zmq.asyncio
-from helpers.waiting import eventually
+from helpers.waiting import HANG_S, eventually
 from helpers.wires import HOST, Wires, echo, wires
 
 from zsfl.errors import NoPeer
@@ -25,7 +25,7 @@ ASK = Train(rounds=1)
 LIMITS = WireLimits(frame_bytes=4096, max_header_bytes=4096)
 
 
-def request(message_id: int, parts: Sequence[Buffer] = (), deadline_s: float = 30.0) -> Iterator[list[Buffer]]:
+def request(message_id: int, parts: Sequence[Buffer] = (), deadline_s: float = HANG_S) -> Iterator[list[Buffer]]:
     return encode(Header(kind="request", id=message_id, deadline_s=deadline_s, body=ASK), parts, LIMITS)
 
 
@@ -36,12 +36,12 @@ def packed(**fields: object) -> bytes:
 
 
 async def still_serves(w: Wires, server: Server) -> None:
-    answer = await w.connect(server).request(ASK, [b"still"], deadline_s=10)
+    answer = await w.connect(server).request(ASK, [b"still"], deadline_s=HANG_S)
     assert bytes(answer.parts[0]) == b"still"
 
 
 async def reply_to(dealer: zmq.asyncio.Socket) -> tuple[int, str]:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG_S):
         frames = await dealer.recv_multipart()
     fields = msgspec.msgpack.decode(frames[0])
     return fields["id"], fields["body"].get("kind", fields["body"]["t"])
@@ -120,7 +120,7 @@ async def test_a_frame_over_the_limit_is_cut_off_before_it_takes_memory() -> Non
         await dealer.send_multipart(next(request(1)))
         assert await reply_to(dealer) == (1, "ok")
         await dealer.send_multipart([packed(kind="chunk", id=1), bytes(1 << 20)])
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             await events.recv_multipart()
         assert w.served.snapshot()["bytes_received"] < 1 << 20
         dealer.disable_monitor()
@@ -200,7 +200,7 @@ async def test_a_caller_that_reads_late_gets_all_that_waited_in_order() -> None:
         for frames in encode(Header(kind="request", id=3, body=ASK), parts * 8, limits):
             await dealer.send_multipart(frames)
         received = bytearray()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             while len(received) < 8_000_000:
                 _, *frames = await dealer.recv_multipart()
                 received += b"".join(frames)
@@ -220,7 +220,7 @@ async def test_callers_that_are_being_served_outlive_those_that_are_silent(monke
 
     async with wires() as w:
         server = w.serve(handler)
-        asker = asyncio.create_task(w.connect(server).request(ASK, deadline_s=30))
+        asker = asyncio.create_task(w.connect(server).request(ASK, deadline_s=HANG_S))
         await inside.wait()
         for _ in range(20):
             await still_serves(w, server)
@@ -248,7 +248,7 @@ async def test_of_too_many_callers_that_are_all_served_the_longest_silent_is_let
         connections = [w.connect(server) for _ in range(3)]
         askers: list[asyncio.Task[object]] = []
         for number, connection in enumerate(connections):
-            askers.append(asyncio.create_task(connection.request(Train(rounds=number + 1), deadline_s=30)))
+            askers.append(asyncio.create_task(connection.request(Train(rounds=number + 1), deadline_s=HANG_S)))
             await eventually(lambda number=number: len(server._callers) == min(number + 1, 2))  # pyright: ignore[reportPrivateUsage]
         await eventually(lambda: cancelled == [Train(rounds=1)])
         for connection in connections:
@@ -270,7 +270,7 @@ async def test_a_server_that_answers_nonsense_fails_its_askers_at_once(frames: l
     async with wires(LIMITS) as w:
         router = w.context.socket(zmq.ROUTER)
         port = router.bind_to_random_port(f"tcp://{HOST}")
-        asker = asyncio.create_task(w.connect(port).request(ASK, deadline_s=30))
+        asker = asyncio.create_task(w.connect(port).request(ASK, deadline_s=HANG_S))
         identity, *_ = await router.recv_multipart()
         await router.send_multipart([identity, *frames])
         with pytest.raises(NoPeer, match="cannot be read"):
@@ -281,7 +281,7 @@ async def test_answers_to_nobody_take_no_memory() -> None:
     async with wires(LIMITS) as w:
         router = w.context.socket(zmq.ROUTER)
         connection = w.connect(router.bind_to_random_port(f"tcp://{HOST}"))
-        asker = asyncio.create_task(connection.request(ASK, deadline_s=30))
+        asker = asyncio.create_task(connection.request(ASK, deadline_s=HANG_S))
         identity, *_ = await router.recv_multipart()
         for message_id in range(2, 2000):
             await router.send_multipart([identity, packed(kind="reply", id=message_id, sizes=[9000], body={"t": "ok"})])
