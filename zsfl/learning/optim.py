@@ -145,7 +145,7 @@ def _name(function: object) -> str:
 
 
 COMPILER = "torch._dynamo"
-"""Torch's optimizers import it, 1.2 s and 100 MB in every process, only to tell it to leave them alone."""
+"""Torch's optimizers import it, 1.2 s and 70 MB in every process, only to tell it to leave them alone."""
 _DISABLED = "__dynamo_disable"
 """Where a function that the compiler is to leave alone keeps what is called in its stead."""
 
