@@ -35,7 +35,7 @@ Portion = NewType("Portion", str)
 """Which weights nodes of one kind need: `body`, `client`, or where a job has several cuts `client/CUT`."""
 BODY = Portion("body")
 
-PROTOCOL = 6
+PROTOCOL = 7
 """Version of the wire protocol; peers that differ refuse one another."""
 
 
@@ -59,7 +59,8 @@ class NodeCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """
 
     id: Annotated[NodeId, msgspec.Meta(max_length=200)]
-    name: Annotated[str, msgspec.Meta(max_length=200)]
+    name: Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f\[\]]{1,200}\Z")]
+    """It is shown on terminals, so that it has no control characters, and no brackets."""
     role: Role
     host: Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Za-z][0-9A-Za-z.-]{0,252}\Z")]
     control_port: Port

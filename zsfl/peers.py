@@ -25,7 +25,7 @@ from zsfl.discovery.events import (
     Welcomed,
 )
 from zsfl.discovery.mdns import Mdns
-from zsfl.discovery.table import PeerTable, PresenceTiming, wants_of
+from zsfl.discovery.table import MAX_PEERS, PeerTable, PresenceTiming, wants_of
 from zsfl.errors import (
     Busy,
     ConfigError,
@@ -42,9 +42,13 @@ from zsfl.wire.connection import Connection
 from zsfl.wire.fields import MAX_PEERS_EXCHANGED, PeerHint
 from zsfl.wire.messages import Beat, Broadcast, Goodbye, Hello, Welcome
 from zsfl.wire.pubsub import Subscriber
+from zsfl.wire.sockets import room_for_peers
 
 HELLO_S = 2.0
 """Deadline of a handshake."""
+
+MAX_NOTED = 256
+"""Addresses of which it is said why they are no peers."""
 
 Start = Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
 
@@ -116,7 +120,9 @@ class Peers:
             lag_s=(settings.beat_s + settings.lost_after_s) / 2,
             lost_after_s=settings.lost_after_s,
         )
-        self.table = PeerTable(card, wants_of(card.role), timing)
+        self.table = PeerTable(card, wants_of(card.role), timing, room_for_peers(MAX_PEERS))
+        self._noted: dict[Address, str] = {}
+        """Of whom it was said why they are no peers, the newest last."""
 
     def by_role(self, role: Role) -> list[NodeCard]:
         """Live peers of one role, by name."""
@@ -201,7 +207,7 @@ class Peers:
                 self._on(Left(node_id=node_id, reason=broadcast.reason))
                 return
             case Beat():
-                if broadcast.card.id != node_id:
+                if broadcast.card != self.table.get(node_id):  # who it is, and where, it said in its HELLO
                     raise RemoteProtocolError(f"{node_id} sends heartbeats of {broadcast.card.id}")
                 self._on(Heard(node_id=node_id))
                 self._exchange(broadcast.peers)
@@ -250,17 +256,25 @@ class Peers:
             if self._refusers.issuperset(self._settings.peers):
                 raise ConfigError(f"{reason}. Start both with the same job file, or correct --peer {address}")
         if self.table.refusals().get(address) != reason:
-            self._user.note(f"{address} refused: {reason}", "warning")
+            self._note_once(address, f"{address} refused: {reason}")
         self._on(Refused(address=address, reason=reason, final=final))
+
+    def _note_once(self, address: Address, message: str) -> None:
+        """Say it, unless it was said; of a flood of others only the first."""
+        if self._noted.get(address) != message and (address in self._noted or len(self._noted) < MAX_NOTED):
+            self._noted[address] = message
+            self._user.note(message, "warning")
 
     def _welcomed(self, card: NodeCard, address: Address, codecs: tuple[str, ...], by: Literal["me", "them"]) -> None:
         self._said_codecs[card.id] = codecs
         self._on(Welcomed(card=card, address=address, by=by))
+        if self.table.get(card.id) is None:  # it has no room for it
+            self._said_codecs.pop(card.id, None)
 
     def answer(self, hello: Hello) -> Welcome:
         """Answer somebody's HELLO; Rejected when we are not of one job, Unavailable when a later try may do."""
         if objection := self._objection(hello):
-            self._user.note(f"{hello.card.address} was turned away: {objection}", "warning")
+            self._note_once(hello.card.address, f"{hello.card.address} was turned away: {objection}")
             raise Rejected(objection)
         hints = self.hints()
         self._welcomed(hello.card, hello.card.address, hello.codecs, "them")

@@ -39,7 +39,7 @@ from zsfl.reports import AnyReport, Failed, Ready, to_line
 from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings, parse_shards
 from zsfl.split_server.role import SplitServerRole
 from zsfl.tensors.codec import SUPPORTED
-from zsfl.wire.sockets import is_free
+from zsfl.wire.sockets import is_free, open_context
 
 Reporter = Callable[[AnyReport], None]
 MOST_KNOWN = 16
@@ -289,7 +289,7 @@ async def _until_done(role: Role, job: Job, settings: NodeSettings, report: Repo
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, asked)
-    context = zmq.asyncio.Context()
+    context = open_context()
     try:
         with suppress(asyncio.CancelledError):
             await run_role(role, job, settings, report, context=context, stop=stop)

@@ -49,6 +49,12 @@ class WireLimits:
     """Shorter messages are copied into ZeroMQ, cheaper than lending it the buffer (its own threshold)."""
     default_deadline_s: float = 30.0
     """How long a request that states no deadline may be served."""
+    max_deadline_s: float = 3600.0
+    """No request is served for longer, whatever its asker says."""
+
+    def deadline_of(self, stated_s: float) -> float:
+        """How long a message that states this deadline (0: none) is waited for, or served."""
+        return min(stated_s or self.default_deadline_s, self.max_deadline_s)
 
 
 def _doc(text: str, *flags: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -34,10 +35,17 @@ FETCH_BYTES = 4 << 20
 """Asked for in one request, unless a single spill is larger: bounds the memory of a reply."""
 
 
+REFUSALS = 3
+"""So often a contribution that cannot be counted may come before its step is given up."""
+MOST_REFUSED = 4096
+"""Remembered, until those are forgotten that cannot count any more."""
+
+
 class _Holder:
     """One peer that holds spills."""
 
     def __init__(self, card: NodeCard, connection: Connection) -> None:
+        self.card = card
         self.name = card.name
         self.connection = connection
         self.fetch: dict[Key, int] = {}
@@ -60,13 +68,23 @@ class Collector:
         journal: Journal,
         took: Callable[[Contribution], None],
         roster: Latest[Roster],
+        check: Callable[[Contribution], str] = lambda _: "",
+        refused: Callable[[Contribution, str], None] = lambda *_: None,
     ) -> None:
-        """`took` is told of every part that is news, once it is in the journal; `roster` touched when one is lost."""
+        """`took` is told of every part that is news, once it is in the journal; `roster` touched when one is lost.
+
+        `check` says why a contribution cannot be counted, if so; `refused` is told of those for which making them again
+        did not help.
+        """
         self._node = node
         self._gathering = gathering
         self._journal = journal
         self._took = took
         self._roster = roster
+        self._check = check
+        self._gave_up = refused
+        self._refusals: Counter[Key] = Counter()
+        """Of what may still count, how often it came and could not be counted."""
         self._holders: dict[NodeId, _Holder] = {}
         self._lost: set[tuple[Cid, PartName]] = set()
         """Acknowledged and lost: asked for until they come, or do not count any more."""
@@ -103,14 +121,15 @@ class Collector:
             for offer, data in zip(offers, carried, strict=False):
                 if (
                     data
+                    and self._may_hold(holder, offer)
                     and self._gathering.lacks(offer)
-                    and self._take(holder.name, (offer.cid, offer.kind), data, offer)
+                    and self._take(holder, (offer.cid, offer.kind), data, offer)
                 ):
                     sizes.pop((offer.cid, offer.kind), None)
             if not sizes:
                 return
             left = [offer for offer in offers if (offer.cid, offer.kind) in sizes]
-            verdict = self._gathering.offered(node, left)
+            verdict = self._gathering.offered(node, left, lambda offer: self._may_hold(holder, offer))
         except BadShape as error:
             raise RemoteProtocolError(f"{node} offers what is no spill: {error}") from error
         holder.fetch.update({key: sizes[key] for key in verdict.fetch})
@@ -118,6 +137,13 @@ class Collector:
         holder.release.update(verdict.release)
         if holder.fetch or holder.release:
             holder.todo.set()
+
+    def _may_hold(self, holder: _Holder, offer: SpillOffer) -> bool:
+        """Client parts are with whoever holds the shard, body parts with split servers, and nobody's shard has any."""
+        nodes = [self._roster.value.node_of(parse_cid(cid).shard) for cid in offer.members or (offer.cid,)]
+        if offer.part == "client":
+            return not offer.members and nodes == [holder.card.id]
+        return holder.card.role is Role.SPLIT_SERVER and None not in nodes
 
     async def _serve(self, card: NodeCard, holder: _Holder) -> None:
         while True:
@@ -137,7 +163,7 @@ class Collector:
             whole = {
                 key
                 for key, data in zip(answer.expect(Spills).found, answer.parts, strict=False)
-                if self._take(card.name, key, data)
+                if self._take(holder, key, data)
             }
             await self._remake(holder, [key for key in keys if key not in whole])
         except NoPeer:
@@ -222,7 +248,7 @@ class Collector:
         except ZsflError as error:
             self._node.note(f"{card.name} does not let go of its spills: {error}", "warning")
 
-    def _take(self, name: str, key: Key, data: Buffer, offer: SpillOffer | None = None) -> bool:
+    def _take(self, holder: _Holder, key: Key, data: Buffer, offer: SpillOffer | None = None) -> bool:
         """Take a spill, unless it is corrupt, or another than was offered; whether it is whole."""
         try:
             found = decode_contribution(data)
@@ -233,10 +259,15 @@ class Collector:
                 raise SpillCorrupt(f"the steps of {key[1]} {key[0]} are others than were offered")
         except SpillCorrupt as error:
             self._node.counters.add("spills_corrupt")
-            self._node.note(f"{name} handed over a corrupt spill: {error}", "warning")
+            if key not in holder.complained:
+                holder.complained.add(key)
+                self._node.note(f"{holder.name} handed over a corrupt spill: {error}", "warning")
             return False
         try:
             if self._gathering.takes(found):
+                if why := self._check(found):
+                    self._refuse(holder, key, found, why)
+                    return True
                 found = self._journal.keep(found, data)
         except StorageError as error:  # it stays where it is, and is offered again
             if not self._is_full:
@@ -247,6 +278,23 @@ class Collector:
         if self._gathering.arrived(found):
             self._took(found)
         return True
+
+    def _refuse(self, holder: _Holder, key: Key, found: Contribution, why: str) -> None:
+        """What cannot be counted is made again, by another server if it is a body part; in vain, it is given up."""
+        self._node.counters.add("spills_refused")
+        self._gathering.not_delivered(holder.card.id, [key])
+        if not self._refusals[key]:
+            self._node.note(f"refused what {holder.name} holds of {key[0]}: {why}", "warning")
+        self._refusals[key] += 1
+        if self._refusals[key] >= REFUSALS:
+            del self._refusals[key]
+            self._gave_up(found, why)
+        elif found.part == "body":
+            holder.release.update(member.cid for member in found.members or (found,))
+            holder.todo.set()
+            self._remake_soon([(member.cid, "body") for member in found.members or (found,)])
+        if len(self._refusals) > MOST_REFUSED:
+            self._refusals = Counter({one: n for one, n in self._refusals.items() if self._gathering.expects(one[0])})
 
 
 def _parts(holder: _Holder, keys: Sequence[Key]) -> list[tuple[Cid, PartName]]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from zsfl.aggregator.run_folder import RunFolder
-from zsfl.errors import RunFailed, StorageError
+from zsfl.errors import RemoteProtocolError, RunFailed, StorageError
 from zsfl.ids import Cid, Version
 from zsfl.learning.averaging import Contribution
 
@@ -59,6 +59,19 @@ def read_record(line: bytes, place: str) -> RecordLine:
         return RecordLine(msgspec.json.decode(line, type=Record), hashlib.sha256(line).hexdigest())
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise StorageError(f"{place} is no commit record: {error}") from error
+
+
+def read_chain(data: bytes, last: str, version: Version) -> tuple[str, Version]:
+    """Digest and version of the last of these lines, which go on from such ones; RemoteProtocolError if they do not."""
+    for line in data[:-1].split(b"\n"):
+        try:
+            record, digest = read_record(line, "what follows the ledger here")
+        except StorageError as error:
+            raise RemoteProtocolError(str(error)) from error
+        if record.predecessor != last or record.version <= version:
+            raise RemoteProtocolError(f"the record of version {record.version} does not follow the last one here")
+        last, version = digest, record.version
+    return last, version
 
 
 def check_losses(window: Sequence[Contribution], place: str) -> None:

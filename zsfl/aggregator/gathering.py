@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from zsfl.aggregator.fates import StepSet
@@ -13,6 +13,8 @@ from zsfl.wire.messages import SpillOffer
 Key = tuple[Cid, SpillKind]
 PARTS: tuple[PartName, PartName] = ("body", "client")
 _MOST_ANSWERS = 1 << 16
+MOST_DROPPED = 1 << 16
+"""By one record, of steps of which nothing is here: what is offered beyond that is dropped by the next one."""
 _NO_COMPANY = "the client part of a step that it is merged with never came"
 
 
@@ -121,12 +123,16 @@ class Gathering:
         self._open = False
         self._answers.clear()
 
-    def offered(self, node: NodeId, offers: Iterable[SpillOffer]) -> Verdict:
-        """Sort what a holder offers."""
+    def offered(
+        self, node: NodeId, offers: Iterable[SpillOffer], may_hold: Callable[[SpillOffer], bool] = lambda _: True
+    ) -> Verdict:
+        """Sort what a holder offers. Of what it cannot rightly have, only that is told which is settled."""
         verdict = Verdict()
         for offer in offers:
             cids = offer.members or (offer.cid,)
-            if all([self._may_still_count(cid, verdict) for cid in cids]) and self._wants(offer):
+            if not may_hold(offer):
+                verdict.release.extend(cid for cid in cids if self._is_settled(parse_cid(cid)))
+            elif all([self._may_still_count(cid, verdict) for cid in cids]) and self._wants(offer):
                 key: Key = offer.cid, offer.kind
                 self._asked[key] = node
                 verdict.fetch.append(key)
@@ -135,7 +141,7 @@ class Gathering:
     def _may_still_count(self, cid: Cid, verdict: Verdict) -> bool:
         """Whether an offered step may; one that is settled is released, one that is too late dropped."""
         step = parse_cid(cid)
-        is_settled = step.run == self._run and step in self._settled
+        is_settled = self._is_settled(step)
         if not is_settled and not self._is_known(step):
             return False
         if is_settled:
@@ -143,10 +149,29 @@ class Gathering:
         elif not self._begun:
             pass  # it is offered again
         elif self._is_too_late(step):
-            self._drop(cid, self._lateness(step))
+            if len(self._dropped) < MOST_DROPPED:
+                self._drop(cid, self._lateness(step))
         else:
             return True
         return False
+
+    def _is_settled(self, step: StepId) -> bool:
+        return step.run == self._run and step in self._settled
+
+    def beside(self, contribution: Contribution) -> list[Contribution]:
+        """What is here of the same steps."""
+        found: dict[int, Contribution] = {}
+        for cid in [member.cid for member in contribution.members] or [contribution.cid]:
+            if (step := self._held.get(cid)) is not None:
+                merged = () if step.merged is None else (step.merged.contribution,)
+                found |= {id(one): one for one in (*step.parts.values(), *merged)}
+        return list(found.values())
+
+    def refuse(self, cids: Iterable[Cid], reason: str) -> None:
+        """These steps are not to count, whatever else comes of them."""
+        for cid in cids:
+            if self.expects(cid):
+                self._drop(cid, reason)
 
     def expects(self, cid: Cid) -> bool:
         """Whether this step may still count."""

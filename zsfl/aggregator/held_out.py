@@ -103,7 +103,12 @@ class HeldOut:
         await self._orders.wait_for(lambda orders: not orders)
 
     def heard(self, evaluated: Evaluated) -> None:
-        """A client tested a version; what nobody asked for, or any more, is ignored."""
+        """A client tested a version; what nobody asked for, or any more, or of another's shard, is ignored."""
+        roster = self._roster.value
+        if roster.node_of(evaluated.shard) != evaluated.node or evaluated.samples > roster.test_samples(
+            evaluated.shard
+        ):
+            return
         self._silent -= {evaluated.shard}
         if evaluated.version == self._stage.state.tested and evaluated.shard in self._roster.value.tested():
             self._answers[evaluated.shard] = evaluated

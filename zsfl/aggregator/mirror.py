@@ -19,11 +19,11 @@ from pathlib import Path
 
 import msgspec
 
-from zsfl.aggregator.commit import read_record
+from zsfl.aggregator.commit import read_chain, read_record
 from zsfl.aggregator.journal import file_name
 from zsfl.aggregator.progress import checkpoints, place_of
 from zsfl.aggregator.run_folder import CHECKPOINT, JOURNAL, LEDGER, METRICS, STANDING, to_disk
-from zsfl.errors import StorageError
+from zsfl.errors import RemoteProtocolError, StorageError
 from zsfl.ids import NodeId, Version
 from zsfl.spill.segments import SUFFIX
 from zsfl.wire.framing import Buffer
@@ -35,6 +35,10 @@ SUPERSEDED = "superseded.jsonl"
 _CHECKPOINT_FILES = ("master.safetensors", "place.json")
 """The last makes a checkpoint of it."""
 _KEPT_CHECKPOINTS = 2
+KEPT_FREE_BYTES = 64 << 20
+"""Of the disk, whatever is to be copied."""
+MOST_LEDGER_BYTES = 1 << 30
+"""Fetched at once."""
 _TAIL_BYTES = 1 << 16
 """Of a ledger, read at once to find its last record."""
 
@@ -285,11 +289,15 @@ class Mirror:
 
     @contextmanager
     def receiving(self, info: FileInfo) -> Generator[Callable[[Buffer], object], None, None]:
-        """Takes the pieces of a file, which is in place at the end; StorageError when the disk has no room."""
+        """Takes the pieces of a file, which is in place at the end; StorageError when the disk has no room.
+
+        RemoteProtocolError for a ledger that does not go on from the one here.
+        """
         path = self.folder / info.name
         aside = path.with_name(f".{path.name}.tmp")
         with self._storing():
             self._make_folder(path.parent)
+            self._check_room(info)
             with aside.open("wb") as file:
                 yield file.write
                 self._sync(file)
@@ -310,6 +318,18 @@ class Mirror:
     def _sync_names(self, folder: Path) -> None:
         if self._syncs:
             to_disk(folder)
+
+    def _check_room(self, info: FileInfo) -> None:
+        """Whatever size is claimed, it fills no disk, and no ledger is read into memory that is none."""
+        free = shutil.disk_usage(self.folder).free
+        more = info.size_bytes - self.begins_at(info)
+        if more > free - KEPT_FREE_BYTES:
+            raise StorageError(
+                f"{info.name} takes {more} bytes, and {free} are free in {self.folder}, of which {KEPT_FREE_BYTES} are "
+                "kept free; make room there"
+            )
+        if info.name == LEDGER and more > MOST_LEDGER_BYTES:
+            raise RemoteProtocolError(f"{more} bytes of a ledger at once, at most {MOST_LEDGER_BYTES} are taken")
 
     @contextmanager
     def _storing(self) -> Generator[None, None, None]:
@@ -334,7 +354,7 @@ class Mirror:
         data = data[: data.rfind(b"\n") + 1]
         if not data:
             return
-        record, last = read_record(data[:-1].rpartition(b"\n")[2], f"what follows the last line of {path}")
+        last, version = read_chain(data, self._last, self.version)
         is_new = not path.exists()
         with path.open("w+b" if is_new else "r+b") as file:
             file.seek(self._bytes)
@@ -344,8 +364,8 @@ class Mirror:
         if is_new:
             self._sync_names(path.parent)
         self._bytes, self._last = self._bytes + len(data), last
-        self.version = record.version
-        self._complete = max(self._complete, _last_grown(record.version))
+        self.version = version
+        self._complete = max(self._complete, _last_grown(version))
 
     def _sync(self, file: BufferedWriter | BufferedRandom) -> None:
         file.flush()

@@ -157,8 +157,8 @@ class AggregatorRole:
 
     def _join(self, request: Join) -> None:
         card = self._node.peer(request.node)
-        if card is None:
-            raise NoPeer("say HELLO before joining")
+        if card is None or card.role is not Role.CLIENT:
+            raise NoPeer("only a client joins, and after its HELLO")
         self._roster.value.join(card.id, card.name, request.shards)
         self._roster.touch()
 

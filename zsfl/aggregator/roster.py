@@ -135,6 +135,11 @@ class Roster:
         """Shards with held-out samples whose client is there."""
         return frozenset(shard for shard, seat in self._seats.items() if seat.info.test_samples and seat.present)
 
+    def test_samples(self, shard: int) -> int:
+        """How many held-out samples there are, as whoever holds the shard said."""
+        seat = self._seats.get(shard)
+        return 0 if seat is None else seat.info.test_samples
+
     def classes(self, shards: Sequence[int] | None = None) -> tuple[int, ...]:
         """Training samples of each class at these shards (None: at all that ever joined), as far as they were told."""
         chosen = self._seats if shards is None else shards

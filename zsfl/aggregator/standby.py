@@ -13,12 +13,21 @@ import msgspec
 
 from zsfl.aggregator.mirror import Mirror, Standing
 from zsfl.aggregator.reign import asked_of_all
-from zsfl.errors import ConfigError, NoPeer, RunFailed, Unavailable, ZsflError
+from zsfl.errors import (
+    ConfigError,
+    NoPeer,
+    Rejected,
+    RemoteProtocolError,
+    RunFailed,
+    Unavailable,
+    ZsflError,
+)
 from zsfl.ids import NodeCard, NodeId, Role
 from zsfl.latest import Latest
 from zsfl.lease import HANDOVER_S, Lease, clock_s, most_of
 from zsfl.node import STATE_TOPIC, BeatExtras, Node
 from zsfl.wire.connection import Connection
+from zsfl.wire.framing import nbytes
 from zsfl.wire.messages import Announcement, Beat, Broadcast, Committed, Reply, Request, RunState
 from zsfl.wire.succession import MAX_FILES, PIECE_BYTES, FetchPiece, FileInfo, Following, Grant, Piece
 
@@ -68,6 +77,7 @@ class StandbyRole:
         """Whether it ever did."""
         self._ended: RunState | None = None
         """How whoever was followed ended the run, though this node could not fetch all that it left."""
+        self._noted = ""
         self._random = random.Random(node.card.id)
         self.elected: Elected | None = None
         self.hears = frozenset({Role.AGGREGATOR})
@@ -192,9 +202,9 @@ class StandbyRole:
                 state = self._states.value[active.id]
                 try:
                     await self._node.until_written(lambda: self._catch_up(connection))
-                except Unavailable as error:
+                except (Unavailable, Rejected, RemoteProtocolError) as error:
                     if self._active() == active:
-                        self._node.note(f"{active.name} cannot be followed for the moment: {error}", "warning")
+                        self._note_once(f"{active.name} cannot be followed for the moment: {error}")
                         await asyncio.sleep(self._node.settings.beat_s)
                     continue
                 if not said:
@@ -221,6 +231,11 @@ class StandbyRole:
                 "warning",
             )
 
+    def _note_once(self, message: str) -> None:
+        if message != self._noted:
+            self._noted = message
+            self._node.note(message, "warning")
+
     async def _catch_up(self, connection: Connection) -> None:
         """Fetch what there is."""
         while True:
@@ -229,6 +244,8 @@ class StandbyRole:
             following = answer.expect(Following)
             self._check(following.origin)
             if not following.agrees:
+                if not self._mirror.version:
+                    raise RemoteProtocolError("it says that nothing was published, and nothing is here")
                 self._node.note(f"version {request.version} as it is here was never published: going back", "warning")
                 self._mirror.go_back()
                 continue
@@ -271,10 +288,13 @@ class StandbyRole:
                 request = FetchPiece(name=info.name, offset=offset, size_bytes=size)
                 answer = await connection.request(request, deadline_s=self._node.settings.request_s)
                 answer.expect(Piece)
-                if not answer.parts or not memoryview(answer.parts[0]).nbytes:
+                came = sum(map(nbytes, answer.parts))
+                if not came:
                     raise Unavailable(f"{info.name} is gone there")
+                if len(answer.parts) > 1 or came > size:
+                    raise RemoteProtocolError(f"{came} bytes of {info.name} came where {size} were asked for")
                 write(answer.parts[0])
-                offset += memoryview(answer.parts[0]).nbytes
+                offset += came
 
     # --- taking over ------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from zsfl.aggregator.commit import Ledger, check_losses, record_of
 from zsfl.aggregator.gathering import Gathering
 from zsfl.aggregator.journal import Journal
 from zsfl.aggregator.pacing import Slices
+from zsfl.aggregator.refusals import Refusals
 from zsfl.aggregator.reign import Reign
 from zsfl.aggregator.replay import Made, Recovered
 from zsfl.aggregator.roster import Attendance, Roster
@@ -83,7 +84,10 @@ class Training:
         self._closing = closing_for(mode, steps)
         self.rules = Rules(job)
         self._pacer = self.rules.pacer
-        self.collector = Collector(node, self._gathering, self.journal, self._took, roster)
+        self._refusals = Refusals(self._gathering, master, roster, is_exact=self._is_exact)
+        self.collector = Collector(
+            node, self._gathering, self.journal, self._took, roster, self._refusals.objection, self._refusals.give_up
+        )
         self.version = stage.state.version
         """Of the master; peers hear of it only together with what is asked of them at it."""
         self.round = 0
@@ -299,6 +303,7 @@ class Training:
         while True:
             now_s, roster = time.monotonic(), self._roster.value
             there = roster.taking_part(now_s)
+            self._refusals.check(there)
             if self._is_broken(there):
                 return "broken"
             self._admit(there, plan)
@@ -335,6 +340,7 @@ class Training:
                 self._roster.touch()  # what just came is merged with what never will
             return
         for step in steps:
+            self._refusals.counted(step)
             self._closing.arrived(step, self._gathering.samples(step), now_s)
             if self._pacer is not None:
                 self._pacer.arrived(step, now_s)

@@ -78,7 +78,7 @@ class StepDriver:
     async def _drive_u_shaped(
         self, weights: ClientWeights, step: StepInHand, at: NodeId | None, merged: int
     ) -> tuple[NodeId, torch.Tensor | None]:
-        server, output = await self._remote.forward(
+        server, _ = await self._remote.forward(
             cid=step.cid,
             version=step.version,
             seed=step.seed + 1,
@@ -86,8 +86,8 @@ class StepDriver:
             want_grad=self.local.want_grad,
             at=at,
             merged=merged,
+            use=lambda output: self.local.turn(weights, step, output),
         )
-        self.local.turn(weights, step, output)
         return await self._backward(step, server, at, merged)
 
     async def _backward(
@@ -205,8 +205,13 @@ class StepDriver:
         while batch := next(batches, None):  # between two of them, steps have their turn
             x, y = batch
             hidden = self.local.head_infer(weights, x)
-            output = await self._remote.infer(shard, version, hidden)
-            loss, right, n = self.local.score(weights, output, y)
+            scores: list[tuple[float, float | None, float]] = []
+
+            def take(output: torch.Tensor, y: torch.Tensor = y, scores: list[Any] = scores) -> None:
+                scores.append(self.local.score(weights, output, y))
+
+            await self._remote.infer(shard, version, hidden, take)
+            loss, right, n = scores[-1]
             has_metric = right is not None
             loss_sum, correct, weight, samples = loss_sum + loss, correct + (right or 0.0), weight + n, samples + len(y)
         return loss_sum, correct if has_metric else None, weight, samples

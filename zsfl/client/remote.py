@@ -8,13 +8,26 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from typing import TypeVar
 
 import torch
 
 from zsfl.client.line import Line
 from zsfl.client.packing import AtCut, Outgoing, Packing
 from zsfl.client.routing import MAX_SHUN_S, ServerChooser
-from zsfl.errors import Busy, DeadlineExceeded, InputNeeded, NoPeer, SpillFull, Unavailable
+from zsfl.errors import (
+    BadShape,
+    Busy,
+    ConfigError,
+    DeadlineExceeded,
+    InputNeeded,
+    NoPeer,
+    ProtocolError,
+    Rejected,
+    SpillFull,
+    StaleWeights,
+    Unavailable,
+)
 from zsfl.ids import Cid, NodeCard, NodeId, Version
 from zsfl.latest import Latest
 from zsfl.node import Node
@@ -29,6 +42,10 @@ from zsfl.wire.messages import Backward, Forward, Infer, Output, Request, Spille
 
 Made = tuple[Request, Sequence[Buffer]]
 Make = Callable[[Packing], Made]
+Use = Callable[[torch.Tensor], object]
+_Taken = TypeVar("_Taken")
+Take = Callable[[NodeId, Answer], _Taken]
+"""Makes of an answer what it was asked for; BadShape or RemoteProtocolError where it is not that."""
 _RAW = Codec()
 AGAIN_S, MAX_AGAIN_S = 0.05, 1.0
 """How long to wait before the one server that may be asked is asked again; twice as long after each failure."""
@@ -91,8 +108,8 @@ class RemoteBody:
         """Returns when this server is gone."""
         await self._servers.wait_for(lambda _: not self.has(server))
 
-    async def infer(self, shard: int, version: Version, x: torch.Tensor) -> torch.Tensor:
-        """The body's output in evaluation mode."""
+    async def infer(self, shard: int, version: Version, x: torch.Tensor, use: Use = lambda _: None) -> torch.Tensor:
+        """The body's output in evaluation mode; `use` as in `forward`."""
 
         sent = Outgoing("input", x, test=True)
 
@@ -101,8 +118,7 @@ class RemoteBody:
             reply_codec = sent.reply_codec(packing, "output")
             return Infer(shard=shard, version=version, input=spec, reply_codec=reply_codec), [data]
 
-        server, answer = await self._ask(make)
-        return self._unpacked("output", sent, server, answer.expect(Output).output, answer)
+        return (await self._ask(make, self._output_of(sent, use)))[1]
 
     async def forward(
         self,
@@ -114,8 +130,12 @@ class RemoteBody:
         want_grad: bool = True,
         at: NodeId | None = None,
         merged: int = 0,
+        use: Use = lambda _: None,
     ) -> tuple[NodeId, torch.Tensor]:
-        """The body's output in training mode, and who holds its graph; with `at` only that server is asked."""
+        """The body's output in training mode, and who holds its graph; with `at` only that server is asked.
+
+        `use` is given the output: where it fails, that of another server may do better.
+        """
         sent = Outgoing("input", x)
 
         def make(packing: Packing) -> Made:
@@ -131,8 +151,7 @@ class RemoteBody:
             )
             return request, [data]
 
-        server, answer = await self._ask(make, at)
-        return server, self._unpacked("output", sent, server, answer.expect(Output).output, answer)
+        return await self._ask(make, self._output_of(sent, use), at)
 
     async def backward(
         self,
@@ -161,15 +180,13 @@ class RemoteBody:
         if at is not None:
             for make_one in (make_short, make, make):  # others of the merged batch may have sent no input
                 with suppress(InputNeeded):
-                    server, answer = await self._ask(make_one, at)
-                    return server, self._grad_of(sent_grad, server, answer)
+                    return await self._ask(make_one, self._grad_of(sent_grad, x), at)
         elif holder is not None and holder in self._connections:
-            with suppress(InputNeeded, Unavailable, SpillFull):
+            with suppress(InputNeeded, Unavailable, SpillFull, BadShape):
                 await self._until_room_at(holder)
-                return holder, self._grad_of(sent_grad, holder, await self._ask_one(holder, make_short))
+                return holder, self._grad_of(sent_grad, x)(holder, await self._ask_one(holder, make_short))
             self._node.counters.add("recomputed")
-        server, answer = await self._ask(make, at)
-        return server, self._grad_of(sent_grad, server, answer)
+        return await self._ask(make, self._grad_of(sent_grad, x), at)
 
     async def step(
         self, request: Callable[..., Step], x: torch.Tensor, target: torch.Tensor, at: NodeId | None = None
@@ -185,8 +202,13 @@ class RemoteBody:
             tried["again"] = True
             return body, [data, target_data]
 
-        server, answer = await self._ask(make, at)
-        return server, self._grad_of(sent_input, server, answer), answer.expect(Spilled).loss_sum or 0.0
+        take_grad = self._grad_of(sent_input, x)
+
+        def take(server: NodeId, answer: Answer) -> tuple[torch.Tensor | None, float]:
+            return take_grad(server, answer), answer.expect(Spilled).loss_sum or 0.0
+
+        server, (grad, loss_sum) = await self._ask(make, take, at)
+        return server, grad, loss_sum
 
     async def _ask_at(self, server: NodeId, make: Make) -> tuple[NodeId, Answer]:
         """Ask this server, once it is known, until it answers; Unavailable as soon as it is gone.
@@ -220,21 +242,35 @@ class RemoteBody:
             async with asyncio.timeout(seconds):
                 await self.until_lost(server)
 
-    async def _ask(self, make: Make, at: NodeId | None = None) -> tuple[NodeId, Answer]:
-        """Ask one server after another until one answers; what is refused for good is raised."""
+    async def _ask(self, make: Make, take: Take[_Taken], at: NodeId | None = None) -> tuple[NodeId, _Taken]:
+        """Ask one server after another until one gives what `take` can use.
+
+        What all that are there refuse for good, or answer wrongly, is raised: one alone may be out of order.
+        """
         if at is not None:
-            return await self._ask_at(at, make)
+            server, answer = await self._ask_at(at, make)
+            return server, take(server, answer)
         deadline = time.monotonic() + self._node.settings.patience_s
         trouble = "there is no split server"
+        wrong: set[NodeId] = set()
         while time.monotonic() < deadline:
             server = self._chooser.pick(time.monotonic())
             if server is None:
                 deadline = await self._until_free(deadline)
                 continue
             try:
-                return server, await self._ask_one(server, make)
+                return server, take(server, await self._ask_one(server, make))
+            except (StaleWeights, InputNeeded):
+                raise
             except (Unavailable, SpillFull) as error:
                 trouble = str(error)
+            except (ConfigError, ProtocolError, Rejected) as error:
+                wrong.add(server)
+                if wrong.issuperset(self._connections):
+                    raise
+                trouble = str(error)
+                self._node.counters.add("retries")
+                self._chooser.refused(server, time.monotonic(), MAX_SHUN_S)
         raise NoPeer(
             f"no split server took a step for {self._node.settings.patience_s:g} s; the last trouble was: {trouble}"
         )
@@ -289,9 +325,29 @@ class RemoteBody:
                 await self._line.wait()
         return deadline + (time.monotonic() - start if behind else 0.0)
 
-    def _grad_of(self, sent: Outgoing, server: NodeId, answer: Answer) -> torch.Tensor | None:
-        spec = answer.expect(Spilled).grad
-        return None if spec is None else self._unpacked("gradient", sent, server, spec, answer)
+    def _output_of(self, sent: Outgoing, use: Use) -> Take[torch.Tensor]:
+        def take(server: NodeId, answer: Answer) -> torch.Tensor:
+            output = self._unpacked("output", sent, server, answer.expect(Output).output, answer)
+            try:
+                use(output)
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                shape = f"{str(output.dtype).removeprefix('torch.')} {tuple(output.shape)}"
+                raise BadShape(f"the output {shape} of {server} cannot be used: {error}") from error
+            return output
+
+        return take
+
+    def _grad_of(self, sent: Outgoing, x: torch.Tensor) -> Take[torch.Tensor | None]:
+        def take(server: NodeId, answer: Answer) -> torch.Tensor | None:
+            spec = answer.expect(Spilled).grad
+            if spec is None:
+                return None
+            grad = self._unpacked("gradient", sent, server, spec, answer)
+            if (grad.shape, grad.dtype) != (x.shape, x.dtype):
+                raise BadShape(f"the gradient from {server} is {tuple(grad.shape)}, the input was {tuple(x.shape)}")
+            return grad
+
+        return take
 
     def _unpacked(self, role: AtCut, sent: Outgoing, server: NodeId, spec: TensorSpec, answer: Answer) -> torch.Tensor:
         held = self._connections.get(server)

@@ -370,7 +370,13 @@ class ClientRole:
         driver = self._driver_of(data)
         loss_sum, correct, weight, samples = await driver.test(data.shard, version, data.test_batches())
         result = Evaluated(
-            shard=data.shard, version=version, samples=samples, weight=weight, correct=correct, loss_sum=loss_sum
+            node=self._node.card.id,
+            shard=data.shard,
+            version=version,
+            samples=samples,
+            weight=weight,
+            correct=correct,
+            loss_sum=loss_sum,
         )
         if aggregator := self._member.aggregator.value:
             await self._node.link(aggregator).request(result, deadline_s=self._node.settings.request_s)

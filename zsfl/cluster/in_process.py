@@ -16,6 +16,7 @@ from zsfl.learning.job import Job
 from zsfl.reports import AnyReport, Exited
 from zsfl.roles import run_role
 from zsfl.settings import load_settings
+from zsfl.wire.sockets import open_context
 
 
 class InProcessSpawner:
@@ -29,7 +30,7 @@ class InProcessSpawner:
 
     async def open(self) -> None:
         """One ZeroMQ context serves all."""
-        self._context = zmq.asyncio.Context()
+        self._context = open_context()
 
     async def start(self, command: NodeCommand) -> None:
         """Start a node as a task."""

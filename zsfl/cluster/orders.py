@@ -7,14 +7,13 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import zmq.asyncio
-
 from zsfl.errors import Unavailable
 from zsfl.ids import Address
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
 from zsfl.wire.connection import Connection
 from zsfl.wire.messages import Train
+from zsfl.wire.sockets import open_context
 
 ORDER_S = 30.0
 """What an order may take until it is answered."""
@@ -31,7 +30,7 @@ async def order(aggregator: Address | None, what: Train) -> None:
 @asynccontextmanager
 async def connected(address: Address, peer: str) -> AsyncIterator[Connection]:
     """A connection to a node's control socket for somebody who is no node; errors call it `peer`."""
-    context = zmq.asyncio.Context()
+    context = open_context()
     try:
         connection = Connection(
             context,

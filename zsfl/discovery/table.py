@@ -29,6 +29,9 @@ from zsfl.ids import Address, NodeCard, NodeId, Role
 
 MAX_PEERS = 1024
 """Peers at once; a further one is refused for the time being."""
+UNHEARD_SHARE = 0.5
+"""Where there is no room for another, no more of the peers than this may be of those that said HELLO by themselves and
+were heard by no heartbeat so far: the oldest of them makes room. A card may lead nowhere."""
 MAX_CANDIDATES = 1024
 """Addresses on trial at once; a further one pushes out the oldest that is no seed, former peers last."""
 MAX_DIALS = 64
@@ -86,6 +89,8 @@ class PresenceTiming:
 class _Peer:
     card: NodeCard
     heard_s: float
+    proven: bool
+    """Whether it answers at its address, or was heard: not if all that is known of it is a HELLO."""
     addresses: set[Address] = field(default_factory=set[Address])
 
 
@@ -103,8 +108,12 @@ class _Candidate:
 class PeerTable:
     """The peers of one node; `wants` says which roles it dials, `now_s` is monotonic."""
 
-    def __init__(self, me: NodeCard, wants: Callable[[Role], bool], timing: PresenceTiming) -> None:
+    def __init__(
+        self, me: NodeCard, wants: Callable[[Role], bool], timing: PresenceTiming, most: int | None = None
+    ) -> None:
+        """`most`: how many peers there may be at once; None: MAX_PEERS."""
         self._me = me
+        self._most = most
         self._wants = wants
         self._timing = timing
         self._peers: dict[NodeId, _Peer] = {}
@@ -123,7 +132,7 @@ class PeerTable:
         match event:
             case Heard(node_id):
                 if peer := self._peers.get(node_id):
-                    peer.heard_s = now_s
+                    peer.heard_s, peer.proven = now_s, True
                 return actions
             case Candidate():
                 self._hint(event, now_s)
@@ -218,7 +227,7 @@ class PeerTable:
             reached.add(event.address)
         known = self._peers.get(card.id)
         if known is not None and known.card == card:
-            known.heard_s = now_s
+            known.heard_s, known.proven = now_s, known.proven or event.by == "me"
             self._settle(known, reached)
             return []
         replaced = self._replaced_by(card, reached)
@@ -227,9 +236,18 @@ class PeerTable:
             return []
         reason = f"restarted as node {card.id} at {card.address}"
         actions: list[Action] = [self._lose(node_id, reason, now_s, redial=False) for node_id in replaced]
-        peer = self._peers[card.id] = _Peer(card, now_s)
+        if not replaced:
+            said = "it said HELLO, was not heard since, and others came"
+            actions += [self._lose(node_id, said, now_s, redial=True) for node_id in self._pushed_out()]
+        peer = self._peers[card.id] = _Peer(card, now_s, proven=event.by == "me")
         self._settle(peer, reached)
         return [*actions, Joined(card)]
+
+    def _pushed_out(self) -> list[NodeId]:
+        """Who makes room for another peer, if there is none."""
+        most = self._most or MAX_PEERS
+        unheard = [node_id for node_id, peer in self._peers.items() if not peer.proven]
+        return unheard[:1] if len(self._peers) >= most and len(unheard) > UNHEARD_SHARE * most else []
 
     def _replaced_by(self, card: NodeCard, reached: set[Address]) -> list[NodeId]:
         return [
@@ -250,8 +268,9 @@ class PeerTable:
             if peer.card.name == card.name and node_id not in replaced:
                 where = f"there is a node {card.name} at {peer.card.address} already"
                 return f"{where}: give this one another --name, or wait until that one is gone", False
-        if not replaced and len(self._peers) >= MAX_PEERS:
-            return f"this node has {MAX_PEERS} peers already (MAX_PEERS)", False
+        most = self._most or MAX_PEERS
+        if not replaced and len(self._peers) >= most and not self._pushed_out():
+            return f"this node has {most} peers already (MAX_PEERS)", False
         return None
 
     def _settle(self, peer: _Peer, reached: set[Address]) -> None:
@@ -302,7 +321,7 @@ class PeerTable:
         for address in peer.addresses:
             del self._at[address]
             if (redial or address in self._seeds) and address not in self._candidates:
-                self._add(address, node_id, now_s + self._timing.redial_s, verified=True)
+                self._add(address, node_id, now_s + self._timing.redial_s, verified=peer.proven)
         return Lost(peer.card, reason)
 
     def _lose_silent(self, now_s: float) -> list[Action]:

@@ -23,9 +23,9 @@ class StepShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """One of the steps whose body gradients a merged contribution sums up."""
 
     cid: Annotated[Cid, msgspec.Meta(max_length=64)]
-    n: Annotated[float, msgspec.Meta(ge=0)]
-    samples: Annotated[int, msgspec.Meta(ge=0)]
-    client: str
+    n: Annotated[float, msgspec.Meta(ge=0, le=1e300)]
+    samples: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+    client: Annotated[str, msgspec.Meta(max_length=200)]
     """Name of the client that made it."""
 
 

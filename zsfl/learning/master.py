@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,7 +59,7 @@ class Master:
         self._state: dict[str, Tensor] = dict(self._model.state_dict())
         """The model's own tensors: to go through its modules takes longer than to read small ones."""
         self._buffers = {name: self._state[name] for name, _ in self._model.named_buffers() if name in self._state}
-        self._right: set[FlatLayout] = set()
+        self._right: WeakSet[FlatLayout] = WeakSet()
         """Layouts of contributions whose gradients fit this model."""
         self._values = {f"{name}.{VALUES}": torch.tensor(0) for name in self._norms}
 
@@ -134,6 +135,23 @@ class Master:
             for what, kept in self._optimizer.state[parameter].items():
                 if isinstance(kept, Tensor) and not _finite(kept):
                     raise RunFailed(f"the optimizer's step made {what} of {name} not finite: use clip_norm")
+
+    def objection(self, one: Contribution, beside: Sequence[Contribution] = (), *, finite: bool = False) -> str:
+        """Why a contribution cannot be counted, with others of its steps; empty when it can. No number is added.
+
+        With `finite` its gradients are looked through, which a sum over all would tell only too late.
+        """
+        try:
+            self._check([*beside, one], self._buffers)
+            for tensors in (one.grads, one.buffers) if finite else ():
+                for name in tensors:
+                    if not _finite(tensors[name]):
+                        raise _unusable(
+                            one, f"is not finite in {name}: lower the learning rate, or look for bad samples"
+                        )
+        except RunFailed as error:
+            return str(error)
+        return ""
 
     def _check(self, contributions: Sequence[Contribution], buffers: Mapping[str, Tensor]) -> None:
         """Whether all fit this model and each is there once; numbers inside gradients are looked at later."""
@@ -211,6 +229,7 @@ class Master:
         """
         path = folder / _FILE
         tensors, described = _read(path)
+        kept = _kept_of(path, described, tensors)
         weights = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
         state = self._state
         mine, theirs = ({(n, t.shape, t.dtype) for n, t in side.items()} for side in (state, weights))
@@ -224,10 +243,11 @@ class Master:
             )
         for name, tensor in weights.items():
             state[name].copy_(tensor)
-        self._optimizer.param_groups[0].update(_from_json(described["options"], tensors))
+        options, states = kept
+        self._optimizer.param_groups[0].update(options)
         self._lr = self._optimizer.param_groups[0]["lr"]
         for name, parameter in self._trained.items():
-            self._optimizer.state[parameter] = _from_json(described["state"][name], tensors)
+            self._optimizer.state[parameter] = states[name]
 
     def take_options(self) -> None:
         """From now on the optimizer has the options that the job states."""
@@ -297,7 +317,24 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise StorageError(f"{path} is corrupt: {error}; go on from an older copy") from error
     if digest != _seal(tensors, text):
         raise StorageError(f"{path} is corrupt: its bytes do not match its digest; go on from an older copy")
-    return tensors, json.loads(text)
+    try:
+        return tensors, json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{path} is corrupt: {error}; go on from an older copy") from error
+
+
+def _kept_of(
+    path: Path, described: Any, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Options of the optimizer, and what it remembers of each parameter; `StorageError` where it says neither."""
+    try:
+        options = dict(_from_json(described["options"], tensors))
+        states = {str(name): dict(_from_json(kept, tensors)) for name, kept in described["state"].items()}
+        if not (isinstance(described["optimizer"], str) and isinstance(options["lr"], float | int | Tensor)):
+            raise TypeError("it names no optimizer and learning rate")
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise StorageError(f"{path} is corrupt: {error!r}; go on from an older copy") from error
+    return options, states
 
 
 def _seal(tensors: Mapping[str, Tensor], text: str) -> str:

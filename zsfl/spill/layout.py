@@ -11,7 +11,8 @@ tensors, the header is the same but for the metadata.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -25,6 +26,7 @@ from zsfl.ids import Cid, SpillKind, Version, parse_cid
 from zsfl.learning.averaging import Contribution, StepShare
 from zsfl.learning.flat import FlatLayout, FlatTensors
 from zsfl.spill.coded import CODED, uncoded
+from zsfl.tensors.spec import MAX_NDIM
 from zsfl.wire.fields import MAX_MEMBERS
 
 MAX_HEADER_BYTES = 1 << 20
@@ -59,13 +61,13 @@ class SpillMeta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     cid: Annotated[Cid, msgspec.Meta(max_length=64)]
     part: Literal["body", "client"]
     version: Version
-    n: Annotated[float, msgspec.Meta(ge=0)]
+    n: Annotated[float, msgspec.Meta(ge=0, le=1e300)]
     """Weight sum of the batch: what the averaged gradient is divided by."""
-    samples: Annotated[int, msgspec.Meta(ge=0)]
+    samples: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
     loss_sum: float | None
     """Sum of the loss over the batch, times its weight; None from a party that does not see the loss."""
-    client: str
-    node: str
+    client: Annotated[str, msgspec.Meta(max_length=200)]
+    node: Annotated[str, msgspec.Meta(max_length=200)]
     """Name of the node that wrote it."""
     members: Annotated[tuple[StepShare, ...], msgspec.Meta(max_length=MAX_MEMBERS)] = ()
     """Of a merged spill, the steps whose body gradients it sums up, its own cid first: all of one run and version.
@@ -81,10 +83,11 @@ class SpillMeta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 class _TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str
-    shape: list[Annotated[int, msgspec.Meta(ge=0)]]
+    shape: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]], msgspec.Meta(max_length=MAX_NDIM)]
     data_offsets: tuple[int, int]
 
 
+_Name = Annotated[str, msgspec.Meta(max_length=512)]
 _Place = tuple[str, torch.dtype, tuple[int, ...], int, int]
 """Name, dtype and shape of a tensor, and where among the data it begins and how many numbers it has."""
 
@@ -134,12 +137,18 @@ def decode(data: Buffer) -> tuple[SpillMeta, dict[str, torch.Tensor]]:
     The tensors share the memory of `data`, where that may be written to.
     """
     meta, plan, numbers = _verified(data)
-    return meta, uncoded(_tensors(plan.places, numbers))
+    with _spoiled():
+        return meta, uncoded(_tensors(plan.places, numbers))
 
 
 def decode_contribution(data: Buffer) -> Contribution:
     """The spill in `data` as the averaging takes it; as `decode`, but tensors of one dtype stay in one piece."""
     meta, plan, numbers = _verified(data)
+    with _spoiled():
+        return _contribution(meta, plan, numbers)
+
+
+def _contribution(meta: SpillMeta, plan: _Plan, numbers: memoryview) -> Contribution:
     grads: Mapping[str, torch.Tensor]
     if plan.flat is not None:
         piece = numbers[plan.flat_bytes]
@@ -177,7 +186,7 @@ def flat_bytes(data: Buffer) -> slice:
 def _verified(data: Buffer) -> tuple[SpillMeta, _Plan, memoryview]:
     """Meta, where the tensors are, and their bytes."""
     view = memoryview(data).cast("B") if len(data) else memoryview(b"")
-    try:
+    with _spoiled():
         size = _header_size(view)
         crc = zlib.crc32(view[_CRC.stop :], zlib.crc32(_ZEROS, zlib.crc32(view[: _CRC.start])))
         if view[_CRC] != b"%08x" % crc:
@@ -187,6 +196,13 @@ def _verified(data: Buffer) -> tuple[SpillMeta, _Plan, memoryview]:
         if 8 + size + plan.size_bytes != len(view):
             raise SpillCorrupt(f"not a whole spill: {plan.size_bytes} bytes of tensors in {len(view) - 8 - size}")
         return meta, plan, view[8 + size :]
+
+
+@contextmanager
+def _spoiled() -> Iterator[None]:
+    """Whatever goes wrong with bytes that may be anything is a SpillCorrupt."""
+    try:
+        yield
     except (BadShape, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise SpillCorrupt(f"not a whole spill: {type(error).__name__}: {error}") from error
 
@@ -202,26 +218,27 @@ def _copies(places: Sequence[_Place], numbers: memoryview) -> dict[str, torch.Te
 
 def _tensors(places: Sequence[_Place], numbers: memoryview) -> dict[str, torch.Tensor]:
     owned = bytearray(numbers) if numbers.readonly else numbers
-    return {
-        name: torch.frombuffer(owned, dtype=dtype, count=count, offset=start).view(shape)
-        if count
-        else torch.empty(shape, dtype=dtype)
-        for name, dtype, shape, start, count in places
-    }
+    found: dict[str, torch.Tensor] = {}
+    for name, dtype, shape, start, count in places:
+        if not count:
+            found[name] = torch.empty(shape, dtype=dtype)
+            continue
+        if dtype is torch.bool and max(owned[start : start + count]) > 1:
+            raise BadShape(f"a bool of {name} is neither 0 nor 1")
+        found[name] = torch.frombuffer(owned, dtype=dtype, count=count, offset=start).view(shape)
+    return found
 
 
 def decode_meta(head: Buffer) -> SpillMeta:
     """What a spill says of itself, from its first bytes (all of its header): nothing is verified."""
     view = memoryview(head).cast("B") if len(head) else memoryview(b"")
-    try:
+    with _spoiled():
         return _split(bytes(view[8 : 8 + _header_size(view)]))[0]
-    except (BadShape, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise SpillCorrupt(f"not a whole spill: {type(error).__name__}: {error}") from error
 
 
 def header_bytes(start: Buffer) -> int:
-    """How many bytes `decode_meta` needs of the spill that begins like this."""
-    return 8 + int.from_bytes(start[:8], "little")
+    """How many bytes `decode_meta` needs of the spill that begins like this; of one with too long a header, too few."""
+    return 8 + min(int.from_bytes(start[:8], "little"), MAX_HEADER_BYTES)
 
 
 def _header_size(view: memoryview) -> int:
@@ -290,17 +307,19 @@ def _template(tensors: tuple[tuple[str, torch.dtype, torch.Size], ...]) -> tuple
     return [name for name, _, _ in order], b"," + inside if described else inside
 
 
-@lru_cache(256)
+@lru_cache(64)  # that of each kind of contribution, and of each cut
 def _plan(described: bytes) -> _Plan:
     """Where the tensors are, and how many bytes they take."""
     text = b"{" + described[1:] if described.startswith(b",") else b"{" + described
-    infos = msgspec.json.decode(text, type=dict[str, _TensorInfo])
+    infos = msgspec.json.decode(text, type=dict[_Name, _TensorInfo])
     places: list[_Place] = []
     total = 0
     for name, info in sorted(infos.items(), key=lambda one: one[1].data_offsets):
         dtype, count = _DTYPES[info.dtype], prod(info.shape)
         if info.data_offsets != (total, total + count * dtype.itemsize):
             raise BadShape(f"{name} does not take the bytes that it is said to")
+        if total % dtype.itemsize:
+            raise BadShape(f"{name} begins where no {info.dtype} may")
         places.append((name, dtype, tuple(info.shape), total, count))
         total = info.data_offsets[1]
     return _Plan(places, total, *_flat(places))

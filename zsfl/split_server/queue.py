@@ -16,6 +16,7 @@ from zsfl.learning.cuts import Cuts
 from zsfl.learning.part import PartWeights
 from zsfl.split_server.admission import Admission
 from zsfl.split_server.merging import MOST_MERGED, MOST_MERGED_BYTES
+from zsfl.tensors.codec import unpacked_bytes
 from zsfl.weights.follower import WeightsFollower
 from zsfl.wire.framing import Buffer, nbytes
 from zsfl.wire.messages import Backward, Forward, Infer, Reply, Step
@@ -34,6 +35,8 @@ class Waiting:
     parts: Sequence[Buffer]
     cut: str
     answer: asyncio.Future[Answer]
+    size_bytes: int
+    """Of its tensors, once they are unpacked."""
 
     @property
     def version(self) -> Version:
@@ -104,13 +107,10 @@ class WorkQueue:
     def put(self, request: Asked, parts: Sequence[Buffer]) -> asyncio.Future[Answer]:
         """What comes of the request; raises what it is refused with. Cancelling it takes it back."""
         shard = request.shard if isinstance(request, Infer) else parse_cid(request.cid).shard
-        count = 2 if isinstance(request, Step) or (isinstance(request, Backward) and request.input is not None) else 1
-        if len(parts) != count:
-            raise BadShape(f"{count} tensors belong to this request, {len(parts)} came with it")
+        size_bytes = unpacked_size(request, parts)
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        waiting = Waiting(request, parts, self._cuts.of(shard), answer)
+        waiting = Waiting(request, parts, self._cuts.of(shard), answer, size_bytes)
         is_ready = not waiting.needs_weights or self._weights.held(waiting.version) is not None
-        size_bytes = sum(map(nbytes, parts))
         # Last of all that may be refused: from here on the answer gives it back.
         self._admission.enter(size_bytes, is_begun=self._is_begun(request, waiting.cut))
         answer.add_done_callback(lambda _: self._left(size_bytes))
@@ -184,13 +184,25 @@ class WorkQueue:
         room, found, cids = MOST_MERGED_BYTES, list[Waiting](), set[str]()
         for one in self._waiting:
             if one.alike == alike and id(one) not in self._alone and _k(one, self._same_k) == _k(first, self._same_k):
-                room -= sum(map(nbytes, one.parts))
+                room -= one.size_bytes
                 if found and (room < 0 or len(found) == MOST_MERGED):
                     break
                 if (cid := _cid(one)) not in cids:  # a second copy of a request goes by itself
                     cids.add(cid)
                     found.append(one)
         return found if self._pays(type(first.request).__name__, len(found)) else [first]
+
+
+def unpacked_size(request: Asked, parts: Sequence[Buffer]) -> int:
+    """Bytes that the tensors of a request take once they are unpacked; BadShape unless its parts are what it says."""
+    specs = [request.grad] if isinstance(request, Backward) else [request.input]
+    if isinstance(request, Step):
+        specs.append(request.target)
+    elif isinstance(request, Backward) and request.input is not None:
+        specs.append(request.input)
+    if len(parts) != len(specs):
+        raise BadShape(f"{len(specs)} tensors belong to this request, {len(parts)} came with it")
+    return sum(unpacked_bytes(spec, nbytes(part)) for spec, part in zip(specs, parts, strict=True))
 
 
 def _cid(waiting: Waiting) -> Cid:

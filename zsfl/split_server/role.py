@@ -11,7 +11,7 @@ from typing import assert_never
 
 import torch
 
-from zsfl.errors import BadShape, Rejected, RemoteProtocolError, StorageError, Unavailable, ZsflError
+from zsfl.errors import BadShape, Busy, Rejected, RemoteProtocolError, StorageError, Unavailable, ZsflError
 from zsfl.ids import BODY, Cid, NodeCard, Role, StepId, parse_cid
 from zsfl.latest import Latest
 from zsfl.learning.cuts import Cuts
@@ -22,9 +22,9 @@ from zsfl.node import BeatExtras, Node
 from zsfl.spill.coded import SpillCoder
 from zsfl.split_server.admission import Admission
 from zsfl.split_server.body import BodyWorker, Done
-from zsfl.split_server.meeting import Meetings
+from zsfl.split_server.meeting import RETRY_AFTER_S, Meetings
 from zsfl.split_server.merging import MergePolicy
-from zsfl.split_server.queue import Answer, Asked, Waiting, Weights, WorkQueue
+from zsfl.split_server.queue import Answer, Asked, Waiting, Weights, WorkQueue, unpacked_size
 from zsfl.tensors.codec import SPELLINGS, unpack
 from zsfl.tensors.plan import CodecPlan
 from zsfl.weights.follower import WeightsFollower
@@ -33,6 +33,8 @@ from zsfl.wire.messages import Backward, Broadcast, Forward, Infer, Output, Repl
 
 HAND_OVER_S = 0.02
 """How often a server that leaves asks whether the aggregator has got all that it holds."""
+MAX_MET_BYTES = 4 << 30
+"""Of requests that wait to be merged, which take no slots."""
 BACKWARD_S = 1.0
 """How long a server that leaves waits for the backwards of forwards that it made: some may never be asked for."""
 
@@ -77,6 +79,9 @@ class SplitServerRole:
             left=self._touched,
             same_k=job.local_lr is not None,
         )
+        self._merges, self._shards = job.batch_norm == "merged", job.shards
+        self._met_bytes = 0
+        """Of requests that wait for others to be merged with."""
         self._forwards = Meetings(self._merge_forwards)
         self._backwards = Meetings(self._merge_backwards)
         self._steps = Meetings(self._merge_steps)
@@ -268,17 +273,24 @@ class SplitServerRole:
         """Wait for the other steps of the merged batch, without a slot; see `Meetings`."""
         if parse_cid(request.cid).version != request.version:
             raise RemoteProtocolError(f"step {request.cid} cannot be of version {request.version}")
+        if not self._merges or request.merged > self._shards:
+            raise Rejected(f"{request.merged} steps are to be merged, and this job merges none, or has fewer clients")
+        size_bytes = unpacked_size(request, parts)
+        if self._met_bytes and self._met_bytes + size_bytes > MAX_MET_BYTES:
+            raise Busy(f"{self._met_bytes} bytes of merged batches wait here, no room for more", RETRY_AFTER_S)
+        self._met_bytes += size_bytes
         try:
             match request:
                 case Forward():
-                    return await self._attend_forward(request, _only(parts, 1))
+                    return await self._attend_forward(request, parts)
                 case Backward():
-                    return await self._attend_backward(request, _only(parts, 1 if request.input is None else 2))
+                    return await self._attend_backward(request, parts)
                 case Step():
-                    return await self._attend_step(request, _only(parts, 2))
+                    return await self._attend_step(request, parts)
                 case _:
                     assert_never(request)
         finally:
+            self._met_bytes -= size_bytes
             self._news.touch()
 
     async def _attend_forward(self, request: Forward, parts: Sequence[Buffer]) -> Answer:
@@ -319,12 +331,6 @@ class SplitServerRole:
         weights, worker = await self._weights_of(parse_cid(next(iter(given))))
         with self._computing():
             return worker.step_merged(weights, given)
-
-
-def _only(parts: Sequence[Buffer], count: int) -> Sequence[Buffer]:
-    if len(parts) != count:
-        raise BadShape(f"{count} tensors belong to this request, {len(parts)} came with it")
-    return parts
 
 
 def _given(weights: PartWeights | None) -> PartWeights:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import product
+from math import prod
 from typing import TypeVar
 
 import numpy as np
@@ -186,6 +187,17 @@ def unpack(spec: TensorSpec, buffer: Buffer, *, max_bytes: int = MAX_TENSOR_BYTE
     if codec.shuffle:
         payload = unshuffle(np.frombuffer(payload, np.uint8), element_bytes(codec.base, spec.dtype))
     return _decode(spec, codec.base, dtype, payload)
+
+
+def unpacked_bytes(spec: TensorSpec, size_bytes: int) -> int:
+    """Bytes of the tensor that `unpack` would make of so many; BadShape, as there, unless spec, bytes and bounds agree.
+
+    A few packed bytes may stand for very many.
+    """
+    if size_bytes != spec.nbytes:
+        raise bad_shape(spec.name, f"{size_bytes} bytes came, {spec.nbytes} were announced")
+    _unpacking(spec.codec, spec.dtype, spec.shape, spec.nbytes, MAX_TENSOR_BYTES)
+    return prod(spec.shape) * DTYPES[spec.dtype]
 
 
 @lru_cache(4096)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from zsfl.ids import NodeCard
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
 from zsfl.wire.batch import Batch, is_small
-from zsfl.wire.framing import Arrived, Assembler, Buffer, Header, NoRoom, encode, nbytes
+from zsfl.wire.framing import Arrived, Assembler, Buffer, Fault, Header, NoRoom, encode, nbytes
 from zsfl.wire.messages import AnyMessage, Refusal, Request
 from zsfl.wire.pump import Pump
 from zsfl.wire.refusals import to_error
@@ -65,8 +66,9 @@ class Connection:
         self._waiting: deque[tuple[list[Buffer], asyncio.Future[Any]]] = deque()
         """Multiparts that found no room, each with the future that makes it pointless, first come first sent."""
         self._socket = open_socket(context, zmq.DEALER, limits, DATA_QUEUE)
-        # A routing id is never used twice: a ROUTER refuses one whose last connection it has not buried yet.
-        self._socket.routing_id = f"{own_id}/{next(_serial)}".encode()
+        # A routing id is never used twice: a ROUTER refuses one whose last connection it has not buried yet. Nor can it
+        # be guessed, or somebody else would have it first.
+        self._socket.routing_id = f"{own_id}/{next(_serial)}-{secrets.token_hex(8)}".encode()
         # A request to somebody who is not there yet waits for its deadline instead of in a queue.
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         self._socket.connect(endpoint)
@@ -175,13 +177,20 @@ class Connection:
 
     def _take(self, frames: list[zmq.Frame], _size: int) -> None:
         try:
-            for arrived in self._assembler.feed([frame.buffer for frame in frames]):
-                self._answered(arrived)
+            for arrived in self._assembler.feed([frame.buffer for frame in frames], self._refuse):
+                try:
+                    self._answered(arrived)
+                except RemoteProtocolError as error:
+                    self._refuse(error)
         except RemoteProtocolError as error:
-            self._counters.add("protocol_errors")
-            self._fail(error.message_id, NoPeer(f"{self.peer} sent what cannot be read: {error}"))
-        except NoRoom as error:
-            self._fail(error.message_id, error)
+            self._refuse(error)
+
+    def _refuse(self, fault: Fault) -> None:
+        if isinstance(fault, NoRoom):
+            self._fail(fault.message_id, fault)
+            return
+        self._counters.add("protocol_errors")
+        self._fail(fault.message_id, NoPeer(f"{self.peer} sent what cannot be read: {fault}"))
 
     def _answered(self, arrived: Arrived) -> None:
         if arrived.kind != "reply" or arrived.body is None:

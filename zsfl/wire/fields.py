@@ -37,6 +37,11 @@ PortionName = Annotated[Portion, Meta(pattern=r"^(body|client(/[a-z0-9][a-z0-9-]
 Samples = Annotated[int, Meta(ge=0, le=1 << 40)]
 """Of one shard; sums over all shards are a `Count`."""
 ClassCounts = Annotated[tuple[Count, ...], Meta(max_length=MAX_CLASSES)]
+Weight = Annotated[float, Meta(ge=0, le=1e300)]
+"""Of a batch; a finite number."""
+Counted = Annotated[dict[ShortText, Annotated[float, Meta(ge=-1e300, le=1e300)]], Meta(max_length=64)]
+"""A node's counters by name."""
+NodeIdText = Annotated[NodeId, Meta(max_length=200)]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 """A bound also keeps NaN out, which would compare as neither early nor late."""
 

@@ -35,6 +35,8 @@ STALLED_S = 2.0
 """A message that nothing more came of for so long is not counted on."""
 AHEAD = 16
 """Memory for a message in chunks is taken for so many times what has arrived of it, as far as it goes."""
+HEADER_TIMES = 20
+"""A header takes up to so many times its bytes once it is unpacked, which counts as long as its message arrives."""
 KEPT_FROM_BYTES = 1 << 16
 """A shorter part is copied out of its frame, whose memory may be shared with others and be longer."""
 RETRY_AFTER_S = 0.1
@@ -58,12 +60,13 @@ class _Named(msgspec.Struct, frozen=True):
     """What is looked for in a header that is wrong elsewhere; all else is skipped, and takes no memory."""
 
     id: MessageId
+    sizes: tuple[int, ...] = ()
 
 
 _NOTHING = memoryview(bytearray())
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(Header).decode
-_unpack_id = msgspec.msgpack.Decoder(_Named).decode
+_unpack_named = msgspec.msgpack.Decoder(_Named).decode
 
 
 class Arrived(msgspec.Struct, frozen=True):
@@ -128,13 +131,14 @@ def decode_header(frame: Buffer, limits: WireLimits) -> Header:
     try:
         return _unpack(frame)
     except (ValueError, RecursionError) as error:
-        raise RemoteProtocolError(f"not a zsfl message: {error}", _id_in(frame)) from error
+        named = _named(frame)
+        raise RemoteProtocolError(f"not a zsfl message: {error}", named and named.id) from error
 
 
-def _id_in(frame: Buffer) -> int | None:
-    """The id of a message that is wrong elsewhere."""
+def _named(frame: Buffer) -> _Named | None:
+    """What can be read of a header that is wrong elsewhere."""
     try:
-        return _unpack_id(frame).id
+        return _unpack_named(frame)
     except (ValueError, RecursionError):
         return None
 
@@ -145,6 +149,10 @@ class NoRoom(Busy):
     def __init__(self, message: str, message_id: int) -> None:
         super().__init__(message, RETRY_AFTER_S)
         self.message_id = message_id
+
+
+Fault = RemoteProtocolError | NoRoom
+"""What can be wrong with a message that came."""
 
 
 class Room:
@@ -164,16 +172,23 @@ class _Half:
     operating system, and no more.
     """
 
-    def __init__(self, header: Header, now_s: float, due_s: float) -> None:
+    def __init__(self, header: Header, size_bytes: int, now_s: float, due_s: float) -> None:
+        """`size_bytes`: of the header as it came."""
         self.header = header
         self.total = sum(header.sizes)
         self.arrived_bytes = 0
+        self._header_bytes = HEADER_TIMES * size_bytes
         self.heard_s = now_s
         self.due_s = due_s
         self._parts: list[Buffer] = []
         self._buffer = _NOTHING
         self._filled = 0
         """Bytes of the next part that are in the buffer."""
+
+    @property
+    def held_bytes(self) -> int:
+        """What it takes of the room."""
+        return self._header_bytes + self.arrived_bytes
 
     def add(self, frames: Sequence[Buffer], more: int) -> None:
         """Take in frames, `more` bytes together; MemoryError when there is no memory for them."""
@@ -212,8 +227,8 @@ class Assembler:
     """Puts the multiparts of one peer together again.
 
     Holds at most `max_inflight` half-finished messages, each of at most `max_message_bytes`, as long as `room`
-    has room for what has arrived of them. `in_order`: the peer never begins a message before it ended the last.
-    `wanted` tells which messages in chunks are worth keeping.
+    has room for their headers and what has arrived of them. `in_order`: the peer never begins a message before it ended
+    the last. `wanted` tells which messages in chunks are worth keeping.
     """
 
     def __init__(
@@ -232,29 +247,46 @@ class Assembler:
         self._clock = clock
         self._halves: dict[int, _Half] = {}
 
-    def feed(self, frames: Sequence[Buffer]) -> Iterator[Arrived]:
+    def feed(self, frames: Sequence[Buffer], failed: Callable[[Fault], None] | None = None) -> Iterator[Arrived]:
         """The messages that the frames of one multipart complete.
 
-        RemoteProtocolError when they break the protocol; NoRoom when their message had to be dropped. What follows in
-        the same multipart is then lost, too.
+        `failed` is told of each that breaks the protocol, or had to be dropped; those around it are given all the same,
+        as far as it can be told where it ends. Without `failed` the first such fault is raised.
         """
         if not frames:
             raise RemoteProtocolError("empty multipart")
         place = 0
         while place < len(frames):
-            header = decode_header(frames[place], self._limits)
-            place += 1
-            match header.kind:
-                case "chunk":
-                    arrived, place = self._continue(header, frames[place:]), len(frames)
-                case "cancel":
-                    self.forget(header.id)
-                    arrived = _arrived(header, [])
-                case _:
-                    end = place + len(header.sizes)
-                    arrived, place = self._begin(header, list(frames[place:end])), end
+            start, place = place, None
+            try:
+                header = decode_header(frames[start], self._limits)
+                place = len(frames) if header.kind == "chunk" else start + 1 + len(header.sizes)
+                arrived = self._next(header, nbytes(frames[start]), frames[start + 1 : place])
+            except (RemoteProtocolError, NoRoom) as error:
+                if failed is None:
+                    raise
+                failed(error)
+                place = self._end_of(frames, start) if place is None else place
+                continue
             if arrived is not None:
                 yield arrived
+
+    def _end_of(self, frames: Sequence[Buffer], start: int) -> int:
+        """Where a message ends that begins there and cannot be read."""
+        is_short = nbytes(frames[start]) <= self._limits.max_header_bytes
+        named = _named(frames[start]) if is_short else None
+        return len(frames) if named is None else start + 1 + len(named.sizes)
+
+    def _next(self, header: Header, size_bytes: int, frames: Sequence[Buffer]) -> Arrived | None:
+        """Take in what came with one header, which was so long; the message, if it is whole."""
+        match header.kind:
+            case "chunk":
+                return self._continue(header, frames)
+            case "cancel":
+                self.forget(header.id)
+                return _arrived(header, [])
+            case _:
+                return self._begin(header, size_bytes, list(frames))
 
     @property
     def idle(self) -> bool:
@@ -264,7 +296,7 @@ class Assembler:
     def forget(self, message_id: int) -> None:
         """Drop a half-finished message."""
         if half := self._halves.pop(message_id, None):
-            self._room.used_bytes -= half.arrived_bytes
+            self._room.used_bytes -= half.held_bytes
 
     def forget_all(self) -> None:
         """Drop all half-finished messages."""
@@ -284,7 +316,7 @@ class Assembler:
         halves = [half for half in self._halves.values() if half.heard_s >= since_s]
         return [half.header.body for half in halves if half.header.body is not None]
 
-    def _begin(self, header: Header, parts: list[Buffer]) -> Arrived | None:
+    def _begin(self, header: Header, size_bytes: int, parts: list[Buffer]) -> Arrived | None:
         limits, total = self._limits, sum(header.sizes)
         if self._in_order:
             self.forget_all()
@@ -305,8 +337,16 @@ class Assembler:
             raise NoRoom(f"{len(self._halves)} messages of yours are half-finished; end one first", header.id)
         if self._wanted(header.id):
             now_s = self._clock()
-            self._halves[header.id] = _Half(header, now_s, now_s + (header.deadline_s or limits.default_deadline_s))
+            half = _Half(header, size_bytes, now_s, now_s + limits.deadline_of(header.deadline_s))
+            self._take_room(half.held_bytes, header.id)
+            self._halves[header.id] = half
         return None
+
+    def _take_room(self, more_bytes: int, message_id: int) -> None:
+        if self._room.used_bytes + more_bytes > self._room.limit_bytes:
+            self.forget(message_id)
+            raise NoRoom(f"{self._room.used_bytes} bytes of messages are arriving, no room for more", message_id)
+        self._room.used_bytes += more_bytes
 
     def _continue(self, header: Header, frames: Sequence[Buffer]) -> Arrived | None:
         half = self._halves.get(header.id)
@@ -316,10 +356,7 @@ class Assembler:
         if half.arrived_bytes + more > half.total:
             self.forget(header.id)
             raise RemoteProtocolError("more bytes arrived than the header declares", header.id)
-        if self._room.used_bytes + more > self._room.limit_bytes:
-            self.forget(header.id)
-            raise NoRoom(f"{self._room.used_bytes} bytes of messages are arriving, no room for more", header.id)
-        self._room.used_bytes += more
+        self._take_room(more, header.id)
         half.heard_s = self._clock()
         try:
             half.add(frames, more)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from zsfl.ids import NodeCard, NodeId, PartName, Role, RunId, SpillKind
+from zsfl.ids import NodeCard, PartName, Role, RunId, SpillKind
 from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.fields import (
     MAX_CLASSES,
@@ -25,10 +25,12 @@ from zsfl.wire.fields import (
     CidText,
     ClassCounts,
     Count,
+    Counted,
     Keys,
     Load,
     LongText,
     Message,
+    NodeIdText,
     Parts,
     PeerHint,
     PortionName,
@@ -36,6 +38,7 @@ from zsfl.wire.fields import (
     ShardInfo,
     ShortText,
     VersionNumber,
+    Weight,
 )  # fmt: skip
 from zsfl.wire.succession import FetchPiece, Follow, Following, Grant, Granted, Piece
 
@@ -67,17 +70,19 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
 class Join(Message, frozen=True, kw_only=True, tag="join"):
     """A client tells the aggregator which shards it holds; answered by Ok."""
 
-    node: NodeId
+    node: NodeIdText
     shards: Annotated[tuple[ShardInfo, ...], Meta(max_length=MAX_JOINED)]
 
 
 class Evaluated(Message, frozen=True, kw_only=True, tag="evaluated"):
     """One shard's held-out test at one version; answered by Ok."""
 
+    node: NodeIdText
+    """Who tested it: counted is what the client says that holds the shard."""
     shard: Count
     version: VersionNumber
     samples: Count
-    weight: Annotated[float, Meta(ge=0, le=1e300)]
+    weight: Weight
     """What `loss_sum` is divided by: the samples, unless the loss weighs them."""
     correct: Annotated[float, Meta(ge=0, le=1 << 53)] | None
     loss_sum: float
@@ -92,14 +97,14 @@ class Train(Message, frozen=True, kw_only=True, tag="train"):
 class Drain(Message, frozen=True, kw_only=True, tag="drain"):
     """Asks a node to finish what it has in hand and leave; answered by Draining, however often it is asked."""
 
-    node: Annotated[NodeId, Meta(max_length=200)] | None = None
+    node: NodeIdText | None = None
     """Who is meant, where that is known: not whoever has its address by now."""
 
 
 class Draining(Message, frozen=True, kw_only=True, tag="draining"):
     """The node is about to leave."""
 
-    node: NodeId
+    node: NodeIdText
     name: ShortText
     role: Role
     busy: Count
@@ -165,7 +170,7 @@ class Backward(Message, frozen=True, kw_only=True, tag="backward"):
     cid: CidText
     version: VersionNumber
     seed: Count
-    n: float
+    n: Weight
     """Weight sum of the batch (its sample count, unless the loss weighs samples)."""
     samples: Count
     grad: TensorSpec
@@ -188,7 +193,7 @@ class Step(Message, frozen=True, kw_only=True, tag="step"):
     cid: CidText
     version: VersionNumber
     seed: Count
-    n: float
+    n: Weight
     samples: Count
     input: TensorSpec
     target: TensorSpec
@@ -309,7 +314,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     slices: Annotated[tuple[tuple[Count, Count, Count], ...], Meta(max_length=MAX_SHARDS)] = ()
     """Where the aggregator decides on batch sizes: shard, where in its endless stream of samples its batches of this
     version begin, and the size of each."""
-    merger: NodeId | None = None
+    merger: NodeIdText | None = None
     """The split server that merges the batches of this version, where the job wants them merged."""
     merged: Annotated[tuple[Count, ...], Meta(max_length=MAX_SHARDS)] = ()
     """How many steps are merged, for each k."""
@@ -330,7 +335,7 @@ class Beat(Message, frozen=True, kw_only=True, tag="beat"):
 
     card: NodeCard
     peers: Annotated[tuple[PeerHint, ...], Meta(max_length=MAX_PEERS_EXCHANGED)]
-    counters: Annotated[dict[ShortText, float], Meta(max_length=64)]
+    counters: Counted
     load: Load | None = None
     offers: Annotated[tuple[SpillOffer, ...], Meta(max_length=MAX_OFFERS)] = ()
     state: RunState | None = None
@@ -342,16 +347,16 @@ class Offers(Message, frozen=True, kw_only=True, tag="offers"):
     Parts, if any: the stored bytes of each, so that they need not be asked for; empty for those that are long.
     """
 
-    node: NodeId
+    node: NodeIdText
     offers: Annotated[tuple[SpillOffer, ...], Meta(max_length=MAX_OFFERS)]
-    counters: Annotated[dict[ShortText, float], Meta(max_length=64)] = msgspec.field(default_factory=dict[str, float])
+    counters: Counted = msgspec.field(default_factory=dict[str, float])
     """Empty where they were told a moment ago."""
 
 
 class Announcement(Message, frozen=True, kw_only=True, tag="announcement"):
     """The aggregator's new state; after a commit also the cids that the new version settles."""
 
-    node: NodeId
+    node: NodeIdText
     state: RunState
     counted: Annotated[tuple[CidText, ...], Meta(max_length=MAX_SETTLED)] = ()
     dropped: Annotated[tuple[CidText, ...], Meta(max_length=MAX_SETTLED)] = ()
@@ -360,7 +365,7 @@ class Announcement(Message, frozen=True, kw_only=True, tag="announcement"):
 class Committed(Message, frozen=True, kw_only=True, tag="committed"):
     """For those who stand by: a version is recorded, and may wait for them to have it before it is announced."""
 
-    node: NodeId
+    node: NodeIdText
     version: VersionNumber
 
 
@@ -371,7 +376,7 @@ SAID_GOODBYE = "it said goodbye"
 class Goodbye(Message, frozen=True, kw_only=True, tag="goodbye"):
     """The node leaves on purpose."""
 
-    node: NodeId
+    node: NodeIdText
     reason: ShortText
 
 

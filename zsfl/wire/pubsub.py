@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 import zmq
 
-from zsfl.errors import LocalProtocolError, RemoteProtocolError
+from zsfl.errors import LocalProtocolError, ProtocolError, Rejected, RemoteProtocolError, Unavailable
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
 from zsfl.wire.fields import MAX_SETTLED
-from zsfl.wire.framing import Assembler, Buffer, Header, NoRoom, encode, nbytes
+from zsfl.wire.framing import Assembler, Buffer, Header, encode, nbytes
 from zsfl.wire.messages import Announcement, AnyMessage, Broadcast
 from zsfl.wire.pump import Pump
 from zsfl.wire.sockets import bind, open_socket, send_now
@@ -111,7 +111,7 @@ class Subscriber:
                 if arrived.kind != "publish" or not isinstance(arrived.body, Broadcast):
                     raise RemoteProtocolError(f"a {arrived.kind} where a broadcast was due")
                 self._heard(arrived.body, arrived.parts)
-        except (RemoteProtocolError, NoRoom):
+        except (ProtocolError, Unavailable, Rejected):
             self._counters.add("protocol_errors")
 
 

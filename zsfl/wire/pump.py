@@ -15,6 +15,9 @@ FAIR_SHARE = 64
 FAIR_BYTES = 1 << 18
 """A message of so many is a turn of its own: copying 64 chunks of a tensor would take the loop for too long."""
 
+MOST_FRAMES = 8192
+"""Of one multipart. What has more is no message, whatever the limits are, and is read past without keeping it."""
+
 Take = Callable[[list[zmq.Frame], int], None]
 """Given the frames of one multipart, and how many bytes they have."""
 
@@ -33,6 +36,8 @@ class Pump:
         self._loop = asyncio.get_running_loop()
         self._fd = cast(int, socket.getsockopt(zmq.FD))
         self._again = self._wants_room = False
+        self._skips = False
+        """Whether what comes next is of a multipart that had too many frames."""
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self._loop.add_reader(self._fd, self._look)
         self.look()
@@ -102,13 +107,29 @@ class Pump:
         except Exception as error:
             self.close(error)
 
+    def _received(self) -> list[zmq.Frame]:
+        """The frames of one multipart; none of one with too many, which takes several turns to get past."""
+        receive = cast("Callable[..., zmq.Frame]", cast(Any, self._socket).recv)
+        frames: list[zmq.Frame] = []
+        while len(frames) < MOST_FRAMES:
+            frame = receive(zmq.DONTWAIT, False)
+            frames.append(frame)
+            if not frame.more:
+                skipped, self._skips = self._skips, False
+                return [] if skipped else frames
+        if not self._skips:
+            self._counters.add("protocol_errors")
+        self._skips = True
+        return []
+
     def _drain(self) -> None:
-        receive = cast(Any, self._socket).recv_multipart
         for _ in range(FAIR_SHARE):
             try:
-                frames = cast("list[zmq.Frame]", receive(zmq.DONTWAIT, False))
+                frames = self._received()
             except zmq.Again:
                 return
+            if not frames:  # of a multipart that does not end: others first
+                break
             size = sum(map(len, frames))
             self._counters.add("bytes_received", size)
             self._take(frames, size)

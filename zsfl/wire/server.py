@@ -14,7 +14,7 @@ from zsfl.errors import Busy, DeadlineExceeded, RemoteProtocolError
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
 from zsfl.wire.batch import Batch, is_small
-from zsfl.wire.framing import RETRY_AFTER_S, Arrived, Assembler, Buffer, Header, NoRoom, Room, encode, nbytes
+from zsfl.wire.framing import RETRY_AFTER_S, Arrived, Assembler, Buffer, Fault, Header, NoRoom, Room, encode, nbytes
 from zsfl.wire.messages import Reply, Request
 from zsfl.wire.pump import Pump
 from zsfl.wire.refusals import refusal
@@ -41,6 +41,8 @@ class _Caller:
         self.assembler = Assembler(limits, room)
         self.batch = Batch(limits, send_batch)
         self.tasks: dict[int, asyncio.Future[Any]] = {}
+        self.due_s: dict[int, float] = {}
+        """Of those that are no tasks, when their asker has given up."""
         self.outbox: deque[list[Buffer]] = deque()
 
     @property
@@ -116,16 +118,21 @@ class Server:
     def _take(self, frames: list[zmq.Frame], _size: int) -> None:
         identity = frames[0].bytes
         caller = self._caller(identity)
+        failed = partial(self._refuse, identity, caller)
         try:
-            for arrived in caller.assembler.feed([frame.buffer for frame in frames[1:]]):
-                self._arrived(identity, caller, arrived)
+            for arrived in caller.assembler.feed([frame.buffer for frame in frames[1:]], failed):
+                try:
+                    self._arrived(identity, caller, arrived)
+                except RemoteProtocolError as error:
+                    failed(error)
         except RemoteProtocolError as error:
-            self._counters.add("protocol_errors")
-            if error.message_id is not None:  # somebody of another version, perhaps, who waits for an answer
-                self._send(identity, caller, self._encoded(error.message_id, refusal(error)))
-        except NoRoom as error:
-            self._counters.add("busy")
-            self._send(identity, caller, self._encoded(error.message_id, refusal(error)))
+            failed(error)
+
+    def _refuse(self, identity: bytes, caller: _Caller, fault: Fault) -> None:
+        """Tell whoever may wait for an answer what is wrong: it may be of another version."""
+        self._counters.add("busy" if isinstance(fault, NoRoom) else "protocol_errors")
+        if fault.message_id is not None:
+            self._send(identity, caller, self._encoded(fault.message_id, refusal(fault)))
 
     def _caller(self, identity: bytes) -> _Caller:
         caller = self._callers.pop(identity, None)
@@ -141,8 +148,12 @@ class Server:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
-            for caller in self._callers.values():
+            now_s = asyncio.get_running_loop().time()
+            for caller in list(self._callers.values()):
                 caller.assembler.forget_overdue()
+                for request_id in [request_id for request_id, due_s in caller.due_s.items() if due_s < now_s]:
+                    if not (answer := caller.tasks[request_id]).done():
+                        answer.set_exception(DeadlineExceeded("it took longer than its deadline"))
 
     def _arrived(self, identity: bytes, caller: _Caller, arrived: Arrived) -> None:
         match arrived.kind:
@@ -166,7 +177,7 @@ class Server:
         try:
             answer = self._handler(body, arrived.parts)
             if isinstance(answer, asyncio.Future):
-                self._await(identity, caller, arrived.id, answer)
+                self._await(identity, caller, arrived, answer)
                 return
             if not isinstance(answer, tuple):
                 task = self._tasks.create_task(self._serve(identity, caller, arrived, type(body).__name__, answer))
@@ -182,9 +193,11 @@ class Server:
             frames = self._encoded(arrived.id, refusal(error))
         self._reply(identity, caller, arrived.id, frames)
 
-    def _await(self, identity: bytes, caller: _Caller, request_id: int, answer: asyncio.Future[Answered]) -> None:
+    def _await(self, identity: bytes, caller: _Caller, arrived: Arrived, answer: asyncio.Future[Answered]) -> None:
         """Reply when the answer is there: for that alone no task is needed."""
+        request_id = arrived.id
         caller.tasks[request_id] = answer
+        caller.due_s[request_id] = asyncio.get_running_loop().time() + self._limits.deadline_of(arrived.deadline_s)
         self._running += 1
 
         def answered(_: asyncio.Future[Answered]) -> None:
@@ -203,12 +216,13 @@ class Server:
     def _served(self, caller: _Caller, request_id: int) -> None:
         self._running -= 1
         caller.tasks.pop(request_id, None)
+        caller.due_s.pop(request_id, None)
 
     async def _serve(
         self, identity: bytes, caller: _Caller, arrived: Arrived, what: str, answer: Awaitable[Answered]
     ) -> None:
         try:
-            async with asyncio.timeout(arrived.deadline_s or self._limits.default_deadline_s):
+            async with asyncio.timeout(self._limits.deadline_of(arrived.deadline_s)):
                 reply, parts = await answer
             frames = self._encoded(arrived.id, reply, parts)
         except TimeoutError:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import resource
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import zmq
+import zmq.asyncio
 
 from zsfl.errors import ConfigError
 from zsfl.settings import WireLimits
@@ -18,12 +22,60 @@ DATA_QUEUE = 32
 as many would slow down 64 small requests at once."""
 
 
+MAX_SOCKETS = 16_384
+"""Of one context: as many as all peers that a node may have can take."""
+HANDSHAKE_S = 10.0
+"""Who connects and does not speak the protocol by then is cut off."""
+KEEPALIVE_S, PROBES = 60, 4
+"""A connection that is silent for so long is probed so often, and closed when nobody is there any more."""
+MOST_DESCRIPTORS = 1 << 16
+"""This process's bound on open files is raised to that, as far as the system lets it."""
+FREE_DESCRIPTORS, PER_PEER = 256, 16
+"""Left to all that is not a peer's; and what each peer takes: its sockets, and connections on either side."""
+
+
+_KEEPALIVE = {
+    zmq.TCP_KEEPALIVE: 1,
+    zmq.TCP_KEEPALIVE_IDLE: KEEPALIVE_S,
+    zmq.TCP_KEEPALIVE_INTVL: KEEPALIVE_S // PROBES,
+    zmq.TCP_KEEPALIVE_CNT: PROBES,
+}
+
+
+def open_context() -> zmq.asyncio.Context:
+    """A context with room for the sockets of all peers."""
+    context = zmq.asyncio.Context()
+    context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+    return context
+
+
+@functools.cache
+def descriptors() -> int:
+    """How many files and connections this process may have open, once that bound is raised."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            return most
+    return most if soft == resource.RLIM_INFINITY else max(soft, 1)
+
+
+def room_for_peers(most: int) -> int:
+    """For how many peers, `most` at the most, there are descriptors."""
+    return min(most, max(1, (descriptors() - FREE_DESCRIPTORS) // PER_PEER))
+
+
 def open_socket(context: zmq.Context[Any], kind: int, limits: WireLimits, queue: int) -> zmq.Socket[bytes]:
     """A socket whose queues and frames are bounded; nothing is worth waiting for when it closes."""
     keep_freed()
+    descriptors()
     socket = context.socket(kind, socket_class=zmq.Socket)  # a plain one, whatever the context makes by itself
     socket.linger = 0
     socket.set_hwm(queue)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, int(HANDSHAKE_S * 1000))
+    for option, value in _KEEPALIVE.items():
+        socket.setsockopt(option, value)
     # A peer that sends larger frames is cut off by ZeroMQ before they take any memory.
     socket.setsockopt(zmq.MAXMSGSIZE, max(limits.max_header_bytes + 1, limits.frame_bytes))
     return socket

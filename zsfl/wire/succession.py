@@ -7,8 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from zsfl.ids import NodeId
-from zsfl.wire.fields import MAX_SHARDS, Count, Message, Seconds, ShortText, VersionNumber
+from zsfl.wire.fields import MAX_SHARDS, Count, Message, NodeIdText, Seconds, ShortText, VersionNumber
 
 MAX_FILES = 4096
 """Files named in one answer; the rest follows in the next."""
@@ -59,7 +58,7 @@ class Granted(Message, frozen=True, kw_only=True, tag="granted"):
 class Follow(Message, frozen=True, kw_only=True, tag="follow"):
     """Asks an aggregator what there is that this standby has not; answered by Following."""
 
-    node: NodeId
+    node: NodeIdText
     version: VersionNumber
     """The newest that it has."""
     ledger_bytes: Count

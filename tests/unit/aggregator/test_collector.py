@@ -73,7 +73,9 @@ async def said_of(error: ZsflError, folder: Path) -> list[str]:
     """What is noted when two spills are offered three times each, and then one of the next version."""
     node = Refusing(error)
     gathering = Gathering(RunId("3fa9c1"), max_staleness=0, steps_per_version=1, shards=2)
-    collector = Collector(cast(Any, node), gathering, Journal(folder), lambda _: None, Latest(Roster(2)))
+    roster = Roster(2)
+    roster.join(CLIENT.id, CLIENT.name, [ShardInfo(shard=shard, train_samples=9, test_samples=0) for shard in (0, 1)])
+    collector = Collector(cast(Any, node), gathering, Journal(folder), lambda _: None, Latest(roster))
     collector.joined(CARD)
     for version, shard in [(4, 0), (4, 1), (4, 0), (4, 1), (4, 0), (4, 1), (5, 0)]:
         gathering.begin(Version(version), {cid(version, shard) for shard in (0, 1)})
@@ -147,8 +149,10 @@ class Collecting:
 async def test_a_spill_that_came_along_is_taken_without_being_asked_for(tmp_path: Path) -> None:
     at = Collecting(tmp_path)
     (merged, data), (client, its) = spill(4, (0, 1)), spill(4, (1,), "client")
-    at.collector.offered(CARD.id, [merged, client], [data, its])
-    at.collector.offered(CARD.id, [merged, client], [data, its])  # is no news
+    at.collector.joined(CLIENT)
+    for _ in range(2):  # the second time is no news
+        at.collector.offered(CARD.id, [merged], [data])
+        at.collector.offered(CLIENT.id, [client], [its])
     assert [(one.cid, one.part, len(one.members)) for one in at.took] == [
         (cid(4, 0), "body", 2),
         (cid(4, 1), "client", 0),

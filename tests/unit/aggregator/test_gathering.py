@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pytest
 from hypothesis import Phase, given, settings
@@ -410,9 +410,11 @@ class Repeating(Gathering):
 class Eager(Gathering):
     """Has spills released that no version has counted."""
 
-    def offered(self, node: NodeId, offers: Iterable[SpillOffer]) -> Verdict:
+    def offered(
+        self, node: NodeId, offers: Iterable[SpillOffer], may_hold: Callable[[SpillOffer], bool] = lambda _: True
+    ) -> Verdict:
         offers = list(offers)
-        verdict = super().offered(node, offers)
+        verdict = super().offered(node, offers, may_hold)
         return Verdict(
             fetch=verdict.fetch, release=[*verdict.release, *(one.cid for one in offers if not verdict.fetch)]
         )

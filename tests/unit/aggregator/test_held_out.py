@@ -69,7 +69,10 @@ class Hall:
     def answers(self, shard: int, correct: float | None = 2.0, version: int | None = None) -> None:
         at = self.stage.state.tested if version is None else Version(version)
         assert at is not None
-        self.tests.heard(Evaluated(shard=shard, version=at, samples=4, weight=4.0, correct=correct, loss_sum=2.0))
+        node = self.roster.value.node_of(shard) or A
+        self.tests.heard(
+            Evaluated(node=node, shard=shard, version=at, samples=4, weight=4.0, correct=correct, loss_sum=2.0)
+        )
 
     async def until_tested(self, version: int) -> None:
         await eventually(lambda: self.stage.state.tested == version)

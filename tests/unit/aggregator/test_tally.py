@@ -40,7 +40,15 @@ def meta(part: PartName, client: str, node: str) -> Contribution:
 
 
 def evaluated(samples: int, weight: float, correct: float | None, loss_sum: float) -> Evaluated:
-    return Evaluated(shard=0, version=Version(0), samples=samples, weight=weight, correct=correct, loss_sum=loss_sum)
+    return Evaluated(
+        node=NodeId("a"),
+        shard=0,
+        version=Version(0),
+        samples=samples,
+        weight=weight,
+        correct=correct,
+        loss_sum=loss_sum,
+    )
 
 
 def test_what_nodes_counted_for_another_aggregator_is_not_of_the_first_round() -> None:

@@ -213,6 +213,7 @@ def test_a_node_that_was_absent_for_so_long_that_others_gave_it_up_greets_them_a
 
 def test_a_former_peer_is_tried_for_an_hour_with_pauses_that_stay_short() -> None:
     table = joined(S1)
+    table.on(Heard(S1.id), 0.0)
     for tick in range(1, 5):
         table.on(Tick(), tick * 0.5)
     now_s, dials = 2.0, list[float]()
@@ -296,6 +297,8 @@ def test_queries() -> None:
 def test_peers_beyond_the_bound_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_PEERS", 2)
     table = joined(S1, S2)
+    for one in (S1, S2):
+        table.on(Heard(one.id), 0.0)
     assert table.on(Welcomed(AGG, AGG.address, "them"), 0.1) == []
     assert table.get(AGG.id) is None
     assert "MAX_PEERS" in table.refusals()[AGG.address]
@@ -303,9 +306,33 @@ def test_peers_beyond_the_bound_are_refused_with_the_reason(monkeypatch: pytest.
     assert len(table.on(Welcomed(again, again.address, "them"), 0.2)) == 2
 
 
+def test_hellos_that_lead_nowhere_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_PEERS", 4)
+    table = joined(S1)
+    table.on(Heard(S1.id), 0.0)
+    ghosts = [card(f"ghost-{number}", 100 + number) for number in range(40)]
+    for ghost in ghosts:
+        assert Joined(ghost) in table.on(Welcomed(ghost, ghost.address, "them"), 0.1)
+    assert table.peers() == (S1, *ghosts[-3:])
+    assert Joined(AGG) in table.on(Welcomed(AGG, AGG.address, "them"), 0.2)
+    assert table.peers() == (S1, ghosts[-2], ghosts[-1], AGG)
+    for one in (*ghosts[-2:], AGG):  # all of them are real
+        table.on(Heard(one.id), 0.2)
+    assert table.on(Welcomed(S2, S2.address, "them"), 0.3) == []
+    assert table.get(S2.id) is None
+
+
+def test_a_hello_that_leads_nowhere_is_not_tried_for_an_hour() -> None:
+    table = joined(S1)
+    for tick in range(1, 5):
+        table.on(Tick(), tick * 0.5)
+    assert len(fail_until_silent(table, S1.address, 2.0)) <= DIAL_TRIES
+
+
 def test_candidates_beyond_the_bound_push_out_the_oldest_unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_CANDIDATES", 3)
     table = joined(S1)
+    table.on(Heard(S1.id), 0.0)
     table.on(Candidate(SEED, "seed"), 0.0)
     for tick in range(1, 5):
         table.on(Tick(), tick * 0.5)

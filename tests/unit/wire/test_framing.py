@@ -250,7 +250,7 @@ def test_an_oversized_header_is_refused_before_it_is_unpacked(monkeypatch: pytes
         raise AssertionError("unpacked")
 
     monkeypatch.setattr(framing, "_unpack", unpack)
-    monkeypatch.setattr(framing, "_unpack_id", unpack)
+    monkeypatch.setattr(framing, "_unpack_named", unpack)
     assert "header of 513 bytes" in str(refused([bytes(LIMITS.max_header_bytes + 1)]))
 
 

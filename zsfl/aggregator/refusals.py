@@ -1,0 +1,66 @@
+"""What becomes of contributions that cannot be counted, whoever made them: decisions only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from zsfl.aggregator.gathering import Gathering
+from zsfl.aggregator.roster import Roster
+from zsfl.errors import RunFailed
+from zsfl.ids import StepId, parse_cid
+from zsfl.latest import Latest
+from zsfl.learning.averaging import Contribution
+from zsfl.learning.master import Master
+
+MOST_REASON = 500
+"""Characters, in a record."""
+
+
+class Refusals:
+    """Those of one run. In exact mode nothing goes on without a step, so that one in vain is the end of it; the other
+    modes leave the step out, with the reason in the next record, as long as anybody's can be counted.
+    """
+
+    def __init__(self, gathering: Gathering, master: Master, roster: Latest[Roster], *, is_exact: bool) -> None:
+        """`roster` is touched when a step is given up."""
+        self._gathering = gathering
+        self._master = master
+        self._roster = roster
+        self._is_exact = is_exact
+        self._shards: dict[int, str] = {}
+        """Shards whose last step was given up, and why."""
+        self._ruin: str = ""
+
+    def objection(self, one: Contribution) -> str:
+        """Why a contribution that just came cannot be counted; empty when it can.
+
+        What is not finite is let be in exact mode, where the commit finds it, and the same step comes out so again.
+        """
+        if self._is_exact and one.loss_sum is not None and not math.isfinite(one.loss_sum):
+            return ""
+        return self._master.objection(one, self._gathering.beside(one), finite=not self._is_exact)
+
+    def give_up(self, one: Contribution, why: str) -> None:
+        """It was made again in vain."""
+        cids = [member.cid for member in one.members] or [one.cid]
+        shards = [parse_cid(cid).shard for cid in cids]
+        if self._is_exact:
+            names = self._roster.value.names(shards)
+            self._ruin = f"{why} (it is a step of {names}, and was made again in vain)"
+        else:
+            self._gathering.refuse(cids, f"refused: {why}"[:MOST_REASON])
+            self._shards |= dict.fromkeys(shards, why)
+        self._roster.touch()
+
+    def counted(self, step: StepId) -> None:
+        """A step is whole that can be counted."""
+        self._shards.pop(step.shard, None)
+
+    def check(self, there: Collection[int]) -> None:
+        """RunFailed when the run cannot go on; `there` are those who take part."""
+        if not self._ruin and there and self._shards.keys() >= set(there):
+            last = self._shards.popitem()[1]
+            self._ruin = f"no step of anybody who takes part can be counted; the last was refused: {last}"
+        if self._ruin:
+            raise RunFailed(self._ruin)
