@@ -186,7 +186,7 @@ class StandbyRole:
         """Keep the copy up to date while this one aggregates; whether the run is over."""
         connection = self._node.connect(active, active.data_port)
         self._followed, self._has_followed = (active.id, connection), True
-        said = False
+        said, trouble = False, ""
         try:
             while self._active() == active:
                 state = self._states.value[active.id]
@@ -194,9 +194,12 @@ class StandbyRole:
                     await self._node.until_written(lambda: self._catch_up(connection))
                 except Unavailable as error:
                     if self._active() == active:
-                        self._node.note(f"{active.name} cannot be followed for the moment: {error}", "warning")
+                        if trouble != str(error):
+                            trouble = str(error)
+                            self._node.note(f"{active.name} cannot be followed for the moment: {trouble}", "warning")
                         await asyncio.sleep(self._node.settings.beat_s)
                     continue
+                trouble = ""
                 if not said:
                     self._node.note(f"standing by {active.name}, at version {self._mirror.version}")
                     said = True
