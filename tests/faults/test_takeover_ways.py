@@ -82,7 +82,7 @@ async def test_with_half_of_the_clients_one_takes_over_alone_where_it_is_told_to
     first, second = ledger(tmp_path / LED), ledger(tmp_path / COPY)
     assert_one_history(first, second)
     alone = next(record for record in second if record["epoch"] == 2)
-    assert (shards(first[0]), shards(alone)) == ({0, 1}, {1})
+    assert (shards(first[0]), shards(alone), alone["without"]) == ({0, 1}, {1}, [0])
     assert audit(tmp_path / COPY).faults == []
 
 

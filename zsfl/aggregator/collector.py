@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from zsfl.aggregator.gathering import Gathering, Key
 from zsfl.aggregator.journal import Journal
+from zsfl.aggregator.refusals import Refusals
 from zsfl.aggregator.roster import Roster
 from zsfl.errors import (
     BadShape,
@@ -68,21 +69,18 @@ class Collector:
         journal: Journal,
         took: Callable[[Contribution], None],
         roster: Latest[Roster],
-        check: Callable[[Contribution], str] = lambda _: "",
-        refused: Callable[[Contribution, str], None] = lambda *_: None,
+        refusals: Refusals | None = None,
     ) -> None:
         """`took` is told of every part that is news, once it is in the journal; `roster` touched when one is lost.
 
-        `check` says why a contribution cannot be counted, if so; `refused` is told of those for which making them again
-        did not help.
+        `refusals` say what cannot be counted, and are told of those for which making them again did not help.
         """
         self._node = node
         self._gathering = gathering
         self._journal = journal
         self._took = took
         self._roster = roster
-        self._check = check
-        self._gave_up = refused
+        self._judge = refusals
         self._refusals: Counter[Key] = Counter()
         """Of what may still count, how often it came and could not be counted."""
         self._holders: dict[NodeId, _Holder] = {}
@@ -265,8 +263,8 @@ class Collector:
             return False
         try:
             if self._gathering.takes(found):
-                if why := self._check(found):
-                    self._refuse(holder, key, found, why)
+                if self._judge is not None and (why := self._judge.objection(found)):
+                    self._refuse(holder, key, found, why, self._judge)
                     return True
                 found = self._journal.keep(found, data)
         except StorageError as error:  # it stays where it is, and is offered again
@@ -279,7 +277,7 @@ class Collector:
             self._took(found)
         return True
 
-    def _refuse(self, holder: _Holder, key: Key, found: Contribution, why: str) -> None:
+    def _refuse(self, holder: _Holder, key: Key, found: Contribution, why: str, judge: Refusals) -> None:
         """What cannot be counted is made again, by another server if it is a body part; in vain, it is given up."""
         self._node.counters.add("spills_refused")
         self._gathering.not_delivered(holder.card.id, [key])
@@ -288,7 +286,7 @@ class Collector:
         self._refusals[key] += 1
         if self._refusals[key] >= REFUSALS:
             del self._refusals[key]
-            self._gave_up(found, why)
+            judge.give_up(found, why)
         elif found.part == "body":
             holder.release.update(member.cid for member in found.members or (found,))
             holder.todo.set()

@@ -122,7 +122,7 @@ class AggregatorRole:
                 f"going on from version {at.version}, as later ones cannot be made again: {at.lost}", "warning"
             )
         self._master.take_options()
-        self._without = at.without
+        self._without = training.left = at.without
         counted = [cid for made in at.windows for cid in made.record.counted]
         training.resume(at, "" if self._forks else parse_cid(counted[-1]).run if counted else place.run)
         if place.run != self._stage.run:
@@ -274,6 +274,7 @@ class AggregatorRole:
                 await self._roster.wait_for(lambda _: not self._missing())
         if absent := self._roster.value.absent(self._without, 0):
             self._node.note(f"going on without clients for shards {ranges(absent)}, until they are back", "warning")
+            self._training.left |= frozenset(absent)
         self._start_with = 1
 
     def _missing(self) -> str:

@@ -85,9 +85,7 @@ class Training:
         self.rules = Rules(job)
         self._pacer = self.rules.pacer
         self._refusals = Refusals(self._gathering, master, roster, is_exact=self._is_exact)
-        self.collector = Collector(
-            node, self._gathering, self.journal, self._took, roster, self._refusals.objection, self._refusals.give_up
-        )
+        self.collector = Collector(node, self._gathering, self.journal, self._took, roster, self._refusals)
         self.version = stage.state.version
         """Of the master; peers hear of it only together with what is asked of them at it."""
         self.round = 0
@@ -100,6 +98,8 @@ class Training:
         self._sizes: Sizes = {}
         self._attempt = self._place = 0
         self._attendance = Attendance()
+        self.left: frozenset[int] = frozenset()
+        """Shards whose clients had left before this process began."""
         self._retold: Sequence[Made] = ()
         """Versions of the round in progress that a former process made."""
         self._awaited: frozenset[int] = frozenset()
@@ -363,7 +363,7 @@ class Training:
         state = self._stage.state
         window_of = "" if self._is_async else f", window {state.window + 1} of {state.windows}"
         roster = self._roster.value
-        without = sorted(set(roster.samples()) - set(roster.taking_part(time.monotonic())))
+        without = sorted((roster.samples().keys() | self.left) - set(roster.taking_part(time.monotonic())))
         said = f"round {self.round + 1}{window_of} (version {self.version})"
 
         try:
