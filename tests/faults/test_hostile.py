@@ -67,5 +67,5 @@ async def test_training_goes_on_under_attack(tmp_path: Path, monkeypatch: pytest
             assert await striking > 0, name
             grown = {node: mib - before[node] for node, mib in watched.mib().items()}
             assert max(grown.values()) < MOST_MIB, (name, grown)
-        assert [report.round async for report in cluster.train(1)] == [number + 1]
+        assert [report.round async for report in cluster.train(1)] == [len(attacks) + 2]
     assert watched.failed == []
