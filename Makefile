@@ -6,13 +6,17 @@ pip := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constrai
 stamp := $(VENV)/.installed
 bench_stamp := $(VENV)/.installed-bench
 
-.PHONY: help demo test check bench bench-learning clean
+.PHONY: help demo test check check-packages fuzz bench bench-learning clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train the handwritten digits: 5 clients, 2 split servers, 1 aggregator, on this machine"
 	@echo "make test    all checks, then all tests"
-	@echo "make check   ruff, pyright, import-linter and the line budget"
+	@echo "make check   ruff (with its security rules), pyright, import-linter and the line budget"
+	@echo "make check-packages"
+	@echo "             whether known weaknesses are on record of the pinned packages; asks the vulnerability service"
+	@echo "             of the package index, which has to be reachable"
+	@echo "make fuzz    every reader of bytes from outside, ten minutes each, on Linux"
 	@echo "make bench   the benchmarks, one table at the end, under ten minutes; ZSFL_DATA names the folder with MNIST"
 	@echo "make bench-learning"
 	@echo "             how well and how soon modes and baselines learn, about 25 minutes"
@@ -28,6 +32,16 @@ test: check
 check: $(stamp)
 	VENV=$(VENV) tools/check
 
+# In an environment of its own, as it needs much that nothing else does.
+check-packages:
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --disable-pip-version-check -q pip-audit
+	$(VENV)-audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt
+
+fuzz: $(stamp)
+	$(pip) -e ".[fuzz]"
+	$(VENV)/bin/python tests/fuzz/run.py --seconds 600
+
 bench: $(bench_stamp)
 	$(VENV)/bin/python benchmarks/run.py
 
@@ -35,7 +49,7 @@ bench-learning: $(stamp)
 	$(VENV)/bin/python benchmarks/learning.py
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-audit build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted installation is taken up again by the next make.

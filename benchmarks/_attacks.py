@@ -88,11 +88,11 @@ def parts(host: str, ports: Ports, seconds: float) -> int:
         with ExitStack() as stack, suppress(OSError):
             raw = _connected(host, ports[number % len(ports)], stack)
             raw.sendall(_GREETING + _READY)
+            count += 1
             raw.sendall(b"\x01\x00" * (PARTS - 1) + b"\x00\x00")
             raw.shutdown(socket.SHUT_WR)
             while raw.recv(1 << 16):  # until it is read, or cut off
                 pass
-            count += 1
     return count
 
 

@@ -31,7 +31,7 @@ from zsfl.wire.messages import Beat, FetchSpills, Hello, Welcome
 
 HOST = "127.0.0.1"
 LEFT_OUT = (b"drain", b"grant", b"goodbye")
-MESSAGES = 100
+MESSAGES = 60
 """To each socket."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from random import Random
 from typing import Any, get_args
 
@@ -43,9 +44,12 @@ ODD_NUMBERS = (-1, 0, 1, 2, 7, 255, 1 << 16, 1 << 31, (1 << 53) - 1, 1 << 53, (1
 ODD_FLOATS = (float("nan"), float("inf"), -float("inf"), -0.0, 1e308, -1.5, 5e-324)
 
 
+_type_info = cache(inspect.type_info)  # of what is nested in it, too, which takes its time
+
+
 def sample(rng: Random, kind: Any) -> Any:
     """A value of a type as its schema allows it, as msgspec's builtins."""
-    info = kind if isinstance(kind, inspect.Type) else inspect.type_info(kind)
+    info = kind if isinstance(kind, inspect.Type) else _type_info(kind)
     match info:
         case inspect.Metadata(type=inner):
             return sample(rng, inner)

@@ -95,7 +95,7 @@ class Mdns:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._running is not None
+        assert self._running is not None  # noqa: S101  # for the type alone
         await self._running.__aexit__(kind, error, trace)
 
     @asynccontextmanager

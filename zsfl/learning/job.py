@@ -368,7 +368,7 @@ def _job_in(name: str, path: Path) -> object:
     """Run the file as module `name` and take its `job`, called if it is a function; None if it has none."""
     loader = importlib.machinery.SourceFileLoader(name, str(path))
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-    assert spec is not None  # it is None only where a loader has to be guessed
+    assert spec is not None  # noqa: S101  # it is None only where a loader has to be guessed
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     loader.exec_module(module)

@@ -206,7 +206,7 @@ def unpacked_size(request: Asked, parts: Sequence[Buffer]) -> int:
 
 
 def _cid(waiting: Waiting) -> Cid:
-    assert not isinstance(waiting.request, Infer)
+    assert not isinstance(waiting.request, Infer)  # noqa: S101  # for the type alone
     return waiting.request.cid
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.waiting import eventually
 
-from zsfl.aggregator.collector import Collector
+from zsfl.aggregator.collector import REFUSALS, Collector
 from zsfl.aggregator.gathering import Gathering
 from zsfl.aggregator.journal import Journal
 from zsfl.aggregator.roster import Roster
@@ -24,7 +24,7 @@ from zsfl.learning.averaging import Contribution, StepShare
 from zsfl.metrics import Counters
 from zsfl.spill.layout import SpillMeta, encode
 from zsfl.wire.fields import MAX_CARRIED_BYTES, ShardInfo
-from zsfl.wire.messages import FetchSpills, Recheck, Remake, Request, SpillOffer, Spills
+from zsfl.wire.messages import FetchSpills, Recheck, ReleaseSpills, Remake, Request, SpillOffer, Spills
 
 CARD = NodeCard(id=NodeId("1"), name="server", role=Role.SPLIT_SERVER, host="127.0.0.1", control_port=1, data_port=2)
 CLIENT = NodeCard(id=NodeId("2"), name="client", role=Role.CLIENT, host="127.0.0.1", control_port=1, data_port=2)
@@ -273,3 +273,43 @@ async def test_those_who_hold_the_shard_are_asked_to_make_it_again_and_nobody_wa
     for task in node.tasks:
         task.cancel()
     await asyncio.gather(*node.tasks, return_exceptions=True)
+
+
+# --- what cannot be counted, and who may not have it -------------------------------------------------------
+
+
+async def test_spills_are_taken_only_from_whoever_can_rightly_have_them(tmp_path: Path) -> None:
+    at = Collecting(tmp_path)
+    stranger = msgspec.structs.replace(CLIENT, id=NodeId("3"), name="stranger")
+    for card in (CLIENT, stranger):
+        at.collector.joined(card)
+    (client, its), (body, data) = spill(4, (1,), "client"), spill(4, (1,))
+    for holder, offer, carried in ((CARD, client, its), (stranger, client, its), (stranger, body, data)):
+        at.collector.offered(holder.id, [offer], [carried])
+        at.collector.offered(holder.id, [offer])
+    await asyncio.sleep(0)
+    assert at.took == []
+    assert not any(isinstance(request, FetchSpills) for request in at.node.asked)
+    at.collector.offered(CLIENT.id, [client], [its])
+    at.collector.offered(CARD.id, [body], [data])
+    assert [one.part for one in at.took] == ["client", "body"]
+    await at.ends()
+
+
+async def test_what_cannot_be_counted_is_made_again_and_then_given_up(tmp_path: Path) -> None:
+    at = Collecting(tmp_path)
+    given_up: list[str] = []
+    at.collector._check = lambda one: "it has a gradient of nothing"
+    at.collector._gave_up = lambda one, why: given_up.append(f"{one.part} of {one.cid}: {why}")
+    at.collector.joined(CLIENT)
+    body, data = spill(4, (1,))
+    for _ in range(REFUSALS):
+        assert given_up == []
+        at.collector.offered(CARD.id, [body], [data])
+    assert given_up == [f"body of {cid(4, 1)}: it has a gradient of nothing"]
+    await eventually(lambda: Remake(lost=((cid(4, 1), "body"),)) in at.node.asked, 5)
+    await eventually(lambda: ReleaseSpills(cids=(cid(4, 1),)) in at.node.asked, 5)
+    assert at.took == []
+    refused = [note for note in at.node.notes if note.startswith("refused")]
+    assert refused == [f"refused what server holds of {cid(4, 1)}: it has a gradient of nothing"]
+    await at.ends()

@@ -221,6 +221,22 @@ def result(version: int, loss: float | None, accuracy: float | None = None) -> r
     return reports.Tested(round=0, version=version, loss=loss, accuracy=accuracy, clients={}, seconds=0.0)
 
 
+async def test_a_result_counts_only_as_its_shards_own_client_says_it() -> None:
+    async with at_work(Hall()) as hall:
+        await hall.order(7)
+        await hall.until_tested(7)
+        for node, samples in ((B, 4), (NodeId("nobody"), 4), (A, 5)):
+            hall.tests.heard(
+                Evaluated(
+                    node=node, shard=0, version=Version(7), samples=samples, weight=4.0, correct=0.0, loss_sum=9.0
+                )
+            )
+        for shard in range(3):
+            hall.answers(shard, correct=4.0)
+        await eventually(lambda: hall.results)
+    assert hall.results[0].accuracy == 1.0
+
+
 def test_the_best_is_the_most_accurate_and_the_first_of_equals() -> None:
     best = Best()
     results = [result(1, 0.1, 0.5), result(2, 9.0, 0.6), result(3, 0.1, 0.6), result(4, 0.1, 0.2)]

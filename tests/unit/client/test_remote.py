@@ -15,7 +15,17 @@ from helpers.waiting import eventually, until
 
 from zsfl.client import remote
 from zsfl.client.remote import RemoteBody
-from zsfl.errors import Busy, DeadlineExceeded, InputNeeded, NoPeer, Rejected, SpillFull, Unavailable
+from zsfl.errors import (
+    BadShape,
+    Busy,
+    ConfigError,
+    DeadlineExceeded,
+    InputNeeded,
+    NoPeer,
+    Rejected,
+    SpillFull,
+    Unavailable,
+)
 from zsfl.ids import NodeCard, NodeId, Role, RunId, Version, step_cid
 from zsfl.metrics import Counters
 from zsfl.node import Node
@@ -190,3 +200,61 @@ async def test_steps_that_wait_to_be_merged_leave_room_for_others() -> None:
     assert torch.equal(await until(net.body.infer(0, Version(0), X)), X + 1)
     for task in waiting:
         task.cancel()
+
+
+# --- servers that answer wrongly ---------------------------------------------------------------------------
+
+
+def odd(_request: Request) -> Answer:
+    spec, data = Codec.parse("raw").pack("output", torch.zeros(7))
+    return Answer(Output(output=spec, load=Load(slots=1, busy=0, service_s=0.1)), [data])
+
+
+def cut(_request: Request) -> Answer:
+    answer = output(_request)
+    return Answer(answer.body, [bytes(answer.parts[0])[:5]])
+
+
+WRONG: dict[str, Reaction] = {
+    "another shape": odd,
+    "too few bytes": cut,
+    "another kind of answer": spilled,
+    "a refusal": BadShape("I do not like it"),
+    "its job is another": ConfigError("restart"),
+}
+
+
+def matches(answer: torch.Tensor) -> None:
+    answer + X  # fails for another shape
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+async def test_one_server_that_answers_wrongly_is_passed_over(wrong: Reaction) -> None:
+    net = Net()
+    lines = [net.joins(server, *[wrong] * 3) for server in (MERGER, OTHER)]
+    lines[1]._reactions.clear()
+    for _ in range(3):
+        work = net.body.forward(cid=CID, version=Version(0), seed=1, x=X, use=matches)
+        server, answer = await until(work)
+        assert (server, answer.tolist()) == (OTHER, (X + 1).tolist())
+
+
+async def test_what_all_servers_answer_wrongly_is_raised() -> None:
+    net = Net()
+    for server in (MERGER, OTHER):
+        net.joins(server, odd, odd)
+    with pytest.raises(BadShape, match="cannot be used"):
+        await until(net.body.forward(cid=CID, version=Version(0), seed=1, x=X, use=matches))
+
+
+async def test_a_gradient_has_the_shape_of_its_input() -> None:
+    def wrong(_request: Request) -> Answer:
+        spec, data = Codec.parse("raw").pack("grad", torch.zeros(9))
+        return Answer(Spilled(grad=spec, loss_sum=None, load=Load(slots=1, busy=0, service_s=0.1)), [data])
+
+    net = Net()
+    net.joins(MERGER, wrong)
+    net.joins(OTHER, wrong)
+    request = partial(Backward, cid=CID, version=Version(0), seed=1, n=2.0, samples=2, want_grad=True, provenance="c")
+    with pytest.raises(BadShape, match=r"is \(9,\), the input was \(2, 3\)"):
+        await until(net.body.backward(None, request, X, X + 1))

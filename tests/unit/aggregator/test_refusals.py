@@ -1,0 +1,113 @@
+"""Contributions that cannot be counted: refused with the reason, and what that means for the run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from zsfl.aggregator.gathering import Gathering
+from zsfl.aggregator.refusals import Refusals
+from zsfl.aggregator.roster import Roster
+from zsfl.errors import RunFailed
+from zsfl.ids import NodeId, PartName, RunId, Version, parse_cid, step_cid
+from zsfl.latest import Latest
+from zsfl.learning.averaging import Contribution
+from zsfl.learning.master import Master
+from zsfl.learning.model import SplitModel
+from zsfl.learning.optim import OptimizerSpec
+from zsfl.wire.fields import ShardInfo
+
+RUN = RunId("3fa9c1")
+CIDS = [step_cid(RUN, shard, Version(0)) for shard in (0, 1)]
+
+
+class Case:
+    """Two shards, both of whose steps are expected."""
+
+    def __init__(self, *, exact: bool) -> None:
+        model = SplitModel(head=nn.Linear(2, 3), body=nn.Linear(3, 3), tail=nn.Linear(3, 2))
+        master = Master(model, OptimizerSpec(torch.optim.SGD, {"lr": 0.1}))
+        self.state = master.state()
+        self.gathering = Gathering(RUN, max_staleness=4, steps_per_version=1, shards=2)
+        self.gathering.begin(Version(0), CIDS)
+        roster = Roster(2)
+        for shard in (0, 1):
+            info = ShardInfo(shard=shard, train_samples=9, test_samples=0)
+            roster.join(NodeId(f"c{shard}"), f"client-{shard}", [info])
+        self.refusals = Refusals(self.gathering, master, Latest(roster), is_exact=exact)
+
+    def step(self, shard: int, part: PartName = "client", **changes: Any) -> Contribution:
+        names = ("body",) if part == "body" else ("head", "tail")
+        grads = {name: torch.ones_like(one) for name, one in self.state.items() if name.startswith(names)}
+        plain: dict[str, Any] = {"cid": CIDS[shard], "part": part, "version": Version(0), "n": 3.0, "samples": 3}
+        plain |= {"loss_sum": 1.5, "grads": grads, "buffers": {}, "node": "node"}
+        return Contribution(**(plain | changes))
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "a gradient of no tensor of the model": {"grads": {"head.nothing": torch.ones(2)}},
+    "another shape": {"grads": {"head.weight": torch.ones(9, 9)}},
+    "no weight": {"n": -1.0},
+    "no samples": {"samples": 0},
+    "a buffer that is none": {"buffers": {"head.nothing": torch.ones(2)}},
+}
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("changes", WRONG.values(), ids=WRONG)
+def test_what_does_not_fit_is_objected_to_when_it_comes(changes: dict[str, Any], exact: bool) -> None:
+    case = Case(exact=exact)
+    assert case.refusals.objection(case.step(0)) == ""
+    assert CIDS[0] in case.refusals.objection(case.step(0, **changes))
+
+
+def test_parts_of_one_step_are_of_one_batch() -> None:
+    case = Case(exact=True)
+    assert case.gathering.arrived(case.step(0, "body"))
+    assert "not of one batch" in case.refusals.objection(case.step(0, n=2.0))
+    assert case.refusals.objection(case.step(1, n=2.0)) == ""
+
+
+@pytest.mark.parametrize(
+    "changes", [{"loss_sum": math.nan}, {"grads": {"head.bias": torch.tensor([1.0, math.inf, 0])}}]
+)
+def test_what_is_not_finite_is_left_out_unless_nothing_goes_on_without_it(changes: dict[str, Any]) -> None:
+    assert Case(exact=True).refusals.objection(Case(exact=True).step(0, **changes)) == ""
+    assert Case(exact=False).refusals.objection(Case(exact=False).step(0, **changes))
+
+
+def test_exact_mode_ends_with_the_name_of_whose_step_it_is() -> None:
+    case = Case(exact=True)
+    case.refusals.check([0, 1])
+    case.refusals.give_up(case.step(1), "it has a gradient of nothing")
+    with pytest.raises(RunFailed, match=r"it has a gradient of nothing \(it is a step of client-1"):
+        case.refusals.check([0, 1])
+
+
+def test_the_other_modes_go_on_without_it_and_record_why() -> None:
+    case = Case(exact=False)
+    case.refusals.give_up(case.step(1), "it is not finite")
+    case.refusals.check([0, 1])
+    assert not case.gathering.takes(case.step(1))
+    for part in ("body", "client"):
+        assert case.gathering.arrived(case.step(0, part))
+    window, dropped = case.gathering.take()
+    assert [one.cid for one in window] == [CIDS[0]] * 2
+    assert dropped == {CIDS[1]: "refused: it is not finite"}
+
+
+def test_a_run_of_which_no_step_can_be_counted_ends() -> None:
+    case = Case(exact=False)
+    case.refusals.give_up(case.step(0), "of shard 0")
+    case.refusals.give_up(case.step(1), "of shard 1")
+    with pytest.raises(RunFailed, match=r"no step of anybody who takes part can be counted; .* of shard 1"):
+        case.refusals.check([0, 1])
+    case = Case(exact=False)
+    case.refusals.give_up(case.step(0), "of shard 0")
+    case.refusals.give_up(case.step(1), "of shard 1")
+    case.refusals.counted(parse_cid(CIDS[0]))
+    case.refusals.check([0, 1])
