@@ -19,7 +19,19 @@ from zsfl.errors import LocalProtocolError, RemoteProtocolError
 from zsfl.ids import Version
 from zsfl.settings import WireLimits
 from zsfl.wire import framing
-from zsfl.wire.framing import STALLED_S, Arrived, Assembler, Buffer, Header, NoRoom, Room, decode_header, encode, nbytes
+from zsfl.wire.framing import (
+    HEADER_TIMES,
+    STALLED_S,
+    Arrived,
+    Assembler,
+    Buffer,
+    Header,
+    NoRoom,
+    Room,
+    decode_header,
+    encode,
+    nbytes,
+)
 from zsfl.wire.messages import FetchWeights, Ok, Train
 
 LIMITS = WireLimits(frame_bytes=64, max_message_bytes=4096, max_header_bytes=512, max_parts=8, max_inflight=4)
@@ -385,16 +397,22 @@ def test_parts_that_came_in_chunks_are_whole_writable_and_their_own(chunk_bytes:
     assert not any(memoryview(part).readonly for part in arrived.parts)
 
 
+def unpacked_bytes(frames: Sequence[Buffer]) -> int:
+    """What the header that these frames begin with takes of a room."""
+    return HEADER_TIMES * len(frames[0])
+
+
 def test_peers_share_one_room_and_what_overflows_is_dropped() -> None:
-    room = Room(100)
+    room = Room(100 + 2 * unpacked_bytes(begin(1, 90)))
     one, other = Assembler(LIMITS, room), Assembler(LIMITS, room)
     fed(one, begin(1, 90))
     fed(other, begin(2, 90))
+    assert room.used_bytes == 2 * unpacked_bytes(begin(1, 90))
     fed(one, [head(kind="chunk", id=1), bytes(60)])
     with pytest.raises(NoRoom) as caught:
         fed(other, [head(kind="chunk", id=2), bytes(60)])
     assert caught.value.message_id == 2
-    assert room.used_bytes == 60
+    assert room.used_bytes == 60 + unpacked_bytes(begin(1, 90))
     assert fed(one, [head(kind="chunk", id=1), bytes(30)]) is not None
     assert room.used_bytes == 0
 
@@ -408,14 +426,15 @@ class Clock:
 
 
 def test_a_half_finished_message_is_forgotten_when_its_sender_has_given_up() -> None:
-    clock, room = Clock(), Room(1000)
+    clock, room = Clock(), Room(10_000)
     assembler = Assembler(LIMITS, room, clock=clock)
     fed(assembler, [head(kind="request", id=1, deadline_s=5.0, sizes=[90], body=OK)])
-    fed(assembler, [head(kind="request", id=2, sizes=[90], body=OK)])
+    other = [head(kind="request", id=2, sizes=[90], body=OK)]
+    fed(assembler, other)
     fed(assembler, [head(kind="chunk", id=1), bytes(60)])
     clock.now_s += 5.1
     assembler.forget_overdue()
-    assert room.used_bytes == 0
+    assert room.used_bytes == unpacked_bytes(other)
     assert len(assembler.arriving()) == 0
     assert not assembler.idle  # the other one states no deadline, and has the default
     clock.now_s += LIMITS.default_deadline_s
@@ -437,12 +456,12 @@ def test_one_that_lost_a_chunk_is_no_longer_arriving() -> None:
 
 
 def test_in_order_a_new_message_ends_one_that_lost_a_chunk() -> None:
-    room = Room(1000)
+    room = Room(10_000)
     assembler = Assembler(LIMITS, room, in_order=True)
     for message_id in range(3 * LIMITS.max_inflight):
         fed(assembler, begin(message_id, 200))
         fed(assembler, [head(kind="chunk", id=message_id), bytes(60)])
-    assert room.used_bytes == 60
+    assert room.used_bytes == 60 + unpacked_bytes(begin(3 * LIMITS.max_inflight - 1, 200))
 
 
 def test_what_nobody_waits_for_is_not_kept() -> None:
