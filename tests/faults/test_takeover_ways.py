@@ -48,7 +48,7 @@ def parsed(flags: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("mode", ["elastic", "async"])
 async def test_in_modes_that_wait_for_nobody_there_is_one_history_too(mode: str, tmp_path: Path) -> None:
-    seen, rounds = Seen(), 30
+    seen, rounds = Seen(), 15
     async with asyncio.timeout(2 * HANG_S), cluster(tmp_path, seen, replace(CASE, mode=mode)) as nodes:
         await seen.wait_for(says(READY))
         training = asyncio.create_task(trained(nodes, rounds))
