@@ -10,6 +10,7 @@ from typing import Any
 
 from zsfl.errors import ConfigError, ZsflError
 from zsfl.ids import Role
+from zsfl.pairing.pages import add_commands
 from zsfl.settings import NODE_FLAGS, add_flags
 
 EXAMPLES = """\
@@ -23,6 +24,7 @@ examples:
   zsfl bench mnist.py                              what its body costs on this machine
   zsfl audit runs/mnist                            was every step counted once?
   zsfl drain 192.168.1.20:7700                     have a node finish what it has in hand and leave
+  zsfl invite                                      pair this machine with another, once: then they trust each other
 
 Every flag may also be set as ZSFL_NAME in the environment, or as `name` under [node] in zsfl.toml.
 """
@@ -111,7 +113,7 @@ It ends with 0 when all have left, with 1 when not.
 
 UP_FLAGS = (
     "rounds", "mode", "cluster", "run", "runs", "resume", "device", "slots", "codec", "mdns", "host", "threads",
-    "patience_s", "durability", "keep_mib", "spill_mib",
+    "patience_s", "durability", "keep_mib", "spill_mib", "keys", "insecure", "io_threads",
 )  # fmt: skip
 
 
@@ -172,7 +174,10 @@ def parser() -> argparse.ArgumentParser:
     drain.add_argument(
         "--wait-s", type=float, default=60.0, metavar="S", help="seconds to wait until they have left (default: 60)"
     )
+    add_flags(drain, ("keys", "insecure"))
     drain.set_defaults(run_command=_drain)
+
+    add_commands(commands, _parser)
 
     bench = _parser(commands.add_parser, "bench", help="measure this machine or the network", epilog=BENCH_EXAMPLES)
     bench.add_argument(
@@ -180,7 +185,7 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--serve", action="store_true", help="be the other end of a measurement, until Ctrl-C")
     bench.add_argument("--seconds", type=float, default=1.0, metavar="S", help="of each measurement (default: 1)")
-    add_flags(bench, ("host", "port", "device", "threads", "request_s"))
+    add_flags(bench, ("host", "port", "device", "threads", "request_s", "keys", "insecure", "io_threads"))
     bench.set_defaults(run_command=_bench)
     return top
 
@@ -275,9 +280,12 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 def _drain(args: argparse.Namespace) -> int:
-    from zsfl.cluster.leaving import print_drain
+    import os
 
-    return print_drain(args.nodes, args.wait_s)
+    from zsfl.cluster.leaving import print_drain
+    from zsfl.settings import load_settings
+
+    return print_drain(args.nodes, args.wait_s, load_settings(vars(args), os.environ))
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ from zsfl.reports import AnyReport, Failed, Note, Ready, Waiting
 from zsfl.settings import NodeSettings, WireLimits
 from zsfl.waits import Overdue
 from zsfl.wire.connection import Connection, Dialer
+from zsfl.wire.door import Door
 from zsfl.wire.fields import MAX_OFFERS
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import (
@@ -66,8 +67,10 @@ class Front:
         context: zmq.asyncio.Context,
         limits: WireLimits | None = None,
         stopping: asyncio.Event | None = None,
+        door: Door | None = None,
     ) -> None:
-        """Opens the control sockets; `stopping`, once set, asks the node to drain and leave."""
+        """Opens the control sockets, locked by the `door`; `stopping`, once set, asks the node to drain and leave."""
+        self._door = door or Door(name)
         self.name = name
         self.settings = settings
         self.facts = facts
@@ -87,12 +90,12 @@ class Front:
         self._node: Node
         self._role: RoleShell
         host = settings.host
-        self._control = Server(context, host, settings.port, self._answer, limits=self._limits, counters=self.counters)
+        wired = {"limits": self._limits, "counters": self.counters, "door": self._door}
+        self._control = Server(context, host, settings.port, self._answer, **wired)
         self._publisher = Publisher(
             context,
             host,
-            limits=self._limits,
-            counters=self.counters,
+            **wired,
             note=lambda message: self.note(message, "warning"),
         )
         self.card = NodeCard(
@@ -102,8 +105,9 @@ class Front:
             host=host,
             control_port=self._control.port,
             pub_port=self._publisher.port,
+            key=self._door.key,
         )
-        self._dialer = Dialer(context, self.card.id, limits=self._limits, counters=self.counters)
+        self._dialer = Dialer(context, self.card.id, **wired)
 
     # --- life -------------------------------------------------------------------------------------------
 
@@ -117,7 +121,7 @@ class Front:
             self.card = msgspec.structs.replace(
                 self.card, data_port=self._role.data_port, news_port=self._node.publisher.port
             )
-            self._peers = Peers(self, self.card, self.settings, self.facts, self._codecs, self.start)
+            self._peers = Peers(self, self.card, self.settings, self.facts, self._codecs, self.start, self._door)
             async with asyncio.TaskGroup() as self._tasks:
                 await self._live()
         except BaseExceptionGroup as group:
@@ -133,6 +137,7 @@ class Front:
             facts=self.facts,
             context=self._context,
             limits=self._limits,
+            door=self._door,
         )
         try:
             return node, await make(node)
@@ -150,6 +155,8 @@ class Front:
         self.start(self._beat(), "beat")
         self.start(self._peers.watch_presence(), "presence")
         self.start(self._peers.discover(), "discover")
+        if self._door.locked:
+            self.start(self._mind_keys(), "keys")
         asked = self.start(self._until_asked(), "asked")
         self._report(Ready(node=self.name, role=str(self.card.role), address=self.card.address, pid=os.getpid()))
         await asyncio.wait({acting, asked}, return_when=asyncio.FIRST_COMPLETED)
@@ -186,6 +193,18 @@ class Front:
         if self._leaving:
             task.cancel()
         return task
+
+    async def _mind_keys(self) -> None:
+        """Read again whom this machine trusts, and let go at once of whom it does not trust any more."""
+        trust = self._door.trust
+        while trust is not None:
+            await asyncio.sleep(self.settings.beat_s)
+            if await asyncio.to_thread(trust.refresh):
+                self._peers.trust_changed()
+                if self._door.lost_trust():
+                    self._control.cut()
+                    self._publisher.cut()
+                    await to_lane(self._node.cut())
 
     async def _beat(self) -> None:
         for turn in itertools.count():
@@ -228,7 +247,7 @@ class Front:
 
     def connect(self, card: NodeCard, port: int) -> Connection:
         """A new connection to one of a node's ports; open until the caller, or at the end the node, closes it."""
-        return self._dialer.connect(card, port)
+        return self._dialer.connect(card, port, watch=True)
 
     def ear(self, card: NodeCard, heard: Callable[[Broadcast], None]) -> Subscriber:
         """A subscription to what a peer says."""
@@ -239,6 +258,9 @@ class Front:
             lambda broadcast, _: heard(broadcast),
             limits=self._limits,
             counters=self.counters,
+            door=self._door,
+            key=card.key,
+            role=card.role,
         )
 
     def peer_joined(self, card: NodeCard, codecs: tuple[str, ...]) -> None:

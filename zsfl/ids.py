@@ -25,6 +25,9 @@ Version = NewType("Version", int)
 """Names one set of weights; v+1 is v plus one window."""
 Address = NewType("Address", str)
 """`host:port` of a node's control socket."""
+PublicKey = NewType("PublicKey", str)
+"""Of a machine: a CURVE key as Z85, 40 characters."""
+KEY_PATTERN = r"^[0-9A-Za-z.:+=^!/*?&<>()\[\]{}@%$#-]{40}\Z"
 
 PartName = Literal["body", "client"]
 """Who computed a contribution: the body on a split server, or head and tail on the client."""
@@ -47,6 +50,8 @@ class Role(StrEnum):
     AGGREGATOR = "aggregator"
     STANDBY = "standby"
     OBSERVER = "observer"
+    OPERATOR = "operator"
+    """Gives orders (`zsfl drain`) and is no node."""
 
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -67,6 +72,8 @@ class NodeCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     data_port: Port = 0
     pub_port: Port = 0
     news_port: Port = 0
+    key: Annotated[str, msgspec.Meta(pattern=rf"^\Z|{KEY_PATTERN}")] = ""
+    """Of its machine; empty where it uses no keys."""
 
     @property
     def address(self) -> Address:

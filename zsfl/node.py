@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, 
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
+from weakref import WeakSet
 
 import zmq.asyncio
 
@@ -21,6 +22,7 @@ from zsfl.reports import AnyReport, Note
 from zsfl.settings import NodeSettings, WireLimits
 from zsfl.waits import LOOK_S, Overdue, Waits
 from zsfl.wire.connection import Connection, Dialer
+from zsfl.wire.door import Door
 from zsfl.wire.fields import Load
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Announcement, Broadcast, Committed, Offers, Reply, Request, RunState, SpillOffer
@@ -111,6 +113,7 @@ class Node:
         facts: Mapping[str, str],
         context: zmq.asyncio.Context,
         limits: WireLimits,
+        door: Door | None = None,
     ) -> None:
         """To be made in the lane, where its sockets are used."""
         self.name = card.name
@@ -122,7 +125,9 @@ class Node:
         self.counters = Counters()
         self.peer_codecs: dict[NodeId, tuple[str, ...]] = {}
         self._face = face
-        self._dialer = Dialer(context, card.id, limits=limits, counters=self.counters)
+        self._door = door or Door(card.name)
+        self._dialer = Dialer(context, card.id, limits=limits, counters=self.counters, door=self._door)
+        self._servers: WeakSet[Server] = WeakSet()
         self._context = context
         self._peers: dict[NodeId, NodeCard] = {}
         self._waits = Waits()
@@ -138,13 +143,24 @@ class Node:
             limits=limits,
             counters=self.counters,
             note=lambda message: self.note(message, "warning"),
+            door=self._door,
         )
 
     # --- sockets ----------------------------------------------------------------------------------------
 
     def serve(self, handler: Handler) -> Server:
         """A new socket that answers requests; the caller runs it."""
-        return Server(self._context, self.settings.host, 0, handler, limits=self.limits, counters=self.counters)
+        wired = {"limits": self.limits, "counters": self.counters, "door": self._door}
+        server = Server(self._context, self.settings.host, 0, handler, **wired)
+        self._servers.add(server)
+        return server
+
+    async def cut(self) -> None:
+        """Let go of those whose keys are trusted no more."""
+        if not self._closed:
+            self.publisher.cut()
+            for server in self._servers:
+                server.cut()
 
     def connect(self, card: NodeCard, port: int) -> Connection:
         """A new connection to one of a node's ports; open until the caller, or at the end the node, closes it."""
@@ -152,8 +168,17 @@ class Node:
 
     def listen(self, card: NodeCard, topics: Sequence[bytes], heard: Heard) -> Subscriber:
         """A new subscription to what a peer's role publishes; the caller runs it."""
-        endpoint = card.endpoint(card.news_port)
-        return Subscriber(self._context, endpoint, topics, heard, limits=self.limits, counters=self.counters)
+        return Subscriber(
+            self._context,
+            card.endpoint(card.news_port),
+            topics,
+            heard,
+            limits=self.limits,
+            counters=self.counters,
+            door=self._door,
+            key=card.key,
+            role=card.role,
+        )
 
     def link(self, card: NodeCard) -> Connection:
         """The control connection to a peer, kept until the peer is lost."""
@@ -184,7 +209,8 @@ class Node:
 
     def counted(self) -> dict[str, float]:
         """All that this node counts, on either side."""
-        return added(self._face.counters.snapshot(), self.counters.snapshot())
+        counted = added(self._face.counters.snapshot(), self.counters.snapshot())
+        return added(counted, self._door.counters.snapshot())
 
     def report(self, report: AnyReport) -> None:
         """Tell whoever started this node."""

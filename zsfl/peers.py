@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal, Protocol
 
@@ -33,13 +34,16 @@ from zsfl.errors import (
     NoPeer,
     Rejected,
     RemoteProtocolError,
+    Unauthorised,
     Unavailable,
     ZsflError,
 )
 from zsfl.ids import PROTOCOL, Address, NodeCard, NodeId, Role
 from zsfl.settings import NodeSettings
 from zsfl.wire.connection import Connection
+from zsfl.wire.door import Door
 from zsfl.wire.fields import MAX_PEERS_EXCHANGED, PeerHint
+from zsfl.wire.greeting import mechanism_at
 from zsfl.wire.messages import Beat, Broadcast, Goodbye, Hello, Welcome
 from zsfl.wire.pubsub import Subscriber
 from zsfl.wire.sockets import room_for_peers
@@ -49,6 +53,12 @@ HELLO_S = 2.0
 
 MAX_NOTED = 256
 """Addresses of which it is said why they are no peers."""
+GREETING_S = 0.5
+"""What somebody who did not answer a HELLO may take to say whether it uses keys."""
+MAX_KEYS_TRIED = 32
+"""Of an address of which only that is known, with as many trusted keys at once; drawn anew for each try."""
+MAX_KEYS_HINTED = 4096
+"""Addresses whose keys are remembered."""
 
 Start = Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
 
@@ -102,7 +112,11 @@ class Peers:
         facts: Mapping[str, str],
         codecs: tuple[str, ...],
         start: Start,
+        door: Door | None = None,
     ) -> None:
+        self._door = door or Door(card.name)
+        self._key_at: dict[Address, str] = {}
+        """Whose key to expect there; a hint that is followed once."""
         self._user = user
         self._card = card
         self._settings = settings
@@ -131,7 +145,7 @@ class Peers:
     def hints(self) -> tuple[PeerHint, ...]:
         """Live peers, for peer exchange: those that serve first."""
         cards = self.table.to_tell(MAX_PEERS_EXCHANGED)
-        return tuple(PeerHint(id=card.id, role=card.role, address=card.address) for card in cards)
+        return tuple(PeerHint(id=card.id, role=card.role, address=card.address, key=card.key) for card in cards)
 
     def advice(self) -> tuple[str, ...]:
         """What to check when nobody comes."""
@@ -169,10 +183,10 @@ class Peers:
         if not self._settings.mdns:
             return
         try:
-            async with Mdns(
-                self._card, job_hash(self._facts["name"], self._facts.get("cluster", "")), PROTOCOL
-            ) as self._mdns:
+            job = job_hash(self._facts["name"], self._facts.get("cluster", ""))
+            async with Mdns(self._card, job, PROTOCOL, self._trusted_keys) as self._mdns:
                 async for candidate in self._mdns.events():
+                    self._hint_key(candidate.address, candidate.key)
                     self._on(candidate)
         except Unavailable as error:
             self._user.note(str(error), "warning")
@@ -207,8 +221,11 @@ class Peers:
                 self._on(Left(node_id=node_id, reason=broadcast.reason))
                 return
             case Beat():
-                if broadcast.card != self.table.get(node_id):  # who it is, and where, it said in its HELLO
-                    raise RemoteProtocolError(f"{node_id} sends heartbeats of {broadcast.card.id}")
+                known = self.table.get(node_id)
+                if known is None:  # lost a moment ago
+                    return
+                if broadcast.card != known:
+                    raise RemoteProtocolError(f"{node_id} sends heartbeats of another node, or of other sockets")
                 self._on(Heard(node_id=node_id))
                 self._exchange(broadcast.peers)
             case _:
@@ -216,13 +233,54 @@ class Peers:
         self._user.peer_said(broadcast)
 
     def _exchange(self, hints: tuple[PeerHint, ...]) -> None:
+        trusted = set(self._trusted_keys())
         for hint in hints:
-            if self.table.get(hint.id) is None:
+            if self.table.get(hint.id) is None and hint.key in trusted:
+                self._hint_key(hint.address, hint.key)
                 self._on(Candidate(hint.address, "exchange", hint.role, hint.id))
 
     # --- handshake --------------------------------------------------------------------------------------
 
     async def _dial(self, address: Address) -> None:
+        try:
+            welcome, key = await self._greet(address)
+            if welcome.card.key != key:
+                raise Unauthorised(f"{welcome.card.name} says that it has another key than it has")
+            self._door.guard.introduce(welcome.card)
+        except zmq.ZMQError:  # no such address, or no socket left
+            self._on(DialFailed(address=address))
+        except (Busy, DeadlineExceeded, NoPeer):
+            if why := await self._why_silent(address):
+                self._refused(address, why, final=False)
+            else:
+                self._on(DialFailed(address=address))
+        except ZsflError as error:
+            # Who does not understand a HELLO is no control socket, but may have taken the port of one that is gone; and
+            # who is not trusted now may be in a moment.
+            may_change = isinstance(error, Unavailable | RemoteProtocolError | Unauthorised)
+            self._refused(address, str(error), final=not may_change)
+        else:
+            self._hint_key(address, key)
+            self._welcomed(welcome.card, address, welcome.codecs, "me")
+            self._exchange(welcome.peers)
+
+    async def _greet(self, address: Address) -> tuple[Welcome, str]:
+        """What a node answers to HELLO, and by which key; of several that may be its, only its own gets an answer."""
+        asking = [asyncio.ensure_future(self._ask(address, key)) for key in self._expected_keys(address)]
+        silence: ZsflError | zmq.ZMQError = NoPeer(f"no key is trusted that {address} could have")
+        try:
+            for answering in asyncio.as_completed(asking):
+                try:
+                    return await answering
+                except (Busy, DeadlineExceeded, NoPeer, zmq.ZMQError) as error:
+                    silence = error
+        finally:
+            for one in asking:
+                one.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+        raise silence
+
+    async def _ask(self, address: Address, key: str) -> tuple[Welcome, str]:
         host, _, port = address.rpartition(":")
         somebody = NodeCard(
             id=NodeId(""),
@@ -230,25 +288,57 @@ class Peers:
             role=Role.OBSERVER,
             host=host,
             control_port=int(port),
+            key=key,
         )
         hello = Hello(protocol=PROTOCOL, facts=self._facts, card=self._card, codecs=self._codecs)
+        connection = self._user.connect(somebody, somebody.control_port)
         try:
-            connection = self._user.connect(somebody, somebody.control_port)
-        except zmq.ZMQError:  # no such address, or no socket left
-            self._on(DialFailed(address=address))
-            return
-        try:
-            welcome = (await connection.request(hello, deadline_s=HELLO_S)).expect(Welcome)
-        except (Busy, DeadlineExceeded, NoPeer):
-            self._on(DialFailed(address=address))
-        except ZsflError as error:
-            # Who does not understand a HELLO is no control socket, but may have taken the port of one that is gone.
-            self._refused(address, str(error), final=not isinstance(error, Unavailable | RemoteProtocolError))
-        else:
-            self._welcomed(welcome.card, address, welcome.codecs, "me")
-            self._exchange(welcome.peers)
+            return (await connection.request(hello, deadline_s=HELLO_S)).expect(Welcome), key
         finally:
             connection.close()
+
+    # --- keys -------------------------------------------------------------------------------------------
+
+    def _trusted_keys(self) -> tuple[str, ...]:
+        return ("",) if self._door.trust is None else tuple(self._door.trust.known)
+
+    def _hint_key(self, address: Address, key: str) -> None:
+        if key:
+            self._key_at[address] = key
+            while len(self._key_at) > MAX_KEYS_HINTED:
+                self._key_at.pop(next(iter(self._key_at)))
+
+    def _expected_keys(self, address: Address) -> Sequence[str]:
+        trusted = self._trusted_keys()
+        hinted = self._key_at.pop(address, "")
+        return (hinted,) if hinted in trusted else random.sample(trusted, min(len(trusted), MAX_KEYS_TRIED))
+
+    async def _why_silent(self, address: Address) -> str:
+        """Why somebody who listens there does not answer, if that is a matter of keys."""
+        try:
+            mechanism = await mechanism_at(address, GREETING_S)
+        except TimeoutError:
+            return ""
+        match mechanism, self._door.locked:
+            case "NULL", True:
+                return "that node uses no keys, and this one does: see `zsfl invite`, or start both with --insecure"
+            case "CURVE", False:
+                return "that node uses keys, and this one does not: see `zsfl invite`, or start both with --insecure"
+            case "CURVE", True:
+                return "no machine that this one trusts answers there: pair the two with `zsfl invite` on one of them"
+            case _:
+                return ""
+
+    def trust_changed(self) -> None:
+        """Let go of whom this machine does not trust any more, and look for whom it does now."""
+        trust = self._door.trust
+        for card in self.table.peers() if trust else ():
+            if trust and card.role not in trust.roles_of(card.key):
+                self._on(Left(node_id=card.id, reason="its key is not trusted any more"))
+        for address in self._settings.peers:
+            self._on(Candidate(Address(address), "seed"))
+        if self._mdns is not None:
+            self._mdns.look_again()
 
     def _refused(self, address: Address, reason: str, *, final: bool) -> None:
         if final and address in self._settings.peers:
@@ -276,6 +366,9 @@ class Peers:
         if objection := self._objection(hello):
             self._note_once(hello.card.address, f"{hello.card.address} was turned away: {objection}")
             raise Rejected(objection)
+        there = self.table.at(hello.card.address)
+        if there is not None and there.key != hello.card.key:
+            raise Unavailable(f"{there.name}, of another machine, is at {there.address}: give the address of this one")
         hints = self.hints()
         self._welcomed(hello.card, hello.card.address, hello.codecs, "them")
         if hello.card.id != self._card.id and self.table.get(hello.card.id) is None:

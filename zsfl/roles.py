@@ -35,10 +35,12 @@ from zsfl.learning.job import Job, load_job
 from zsfl.learning.modes import max_staleness, mode_name
 from zsfl.locks import LOCK, lock_folder
 from zsfl.node import Node, RoleShell
-from zsfl.reports import AnyReport, Failed, Ready, to_line
+from zsfl.reports import AnyReport, Failed, Note, Ready, to_line
 from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings, parse_shards
 from zsfl.split_server.role import SplitServerRole
 from zsfl.tensors.codec import SUPPORTED
+from zsfl.wire.door import door_for
+from zsfl.wire.gatekeeper import kept
 from zsfl.wire.sockets import is_free, open_context
 
 Reporter = Callable[[AnyReport], None]
@@ -76,6 +78,13 @@ async def run_role(
     # Where all of torch runs: elsewhere it would disturb the random numbers of other nodes of this process.
     cuts = await compute(job.build_cuts)
     name = settings.name or default_name(role, settings)
+    loop = asyncio.get_running_loop()
+
+    def warn(message: str) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            loop.call_soon_threadsafe(report, Note(node=name, message=message, level="warning"))
+
+    door = door_for(settings, name, warn)
     front = partial(
         Front,
         name=name,
@@ -85,9 +94,10 @@ async def run_role(
         report=report,
         context=context,
         stopping=stop or asyncio.Event(),
+        door=door,
     )
     spills = settings.runs / "spills" / (settings.cluster or settings.run or job.name) / name
-    with _own_folder(spills):
+    with _own_folder(spills), kept(context, door):
         if role in (Role.AGGREGATOR, Role.STANDBY):
             await _aggregate(role, front, name, job, cuts, settings)
         else:
@@ -289,7 +299,7 @@ async def _until_done(role: Role, job: Job, settings: NodeSettings, report: Repo
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, asked)
-    context = open_context()
+    context = open_context(settings.io_threads)
     try:
         with suppress(asyncio.CancelledError):
             await run_role(role, job, settings, report, context=context, stop=stop)

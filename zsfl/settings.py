@@ -69,6 +69,16 @@ class NodeSettings:
     host: str = field(default="127.0.0.1", metadata=_doc("the one IPv4 address to bind, announce and multicast on"))
     port: int = field(default=0, metadata=_doc("control port, 0 being any free one"))
     peers: tuple[str, ...] = field(default=(), metadata=_doc("a node to ask for the others; may be repeated", "--peer"))
+    keys: str = field(
+        default="", metadata=_doc("folder with this machine's key and those that it trusts; default: ~/.config/zsfl")
+    )
+    insecure: bool = field(
+        default=False, metadata=_doc("use no keys, and serve whoever reaches this node, on a LAN too")
+    )
+    zap_domain: str = field(default="zsfl", metadata=_doc("name under which ZeroMQ asks whether a key may come in"))
+    io_threads: int = field(
+        default=1, metadata=_doc("threads that send, receive and encrypt; more where encryption keeps one busy")
+    )
     mdns: bool = field(default=True, metadata=_doc("announce and find nodes by multicast DNS"))
     name: str = field(default="", metadata=_doc("what reports and logs call this node; default: its role"))
     runs: Path = field(default=Path("runs"), metadata=_doc("folder that holds one folder for each run"))
@@ -136,6 +146,9 @@ _COMMON = (
     "host",
     "port",
     "peers",
+    "keys",
+    "insecure",
+    "io_threads",
     "mdns",
     "name",
     "runs",
@@ -363,6 +376,8 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "cluster": _matches(r"|[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "up to 100 letters, digits, dots, - and _"),
     "device": _matches(r"auto|cpu|cuda(:[0-9]{1,3})?", "auto, cpu, cuda or cuda:N"),
     "threads": _at_least(1, 1024),
+    "io_threads": _at_least(1, 64),
+    "zap_domain": _matches(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "up to 100 letters, digits, dots, - and _"),
     "slots": _at_least(1, 1 << 20),
     "clients": _at_least(0),
     "start_with": _at_least(0),

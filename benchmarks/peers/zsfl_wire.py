@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import zmq
 
@@ -12,8 +14,10 @@ from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
 from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.connection import Connection
+from zsfl.wire.door import Door
 from zsfl.wire.fields import Load
 from zsfl.wire.framing import Buffer
+from zsfl.wire.gatekeeper import kept
 from zsfl.wire.messages import Infer, Output, Reply, Request
 from zsfl.wire.server import Server
 
@@ -27,25 +31,39 @@ def _echo(request: Request, parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Bu
     return Output(output=request.input, load=LOAD), parts
 
 
-async def serve(listening: Listening) -> None:
-    """Answer every request with its part."""
-    server = Server(zmq.Context.instance(), HOST, 0, _echo, limits=WireLimits(), counters=Counters())
-    listening(server.port)
-    await server.run()
+async def serve(listening: Listening, door: Door | None = None) -> None:
+    """Answer every request with its part; of whom the `door` lets in, where there is one."""
+    context = new_context()
+    with kept(context, door) if door else nullcontext():
+        server = Server(context, HOST, 0, _echo, limits=WireLimits(), counters=Counters(), door=door)
+        listening(server.port)
+        await server.run()
+
+
+def new_context() -> zmq.Context[Any]:
+    """With as many threads that send and receive as ZSFL_IO_THREADS says."""
+    return zmq.Context(int(os.environ.get("ZSFL_IO_THREADS", "1")))
 
 
 class ZsflWire:
     """One connection."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, context: zmq.Context[Any] | None = None, door: Door | None = None) -> None:
+        self._port, self._context, self._door = port, context or new_context(), door
         self._connection = Connection(
-            zmq.Context.instance(),
+            self._context,
             f"tcp://{HOST}:{port}",
             peer="server",
             own_id=os.urandom(6).hex(),
             limits=WireLimits(),
             counters=Counters(),
+            door=door,
+            key=door.key if door else "",
         )
+
+    def another(self) -> ZsflWire:
+        """One more connection to the same server."""
+        return ZsflWire(self._port, self._context, self._door)
 
     async def ask(self, payload: bytes) -> Buffer:
         """The payload, as it came back."""

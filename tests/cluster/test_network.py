@@ -1,79 +1,36 @@
-"""Two machines, as two network namespaces that a cable joins."""
+"""A node on another machine takes part as any other."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
-import pytest
 from helpers.jobs import write_job
+from helpers.namespaces import Machine, machines
 from helpers.processes import command
 
 from zsfl.reports import Finished, RoundReport
 
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """A namespace with one interface."""
-
-    namespace: str
-    host: str
-
-    @property
-    def inside(self) -> tuple[str, ...]:
-        """What to put before a command to run it here."""
-        return ("ip", "netns", "exec", self.namespace)
-
-
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
-
-
-@pytest.fixture
-def machines() -> Iterator[tuple[Machine, Machine]]:
-    """Two machines on one LAN, and no way out of it."""
-    if shutil.which("ip") is None:
-        pytest.skip("network namespaces need iproute2 (the command ip)")
-    tag = uuid4().hex[:6]
-    left, right = Machine(f"zsfl-{tag}-a", "10.99.7.1"), Machine(f"zsfl-{tag}-b", "10.99.7.2")
-    try:
-        try:
-            for machine in (left, right):
-                _ip("netns", "add", machine.namespace)
-            _ip("link", "add", f"a{tag}", "netns", left.namespace, "type", "veth",
-                "peer", "name", f"b{tag}", "netns", right.namespace)  # fmt: skip
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
-        for machine, link in ((left, f"a{tag}"), (right, f"b{tag}")):
-            _ip("-n", machine.namespace, "link", "set", "lo", "up")
-            _ip("-n", machine.namespace, "addr", "add", f"{machine.host}/24", "dev", link)
-            _ip("-n", machine.namespace, "link", "set", link, "up")
-        yield left, right
-    finally:
-        for machine in (left, right):
-            subprocess.run(["ip", "netns", "delete", machine.namespace], check=False, capture_output=True)
+__all__ = ["machines"]
 
 
 async def test_a_split_server_on_another_machine_is_found_and_used(
     tmp_path: Path, machines: tuple[Machine, Machine]
 ) -> None:
     here, there = machines
+
+    def on(machine: Machine) -> tuple[str, ...]:
+        return ("--host", machine.host, "--insecure")
+
     job = write_job(tmp_path)
     async with (
-        command(
-            "node", "split-server", job, "--host", there.host, "--name", "far", cwd=tmp_path, prefix=there.inside
-        ) as server,
-        command(
-            "node", "client", job, "--shards", "0-1", "--host", here.host, cwd=tmp_path, prefix=here.inside
-        ) as client,
-        command("node", "aggregator", job, "--host", here.host, cwd=tmp_path, prefix=here.inside) as aggregator,
+        command("node", "split-server", job, "--name", "far", *on(there), cwd=tmp_path, prefix=there.inside) as server,
+        command("node", "client", job, "--shards", "0-1", *on(here), cwd=tmp_path, prefix=here.inside) as client,
+        command("node", "aggregator", job, *on(here), cwd=tmp_path, prefix=here.inside) as aggregator,
     ):
         for node in (aggregator, client, server):
             assert await node.ended() == 0, node.text
+    for node in (aggregator, client, server):
+        assert len([line for line in node.out if "INSECURE: whoever reaches" in line]) == 1
     *_, last, finished = (r for r in aggregator.reports() if isinstance(r, RoundReport | Finished))
     assert isinstance(last, RoundReport)
     assert {server for servers in last.serving.values() for server in servers} == {"far"}

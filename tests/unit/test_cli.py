@@ -18,12 +18,13 @@ from zsfl.cli import main, parser
 
 COMMON = {
     "--clients", "--cluster", "--host", "--join-s", "--mdns", "--mode", "--name", "--no-mdns", "--patience-s", "--peer",
-    "--port", "--request-s", "--run", "--runs", "--threads",
+    "--port", "--request-s", "--run", "--runs", "--threads", "--insecure", "--no-insecure", "--io-threads", "--keys",
 }  # fmt: skip
 CLUSTER = {
     "--client-processes", "--clients", "--cluster", "--codec", "--device", "--durability", "--host", "--in-process",
     "--keep-mib", "--mdns", "--mode", "--no-mdns", "--no-resume", "--patience-s", "--resume", "--rounds", "--run",
-    "--runs", "--slots", "--spill-mib", "--split-servers", "--standbys", "--threads",
+    "--runs", "--slots", "--spill-mib", "--split-servers", "--standbys", "--threads", "--insecure", "--no-insecure",
+    "--io-threads", "--keys",
 }  # fmt: skip
 RESUMING = {"--no-resume", "--resume", "--rounds"}
 FLAGS = {
@@ -32,8 +33,28 @@ FLAGS = {
     "up": {*CLUSTER, "JOB"},
     "audit": {"RUN", "--replay", "--job"},
     "baseline": {"NAME", "JOB", "--clients", "--rounds", "--threads"},
-    "drain": {"HOST:PORT", "--wait-s"},
-    "bench": {"TARGET", "--serve", "--seconds", "--host", "--port", "--device", "--threads", "--request-s"},
+    "drain": {"HOST:PORT", "--wait-s", "--keys", "--insecure", "--no-insecure"},
+    "keys": set[str](),
+    "keys show": {"--keys"},
+    "keys list": {"--keys"},
+    "keys trust": {"KEY", "NAME", "ROLES", "--keys"},
+    "keys revoke": {"WHICH", "--keys"},
+    "invite": {"--host", "--keys", "--name", "--port", "--roles", "--valid-s"},
+    "join": {"TOKEN", "--keys", "--name", "--roles"},
+    "bench": {
+        "TARGET",
+        "--serve",
+        "--seconds",
+        "--host",
+        "--port",
+        "--device",
+        "--threads",
+        "--request-s",
+        "--keys",
+        "--insecure",
+        "--no-insecure",
+        "--io-threads",
+    },
     "node": set[str](),
     "node client": {*COMMON, "JOB", "--codec", "--device", "--shard", "--shards", "--spill-mib"},
     "node split-server": {*COMMON, "JOB", "--codec", "--device", "--slots", "--spill-mib"},

@@ -12,20 +12,25 @@ import signal
 import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import zmq
 
 from zsfl.errors import ConfigError, DeadlineExceeded, NoPeer, RemoteProtocolError, ZsflError
-from zsfl.ids import PROTOCOL, NodeCard, NodeId, Role, Version
+from zsfl.ids import PROTOCOL, Address, NodeCard, NodeId, Role, Version
 from zsfl.metrics import Counters
-from zsfl.settings import WireLimits
+from zsfl.settings import NodeSettings, WireLimits
 from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.connection import Connection
+from zsfl.wire.door import door_for
 from zsfl.wire.fields import Load
 from zsfl.wire.framing import Buffer, nbytes
+from zsfl.wire.gatekeeper import kept
+from zsfl.wire.greeting import mechanism_at
+from zsfl.wire.guard import Guard
 from zsfl.wire.messages import Hello, Infer, Output, Request, Welcome
+from zsfl.wire.reaching import connected
 from zsfl.wire.server import Answered, Server
 
 SIZES = (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 24)
@@ -54,15 +59,27 @@ class RoundTrips:
     answers_per_s: float
 
 
-async def serve(host: str, port: int, ready: Callable[[int], None]) -> int:
+class _Anybody(Guard):
+    """Whoever is let in may have tensors sent back: nothing else is to be had here."""
+
+    def check(self, routing_id: bytes, key: str, body: Request) -> None:
+        """No objection."""
+
+
+async def serve(settings: NodeSettings, ready: Callable[[int], None]) -> int:
     """Answer until SIGINT or SIGTERM; how many tensors were sent back. `ready` is told the port."""
+    host, port = settings.host, settings.port
+    door = door_for(settings, "bench", lambda message: print(message, flush=True))
+    door.guard = _Anybody("bench")
     stop = asyncio.Event()
     counters = Counters()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    context = zmq.Context()
+    context, stack = zmq.Context(settings.io_threads), ExitStack()
     try:
-        server = Server(context, host, port, _answers(host, counters), limits=WireLimits(), counters=counters)
+        stack.enter_context(kept(context, door))
+        answers = _answers(host, counters)
+        server = Server(context, host, port, answers, limits=WireLimits(), counters=counters, door=door)
         running = asyncio.create_task(server.run())
         ready(server.port)
         waiting = asyncio.create_task(stop.wait())
@@ -73,6 +90,7 @@ async def serve(host: str, port: int, ready: Callable[[int], None]) -> int:
         with suppress(asyncio.CancelledError):
             await running
     finally:
+        stack.close()
         context.destroy(linger=0)
     return int(counters.snapshot().get("returned", 0))
 
@@ -97,27 +115,33 @@ def _answers(host: str, counters: Counters) -> Callable[[Request, Sequence[Buffe
     return answer
 
 
-async def measure(address: str, *, seconds: float, request_s: float) -> AsyncIterator[RoundTrips]:
+async def measure(
+    address: str, *, seconds: float, request_s: float, settings: NodeSettings | None = None
+) -> AsyncIterator[RoundTrips]:
     """Measure against the bench server at `host:port`, each size for about `seconds`, smallest first.
 
     NoPeer when no bench server answers there; DeadlineExceeded when one request takes longer than `request_s`.
     """
-    context = zmq.Context()
-    connection = Connection(
-        context,
-        f"tcp://{address}",
-        peer="the bench server",
-        own_id=os.urandom(6).hex(),
-        limits=WireLimits(),
-        counters=Counters(),
-    )
-    try:
+    if await _nobody_listens(address):
+        raise _nobody(address)
+    async with connected(Address(address), "the bench server", settings or NodeSettings()) as connection:
         await _greet(connection, address)
         for size in SIZES:
             yield await _measure_size(connection, size, seconds, request_s)
-    finally:
-        connection.close()
-        context.destroy(linger=0)
+
+
+async def _nobody_listens(address: str) -> bool:
+    with suppress(TimeoutError):
+        return await mechanism_at(Address(address), HELLO_S) is None
+    return True
+
+
+def _nobody(address: str) -> NoPeer:
+    host, _, port = address.rpartition(":")
+    return NoPeer(
+        f"nobody answers at {address} within {HELLO_S:g} s: run `zsfl bench --serve --host {host} --port {port}` "
+        "there, and let the firewall pass TCP to that port"
+    )
 
 
 async def _greet(connection: Connection, address: str) -> None:
@@ -125,11 +149,7 @@ async def _greet(connection: Connection, address: str) -> None:
     try:
         (await connection.request(hello, deadline_s=HELLO_S)).expect(Welcome)
     except DeadlineExceeded:
-        host, _, port = address.rpartition(":")
-        raise NoPeer(
-            f"nobody answers at {address} within {HELLO_S:g} s: run `zsfl bench --serve --host {host} --port {port}` "
-            "there, and let the firewall pass TCP to that port"
-        ) from None
+        raise _nobody(address) from None
     except ZsflError as error:
         raise NoPeer(f"at {address} is no bench server; run `zsfl bench --serve` there. It says: {error}") from error
 

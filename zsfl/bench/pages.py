@@ -19,7 +19,7 @@ def serve_aloud(settings: NodeSettings) -> int:
         if host == "127.0.0.1":
             print("only this machine reaches 127.0.0.1: give --host the address of a network interface", flush=True)
 
-    print(f"sent back {asyncio.run(serve(host, settings.port, ready))} tensors")
+    print(f"sent back {asyncio.run(serve(settings, ready))} tensors")
     return 0
 
 
@@ -36,7 +36,7 @@ def print_network(address: str, settings: NodeSettings, seconds: float) -> int:
 async def _print_network(address: str, settings: NodeSettings, seconds: float) -> None:
     print(f"from here to {address} and back, through zsfl's own messages\n")
     print(f"{'':>8}  {'round trip':>10}  {'95% below':>10}  {'open':>4}  {'answers/s':>9}  {'MB/s each way':>13}")
-    async for one in measure(address, seconds=seconds, request_s=settings.request_s):
+    async for one in measure(address, seconds=seconds, request_s=settings.request_s, settings=settings):
         print(_network_line(one), flush=True)
 
 

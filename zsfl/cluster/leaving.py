@@ -9,22 +9,22 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from zsfl.cluster.orders import connected, deadline
+from zsfl.cluster.orders import deadline
 from zsfl.errors import ConfigError, DeadlineExceeded, NoPeer, Rejected, ZsflError
 from zsfl.ids import Address, NodeId
-from zsfl.settings import is_address
+from zsfl.settings import NodeSettings, is_address
 from zsfl.wire.connection import Connection
+from zsfl.wire.greeting import mechanism_at
 from zsfl.wire.messages import Drain, Draining
+from zsfl.wire.reaching import connected
 
 ANSWER_S = 10.0
 """What a node may take to answer: it is never busy with anything else."""
 LOOK_S = 0.1
 """How often to look whether it is still there."""
-GREETING_BYTES = 10
-"""Of ZeroMQ's greeting those by which it is known: 0xFF, eight of padding, 0x7F (ZMTP 3.1, section 3.1)."""
 
 
-def print_drain(addresses: Sequence[str], wait_s: float) -> int:
+def print_drain(addresses: Sequence[str], wait_s: float, settings: NodeSettings | None = None) -> int:
     """Ask these nodes to leave, all at once, and tell what becomes of each; 0 when all have left."""
     if not 0 < wait_s < math.inf:
         raise ConfigError(f"--wait-s is {wait_s:g}: expected a number of seconds above 0")
@@ -36,12 +36,12 @@ def print_drain(addresses: Sequence[str], wait_s: float) -> int:
 
     async def all_left() -> bool:
         once = dict.fromkeys(map(Address, addresses))
-        return all(await asyncio.gather(*(_print_one(address, wait_s) for address in once)))
+        return all(await asyncio.gather(*(_print_one(address, wait_s, settings) for address in once)))
 
     return 0 if asyncio.run(all_left()) else 1
 
 
-async def _print_one(address: Address, wait_s: float) -> bool:
+async def _print_one(address: Address, wait_s: float, settings: NodeSettings | None) -> bool:
     def tell(node: Draining) -> None:
         requests = f"{node.busy} request{'s' * (node.busy != 1)} in hand"
         spills = f"{node.offered} spill{'s' * (node.offered != 1)} that no version has counted yet"
@@ -49,7 +49,7 @@ async def _print_one(address: Address, wait_s: float) -> bool:
 
     begun_s = time.monotonic()
     try:
-        name = await drain(address, wait_s, tell)
+        name = await drain(address, wait_s, tell, settings)
     except ZsflError as error:
         print(f"zsfl: {error}", file=sys.stderr, flush=True)
         return False
@@ -57,13 +57,18 @@ async def _print_one(address: Address, wait_s: float) -> bool:
     return True
 
 
-async def drain(address: Address, wait_s: float, asked: Callable[[Draining], None] = lambda _: None) -> str:
+async def drain(
+    address: Address,
+    wait_s: float,
+    asked: Callable[[Draining], None] = lambda _: None,
+    settings: NodeSettings | None = None,
+) -> str:
     """Ask a node to finish what it has in hand and leave; its name, once it has left. `asked` is told what it answers.
 
     NoPeer when no node is there, Unavailable when it is still there after `wait_s`.
     """
     await _check_is_node(address)
-    async with connected(address, f"what listens at {address}") as connection:
+    async with connected(address, f"what listens at {address}", settings or NodeSettings()) as connection:
         try:
             node = (await connection.request(Drain(), deadline_s=ANSWER_S)).expect(Draining)
         except DeadlineExceeded:
@@ -90,34 +95,18 @@ async def _is_there(connection: Connection, address: Address, node: NodeId) -> b
         return False
     except DeadlineExceeded:
         with suppress(TimeoutError):  # nobody says that it is gone
-            return await _greeting(address) is not None
+            return await mechanism_at(address, ANSWER_S) is not None
     return True
 
 
 async def _check_is_node(address: Address) -> None:
     try:
-        greeting = await _greeting(address)
+        mechanism = await mechanism_at(address, ANSWER_S)
     except TimeoutError:
         raise NoPeer(
             f"{address} does not answer within {ANSWER_S:g} s: is it a zsfl node, and does the firewall let TCP pass?"
         ) from None
-    if greeting is None:
+    if mechanism is None:
         raise NoPeer(f"nobody listens at {address}: has it left already? A node's first line says its address")
-    if (greeting[:1], greeting[9:]) != (b"\xff", b"\x7f"):
+    if not mechanism:
         raise NoPeer(f"what listens at {address} is no zsfl node; a node's first line says its address")
-
-
-async def _greeting(address: Address) -> bytes | None:
-    """What somebody who listens there says first; None when nobody does, TimeoutError when there is no telling."""
-    host, _, port = address.rpartition(":")
-    async with asyncio.timeout(ANSWER_S):
-        try:
-            reader, writer = await asyncio.open_connection(host, int(port))
-        except OSError:
-            return None
-        try:
-            return await reader.readexactly(GREETING_BYTES)
-        except (OSError, asyncio.IncompleteReadError):
-            return b""
-        finally:
-            writer.transport.abort()

@@ -93,7 +93,7 @@ class LocalCluster:
         # A name of its own, or two clusters of one job on one machine would find each other by mDNS.
         name = base.cluster or (secrets.token_hex(4) if self._mdns else "")
         self._settings = {**settings, "cluster": name, "runs": base.runs, "mdns": self._mdns}
-        self._port = base.port
+        self._base = base
         self._join_s = min(base.join_s, START_S)
         self._runs = base.runs
         self._leader = Leader()
@@ -233,7 +233,7 @@ class LocalCluster:
 
     async def _start_all(self) -> None:
         shards = self._shards = self._shards or loaded(self._job).shards
-        await self._start("aggregator", Role.AGGREGATOR, {"hold": True, "port": self._port})
+        await self._start("aggregator", Role.AGGREGATOR, {"hold": True, "port": self._base.port})
         if not self._mdns:
             await self.until(lambda: self.nodes["aggregator"].address is not None)
         for number in range(self._split_servers):
@@ -384,7 +384,7 @@ class LocalCluster:
         if not self._leader.leads:
             return
         try:
-            await order(self.nodes[self._leader.name].address, Train(rounds=self._ordered))
+            await order(self.nodes[self._leader.name].address, Train(rounds=self._ordered), self._base)
         except (Unavailable, RemoteProtocolError):  # the latter where it stands by since a moment ago
             if self._keeper is None and not self._standbys:
                 raise

@@ -18,6 +18,8 @@ class Candidate:
     source: Source
     role: Role | None = None
     node_id: NodeId | None = None
+    key: str = ""
+    """Of its machine, as far as that is known; tried first."""
 
 
 @dataclass(frozen=True, slots=True)

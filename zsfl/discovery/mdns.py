@@ -6,9 +6,10 @@ A hint only (DESIGN M1): notices of removal are ignored, for presence is decided
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import ipaddress
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -37,31 +38,35 @@ class Announcement:
     """What one well-formed mDNS announcement says."""
 
     address: Address
-    role: Role
     node_id: NodeId
     job_hash: str
-    protocol: int
 
 
 def read_announcement(info: zc.ServiceInfo) -> Announcement | None:
     """What a resolved service says of itself; None when it is not one of ours or makes no sense."""
     try:
-        texts = {key.decode(): (value or b"").decode() for key, value in info.properties.items()}
-        node_id, role, protocol = texts["id"], Role(texts["role"]), int(texts["v"])
-        job_hash = texts["job"]
+        job_hash = (info.properties[b"job"] or b"").decode()
+        node_id = info.name.partition(".")[0]
         host = ipaddress.IPv4Address(info.addresses_by_version(zc.IPVersion.V4Only)[0])
     except (KeyError, ValueError, IndexError):
         return None
     usable = not (host.is_unspecified or host.is_multicast) and info.port
     if not usable or not node_id or not (node_id + job_hash).isprintable():
         return None
-    return Announcement(
-        address=Address(f"{host}:{info.port}"),
-        role=role,
-        node_id=NodeId(node_id),
-        job_hash=job_hash,
-        protocol=protocol,
-    )
+    return Announcement(address=Address(f"{host}:{info.port}"), node_id=NodeId(node_id), job_hash=job_hash)
+
+
+def opaque(node_id: NodeId, job: str, protocol: int, role: Role, key: str) -> str:
+    """What a node announces of itself besides its address: two hashes, salted by its id.
+
+    The first tells those who know the job that it is theirs, the second those who trust its machine what it is. Nobody
+    else can tell even whether two nodes are of one job, as long as its name is not easily guessed.
+    """
+    return _hash(node_id, job, str(protocol)) + _hash(node_id, job, str(protocol), role, key)
+
+
+def _hash(*words: str) -> str:
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
 
 
 class Mdns:
@@ -70,15 +75,20 @@ class Mdns:
     Raises `Unavailable` on entry where mDNS cannot work.
     """
 
-    def __init__(self, card: NodeCard, job_hash: str, protocol: int) -> None:
+    def __init__(
+        self, card: NodeCard, job: str, protocol: int, keys: Callable[[], Iterable[str]] = lambda: ("",)
+    ) -> None:
+        """`keys` are those of the machines whose nodes may be peers; one that is empty stands for no keys."""
         self._card = card
-        self._job_hash = job_hash
+        self._job = job
         self._protocol = protocol
+        self._keys = keys
+        self._strangers: dict[Address, Announcement] = {}
         self._found: asyncio.Queue[Candidate] = asyncio.Queue(MAX_QUEUED)
         self._resolving: set[asyncio.Task[None]] = set()
         self._running: AbstractAsyncContextManager[None] | None = None
         self.others: dict[Address, str] = {}
-        """Nodes that cannot be peers (another job or protocol), as text for whoever waits in vain."""
+        """Nodes that cannot be peers, as text for whoever waits in vain."""
         self.ignored = 0
         """Announcements that were malformed, not resolved in time, or beyond a bound."""
 
@@ -114,7 +124,7 @@ class Mdns:
 
     def _service(self) -> zc.ServiceInfo:
         card = self._card
-        about = {"id": card.id, "role": card.role.value, "job": self._job_hash, "v": str(self._protocol)}
+        about = {"job": opaque(card.id, self._job, self._protocol, card.role, card.key)}
         return zc.ServiceInfo(
             SERVICE,
             f"{card.id}.{SERVICE}",
@@ -151,22 +161,35 @@ class Mdns:
     def _take(self, seen: Announcement) -> None:
         if seen.node_id == self._card.id:
             return
-        if (mismatch := self._mismatch(seen)) is not None:
+        known = self._recognised(seen)
+        if isinstance(known, str):
             if seen.address in self.others or len(self.others) < MAX_OTHERS:
-                self.others[seen.address] = f"mDNS sees one {seen.role} {mismatch} at {seen.address}"
+                self.others[seen.address] = f"mDNS sees a node {known} at {seen.address}"
+                self._strangers[seen.address] = seen
             else:
                 self.ignored += 1
             return
         self.others.pop(seen.address, None)
+        self._strangers.pop(seen.address, None)
         try:
-            self._found.put_nowait(Candidate(seen.address, "mdns", seen.role, seen.node_id))
+            self._found.put_nowait(Candidate(seen.address, "mdns", known[0], seen.node_id, known[1]))
         except asyncio.QueueFull:
             self.ignored += 1
 
-    def _mismatch(self, seen: Announcement) -> str | None:
-        if seen.protocol != self._protocol:
-            return f"of protocol version {seen.protocol} (this node speaks {self._protocol})"
-        return None if seen.job_hash == self._job_hash else "of another job"
+    def look_again(self) -> None:
+        """Other keys are trusted now: whom that makes a candidate."""
+        for seen in list(self._strangers.values()):
+            self._take(seen)
+
+    def _recognised(self, seen: Announcement) -> tuple[Role, str] | str:
+        """Role and key of a node, or why it can be no peer."""
+        if seen.job_hash[:16] != _hash(seen.node_id, self._job, str(self._protocol)):
+            return "of another job, or of a zsfl that speaks another protocol,"
+        for key in self._keys():
+            for role in Role:
+                if opaque(seen.node_id, self._job, self._protocol, role, key) == seen.job_hash:
+                    return role, key
+        return "of this job, but not of a machine that this one trusts (or without keys, where this one has them),"
 
 
 @asynccontextmanager

@@ -49,8 +49,9 @@ _WANTED: dict[Role, frozenset[Role]] = {
     # Split servers too: where no aggregator is left to ask, they alone know all the clients.
     Role.STANDBY: frozenset({Role.AGGREGATOR, Role.SPLIT_SERVER, Role.CLIENT}),
     Role.OBSERVER: frozenset(Role),
+    Role.OPERATOR: frozenset(),
 }
-_EXCHANGE_ORDER = (Role.AGGREGATOR, Role.SPLIT_SERVER, Role.STANDBY, Role.OBSERVER, Role.CLIENT)
+_EXCHANGE_ORDER = (Role.AGGREGATOR, Role.SPLIT_SERVER, Role.STANDBY, Role.OBSERVER, Role.CLIENT, Role.OPERATOR)
 
 
 def wants_of(role: Role) -> Callable[[Role], bool]:
@@ -182,6 +183,11 @@ class PeerTable:
         """The card of a live peer."""
         peer = self._peers.get(node_id)
         return peer.card if peer else None
+
+    def at(self, address: Address) -> NodeCard | None:
+        """The card of the live peer at an address."""
+        node_id = self._at.get(address)
+        return None if node_id is None else self.get(node_id)
 
     def to_tell(self, count: int) -> tuple[NodeCard, ...]:
         """At most `count` live peers to tell another node of: those that serve first."""

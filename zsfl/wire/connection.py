@@ -13,16 +13,27 @@ from weakref import WeakSet
 
 import zmq
 
-from zsfl.errors import DeadlineExceeded, LocalProtocolError, NoPeer, RemoteProtocolError, ZsflError
-from zsfl.ids import NodeCard
+from zsfl.errors import (
+    DeadlineExceeded,
+    LocalProtocolError,
+    NoPeer,
+    RemoteProtocolError,
+    Unauthorised,
+    ZsflError,
+)
+from zsfl.ids import NodeCard, PublicKey, Role
+from zsfl.keys.machine import machine_id
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
 from zsfl.wire.batch import Batch, is_small
+from zsfl.wire.door import Door
 from zsfl.wire.framing import Arrived, Assembler, Buffer, Fault, Header, NoRoom, encode, nbytes
 from zsfl.wire.messages import AnyMessage, Refusal, Request
+from zsfl.wire.permits import may_send
 from zsfl.wire.pump import Pump
 from zsfl.wire.refusals import to_error
 from zsfl.wire.sockets import DATA_QUEUE, open_socket, send_now
+from zsfl.wire.watch import HandshakeWatch
 
 _serial = itertools.count()
 _Answer = TypeVar("_Answer", bound=AnyMessage)
@@ -54,8 +65,17 @@ class Connection:
         own_id: str,
         limits: WireLimits,
         counters: Counters,
+        door: Door | None = None,
+        key: str = "",
+        role: Role | None = None,
+        watch: bool = False,
     ) -> None:
+        """With a locked `door` it reaches nobody but the machine with that `key`. Of a peer of that `role` only answers
+        are taken that it may give. With `watch` requests fail with Unauthorised as soon as that machine turns this one
+        away, and not only by their deadline.
+        """
         self.peer = peer
+        self._role = role
         self._endpoint = endpoint
         self._limits = limits
         self._counters = counters
@@ -71,6 +91,14 @@ class Connection:
         self._socket.routing_id = f"{own_id}/{next(_serial)}-{secrets.token_hex(8)}".encode()
         # A request to somebody who is not there yet waits for its deadline instead of in a queue.
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        self.met: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done, where it is watched, once the machine with that key is there and lets this one in."""
+        self._watch: HandshakeWatch | None = None
+        if door is not None and door.locked:
+            door.unlock(self._socket, key)
+            if watch:
+                self._watch = HandshakeWatch(context, self._socket, self._shaken)
+            self._own_machine = machine_id(PublicKey(door.key))
         self._socket.connect(endpoint)
         self._batch = Batch(limits, self._send_batch)
         self._pump = Pump(self._socket, self._take, counters, self._flush)
@@ -131,7 +159,19 @@ class Connection:
         self._closed = reason
         self._fail(None, NoPeer(f"{self.peer} at {self._endpoint} {reason}"))
         self._pump.close()
+        if self._watch is not None:
+            self._watch.close()
         self._socket.close(linger=0)
+
+    def _shaken(self, event: int, _value: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED and not self.met.done():
+            self.met.set_result(None)
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            said = f"{self.peer} does not trust this machine, {self._own_machine}: pair them with `zsfl invite` there"
+            self._fail(None, Unauthorised(said))
+            if not self.met.done():
+                self.met.set_exception(Unauthorised(said))
+                self.met.exception()  # whoever waits gets it; nobody waiting is no fault
 
     def _sent(self, frames: list[Buffer]) -> bool:
         if self._closed is not None:
@@ -195,6 +235,9 @@ class Connection:
     def _answered(self, arrived: Arrived) -> None:
         if arrived.kind != "reply" or arrived.body is None:
             raise RemoteProtocolError(f"{self.peer} sent a {arrived.kind} where a reply was due", arrived.id)
+        if self._role is not None and not may_send(self._role, type(arrived.body)):
+            said = f"{self.peer} is a {self._role} and sent a {type(arrived.body).__name__}"
+            raise RemoteProtocolError(f"{said}, which is not for it to say", arrived.id)
         future = self._pending.get(arrived.id)
         if future is not None and not future.done():
             future.set_result(Answer(arrived.body, arrived.parts))
@@ -215,14 +258,23 @@ class Connection:
 class Dialer:
     """Opens the connections of one side of a node, and closes those that are open at the end."""
 
-    def __init__(self, context: zmq.Context[Any], own_id: str, *, limits: WireLimits, counters: Counters) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        own_id: str,
+        *,
+        limits: WireLimits,
+        counters: Counters,
+        door: Door | None = None,
+    ) -> None:
+        self._door = door
         self._context = context
         self._own_id = own_id
         self._limits = limits
         self._counters = counters
         self._opened: WeakSet[Connection] = WeakSet()
 
-    def connect(self, card: NodeCard, port: int) -> Connection:
+    def connect(self, card: NodeCard, port: int, *, watch: bool = False) -> Connection:
         """A new connection to one of a node's ports; open until the caller, or `close`, closes it."""
         connection = Connection(
             self._context,
@@ -231,6 +283,10 @@ class Dialer:
             own_id=self._own_id,
             limits=self._limits,
             counters=self._counters,
+            door=self._door,
+            key=card.key,
+            role=card.role,
+            watch=watch,
         )
         self._opened.add(connection)
         return connection

@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from zsfl.ids import CID_PATTERN, Address, Cid, NodeId, PartName, Portion, Role, SpillKind, Version
+from zsfl.ids import CID_PATTERN, KEY_PATTERN, Address, Cid, NodeId, PartName, Portion, Role, SpillKind, Version
 
 MAX_PEERS_EXCHANGED = 256
 """Addresses in one peer exchange: enough for a LAN, small enough for a heartbeat."""
@@ -62,6 +62,8 @@ class PeerHint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     id: Annotated[NodeId, Meta(max_length=200)]
     role: Role
     address: Annotated[Address, Meta(pattern=r"^[0-9A-Za-z][0-9A-Za-z.-]{0,252}:[0-9]{1,5}\Z")]
+    key: Annotated[str, Meta(pattern=rf"^\Z|{KEY_PATTERN}")] = ""
+    """Of its machine; empty where no keys are used."""
 
 
 class ShardInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

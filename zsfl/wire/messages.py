@@ -1,4 +1,5 @@
-"""Every message that travels between nodes, but for those about who aggregates: these are in `succession.py`.
+"""Every message that travels between nodes, but for those about who aggregates (`succession.py`) and pairing
+(`enrolment.py`).
 
 A message is a small header (one of the structs below, in msgpack) and parts (raw tensor or file bytes).
 Requests and their replies stand together; what is broadcast stands last.
@@ -13,6 +14,7 @@ from msgspec import Meta
 
 from zsfl.ids import NodeCard, PartName, Role, RunId, SpillKind
 from zsfl.tensors.spec import TensorSpec
+from zsfl.wire.enrolment import Enrol, Enrolled
 from zsfl.wire.fields import (
     MAX_CLASSES,
     MAX_JOINED,
@@ -382,8 +384,8 @@ class Goodbye(Message, frozen=True, kw_only=True, tag="goodbye"):
 
 Request = (
     Hello | Join | Evaluated | Train | Drain | CheckNeed | Forward | Infer | Backward | Step
-    | FetchSpills | Recheck | Remake | ReleaseSpills | FetchWeights | Grant | Follow | FetchPiece
+    | FetchSpills | Recheck | Remake | ReleaseSpills | FetchWeights | Grant | Follow | FetchPiece | Enrol
 )  # fmt: skip
-Reply = Welcome | Draining | Ok | Refusal | Output | Spilled | Spills | Weights | Granted | Following | Piece
+Reply = Welcome | Draining | Ok | Refusal | Output | Spilled | Spills | Weights | Granted | Following | Piece | Enrolled
 Broadcast = Beat | Offers | Announcement | Committed | Goodbye | Weights
 AnyMessage = Request | Reply | Broadcast

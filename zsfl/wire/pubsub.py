@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -11,17 +12,24 @@ import msgspec
 import zmq
 
 from zsfl.errors import LocalProtocolError, ProtocolError, Rejected, RemoteProtocolError, Unavailable
+from zsfl.ids import Role
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
+from zsfl.wire.door import Door
 from zsfl.wire.fields import MAX_SETTLED
 from zsfl.wire.framing import Assembler, Buffer, Header, encode, nbytes
 from zsfl.wire.messages import Announcement, AnyMessage, Broadcast
+from zsfl.wire.permits import may_send
 from zsfl.wire.pump import Pump
 from zsfl.wire.sockets import bind, open_socket, send_now
+from zsfl.wire.watch import HandshakeWatch
 
 BROADCAST_QUEUE = 512
 """Multiparts, of up to one piece each, that ZeroMQ holds for one slow subscriber before it drops what follows;
 subscribers ask for what they missed."""
+
+BIND_AGAIN_S = 0.05
+"""After which pause to try again to bind to a port that was let go of."""
 
 Heard = Callable[[Broadcast, list[Buffer]], None]
 
@@ -37,8 +45,11 @@ class Publisher:
         limits: WireLimits,
         counters: Counters,
         note: Callable[[str], None] = lambda _: None,
+        door: Door | None = None,
     ) -> None:
-        """`note` is told, once for each kind of broadcast, that one was over a limit."""
+        """`note` is told, once for each kind of broadcast, that one was over a limit. With a `door` only who it lets in
+        hears anything.
+        """
         # No longer frames: who reads slowly keeps a whole queue of them in the publisher's memory.
         self._limits = replace(limits, frame_bytes=min(limits.frame_bytes, limits.piece_bytes))
         self._counters = counters
@@ -46,6 +57,11 @@ class Publisher:
         self._noted: set[type[Broadcast]] = set()
         self._ids = itertools.count(1)
         self._socket = open_socket(context, zmq.PUB, limits, BROADCAST_QUEUE)
+        self._watch: HandshakeWatch | None = None
+        if door is not None and door.locked:
+            door.lock(self._socket)
+            self._watch = HandshakeWatch(context, self._socket, door.failed, counters)
+        self._host = host
         self.port = bind(self._socket, host, 0)
 
     def publish(self, topic: bytes, body: Broadcast, parts: Sequence[Buffer] = ()) -> None:
@@ -65,8 +81,24 @@ class Publisher:
             send_now(self._socket, [topic, *frames], copy=size < self._limits.copy_below_bytes)
             self._counters.add("bytes_sent", size)
 
+    def cut(self) -> None:
+        """Tear all connections, as there is no telling them apart: who is let in connects again at once."""
+        if not self._socket.closed:
+            self._socket.unbind(f"tcp://{self._host}:{self.port}")
+            self._bind_again()
+
+    def _bind_again(self) -> None:
+        if self._socket.closed:
+            return
+        try:
+            self._socket.bind(f"tcp://{self._host}:{self.port}")
+        except zmq.ZMQError:  # somebody has taken the port meanwhile; nobody is heard from here until it is free
+            asyncio.get_running_loop().call_later(BIND_AGAIN_S, self._bind_again)
+
     def close(self, linger_s: float = 0.0) -> None:
         """Close the socket, giving what was said last `linger_s` to leave."""
+        if self._watch is not None:
+            self._watch.close()
         self._socket.close(linger=int(linger_s * 1000))
 
 
@@ -82,12 +114,19 @@ class Subscriber:
         *,
         limits: WireLimits,
         counters: Counters,
+        door: Door | None = None,
+        key: str = "",
+        role: Role | None = None,
     ) -> None:
+        """`door` and `key` are as in Connection; a publisher of that `role` is heard only in what it may say."""
         self._heard = heard
+        self._role = role
         self._counters = counters
         # In order, so that a broadcast that lost a chunk in a full queue is forgotten when the next one begins.
         self._assembler = Assembler(limits, in_order=True)
         self._socket = open_socket(context, zmq.SUB, limits, BROADCAST_QUEUE)
+        if door is not None:
+            door.unlock(self._socket, key)
         for topic in topics:
             self._socket.subscribe(topic)
         self._socket.connect(endpoint)
@@ -110,6 +149,9 @@ class Subscriber:
             for arrived in self._assembler.feed([frame.buffer for frame in frames[1:]]):
                 if arrived.kind != "publish" or not isinstance(arrived.body, Broadcast):
                     raise RemoteProtocolError(f"a {arrived.kind} where a broadcast was due")
+                if self._role is not None and not may_send(self._role, type(arrived.body)):
+                    self._counters.add("unauthorised")
+                    continue
                 self._heard(arrived.body, arrived.parts)
         except (ProtocolError, Unavailable, Rejected):
             self._counters.add("protocol_errors")

@@ -10,15 +10,17 @@ from typing import Any
 
 import zmq
 
-from zsfl.errors import Busy, DeadlineExceeded, RemoteProtocolError
+from zsfl.errors import Busy, DeadlineExceeded, RemoteProtocolError, Unauthorised
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
 from zsfl.wire.batch import Batch, is_small
+from zsfl.wire.door import Door, cut, key_shown
 from zsfl.wire.framing import RETRY_AFTER_S, Arrived, Assembler, Buffer, Fault, Header, NoRoom, Room, encode, nbytes
 from zsfl.wire.messages import Reply, Request
 from zsfl.wire.pump import Pump
 from zsfl.wire.refusals import refusal
 from zsfl.wire.sockets import DATA_QUEUE, bind, open_socket, send_now
+from zsfl.wire.watch import HandshakeWatch
 
 MAX_CALLERS = 4096
 """Connections remembered at once; of those that nothing is under way for, the longest silent is forgotten first."""
@@ -38,6 +40,10 @@ class _Caller:
     """What the server keeps of one connection."""
 
     def __init__(self, limits: WireLimits, room: Room, send_batch: Callable[[list[Buffer]], None]) -> None:
+        self.key = ""
+        """By which it came in; empty where no keys are used."""
+        self.frame: zmq.Frame | None = None
+        """The last that it sent, by which its connection is known."""
         self.assembler = Assembler(limits, room)
         self.batch = Batch(limits, send_batch)
         self.tasks: dict[int, asyncio.Future[Any]] = {}
@@ -73,7 +79,9 @@ class Server:
         *,
         limits: WireLimits,
         counters: Counters,
+        door: Door | None = None,
     ) -> None:
+        """With a `door` only who it lets in is heard, and may only say what its guard allows."""
         self._handler = handler
         self._limits = limits
         self._counters = counters
@@ -89,6 +97,10 @@ class Server:
         self._pump: Pump
         self._socket = open_socket(context, zmq.ROUTER, limits, DATA_QUEUE)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._context = context
+        self._door = door
+        if door is not None:
+            door.lock(self._socket)
         self.port = bind(self._socket, host, port)
 
     @property
@@ -103,7 +115,10 @@ class Server:
 
     async def run(self) -> None:
         """Serve until cancelled."""
+        watch: HandshakeWatch | None = None
         try:
+            if self._door is not None and self._door.locked:
+                watch = HandshakeWatch(self._context, self._socket, self._door.failed, self._counters)
             async with asyncio.TaskGroup() as self._tasks:
                 self._tasks.create_task(self._flush_outboxes())
                 self._tasks.create_task(self._sweep())
@@ -113,11 +128,25 @@ class Server:
                 finally:
                     self._pump.close()
         finally:
+            if watch is not None:
+                watch.close()
             self.close(LAST_REPLY_S)
+
+    def cut(self) -> None:
+        """Tear the connections of those whose keys are trusted no more."""
+        door = self._door
+        if door is None or door.trust is None:
+            return
+        for identity, caller in list(self._callers.items()):
+            if not door.trust.roles_of(caller.key):
+                self._counters.add("connections_cut")
+                if caller.frame is not None:
+                    cut(caller.frame, self.port)
+                self._forget(identity)
 
     def _take(self, frames: list[zmq.Frame], _size: int) -> None:
         identity = frames[0].bytes
-        caller = self._caller(identity)
+        caller = self._caller(identity, frames[0])
         failed = partial(self._refuse, identity, caller)
         try:
             for arrived in caller.assembler.feed([frame.buffer for frame in frames[1:]], failed):
@@ -134,16 +163,27 @@ class Server:
         if fault.message_id is not None:
             self._send(identity, caller, self._encoded(fault.message_id, refusal(fault)))
 
-    def _caller(self, identity: bytes) -> _Caller:
+    def _caller(self, identity: bytes, frame: zmq.Frame) -> _Caller:
+        key = key_shown(frame) if self._door is not None and self._door.locked else ""
+        if identity in self._callers and self._callers[identity].key != key:
+            self._forget(identity)  # what somebody began under this name before, nobody else goes on with
         caller = self._callers.pop(identity, None)
         if caller is None:
             while len(self._callers) >= MAX_CALLERS:
-                oldest = next((name for name, other in self._callers.items() if other.idle), next(iter(self._callers)))
-                self._outbox_bytes -= sum(map(_size, self._callers[oldest].outbox))
-                self._callers.pop(oldest).end()
-            caller = _Caller(self._limits, self._room, partial(self._send_batch, identity))
+                self._forget(
+                    next((name for name, other in self._callers.items() if other.idle), next(iter(self._callers)))
+                )
+            caller = _Caller(self._limits, self._room, partial(self._send_batch, identity, key))
+            caller.key = key
+        caller.frame = frame
         self._callers[identity] = caller  # youngest last
         return caller
+
+    def _forget(self, identity: bytes) -> None:
+        caller = self._callers.pop(identity)
+        self._outbox_bytes -= sum(map(_size, caller.outbox))
+        caller.outbox.clear()
+        caller.end()
 
     async def _sweep(self) -> None:
         while True:
@@ -174,6 +214,14 @@ class Server:
             return
         if arrived.id in caller.tasks:
             raise RemoteProtocolError(f"request {arrived.id} is being served already", arrived.id)
+        if self._door is not None:
+            try:
+                self._door.guard.check(identity, caller.key, body)
+            except Unauthorised as error:
+                self._counters.add("unauthorised")
+                self._door.tell_once((caller.key, type(body)), f"a request was turned away: {error}")
+                self._send(identity, caller, self._encoded(arrived.id, refusal(error)))
+                return
         try:
             answer = self._handler(body, arrived.parts)
             if isinstance(answer, asyncio.Future):
@@ -242,6 +290,8 @@ class Server:
 
     def _send(self, identity: bytes, caller: _Caller, frames: list[list[Buffer]]) -> bool:
         """Hand a reply to ZeroMQ, or what it does not take to the caller's outbox; whether there was room for it."""
+        if self._callers.get(identity) is not caller:  # forgotten: somebody else may be called so by now
+            return True
         if len(frames) == 1 and not caller.outbox and caller.batch.takes(frames[0]):
             size = sum(map(nbytes, frames[0]))
             if self._outbox_bytes + size <= self._limits.max_outbox_bytes:
@@ -265,10 +315,10 @@ class Server:
             self._kick.set()
         return True
 
-    def _send_batch(self, identity: bytes, frames: list[Buffer]) -> None:
+    def _send_batch(self, identity: bytes, key: str, frames: list[Buffer]) -> None:
         self._outbox_bytes -= sum(map(nbytes, frames))
         caller = self._callers.get(identity)
-        if caller is not None and not self._closed:
+        if caller is not None and caller.key == key and not self._closed:
             self._send_now(identity, caller, [frames])
 
     def _sent(self, multipart: list[Buffer]) -> bool:

@@ -42,9 +42,9 @@ _KEEPALIVE = {
 }
 
 
-def open_context() -> zmq.asyncio.Context:
-    """A context with room for the sockets of all peers."""
-    context = zmq.asyncio.Context()
+def open_context(io_threads: int = 1) -> zmq.asyncio.Context:
+    """A context with room for the sockets of all peers, and so many threads that send, receive and encrypt."""
+    context = zmq.asyncio.Context(io_threads)
     context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
     return context
 

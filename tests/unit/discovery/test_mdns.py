@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 import zeroconf as zc
 from helpers.waiting import HANG_S, eventually
@@ -13,7 +14,7 @@ from zeroconf.asyncio import AsyncZeroconf
 
 from zsfl.discovery import mdns
 from zsfl.discovery.events import Candidate
-from zsfl.discovery.mdns import MAX_OTHERS, MAX_QUEUED, Mdns, read_announcement
+from zsfl.discovery.mdns import MAX_OTHERS, MAX_QUEUED, Mdns, opaque, read_announcement
 from zsfl.errors import Unavailable
 from zsfl.ids import Address, NodeCard, NodeId, Role
 
@@ -71,20 +72,9 @@ async def test_a_node_that_runs_is_seen_by_one_that_comes_later() -> None:
             await next_of(late.events(), seen_as(running))
 
 
-@pytest.mark.parametrize(
-    ("job", "protocol", "text"),
-    [
-        ("another", 1, "mDNS sees one split-server of another job at 127.0.0.1:4022"),
-        (
-            JOB,
-            7,
-            "mDNS sees one split-server of protocol version 7 (this node speaks 1) at 127.0.0.1:4022",
-        ),
-    ],
-)
-async def test_a_node_of_another_job_or_protocol_is_told_of_and_no_candidate(
-    job: str, protocol: int, text: str
-) -> None:
+@pytest.mark.parametrize(("job", "protocol"), [("another", 1), (JOB, 7)])
+async def test_a_node_of_another_job_or_protocol_is_told_of_and_no_candidate(job: str, protocol: int) -> None:
+    text = "mDNS sees a node of another job, or of a zsfl that speaks another protocol, at 127.0.0.1:4022"
     ours = card(f"ours{protocol}", 4023)
     stranger = node(f"s{protocol}", 4022, role=Role.SPLIT_SERVER, job=job, protocol=protocol)
     async with node(f"a{protocol}", 4021) as one, stranger:
@@ -106,7 +96,7 @@ async def test_a_restarted_node_is_seen_again() -> None:
 
 async def test_malformed_announcements_are_counted_and_do_no_harm() -> None:
     network = AsyncZeroconf(interfaces=[HOST], ip_version=zc.IPVersion.V4Only)
-    bad = service("bad", {**GOOD, "id": b"\xff\xfe"})
+    bad = service("bad", {"job": b"\xff\xfe"})
     honest = card("b7", 4052)
     try:
         async with node("a7", 4051) as one:
@@ -126,25 +116,51 @@ def service(name: str, about: dict[str, str | bytes], *, host: str = HOST, port:
     )
 
 
-GOOD: dict[str, str | bytes] = {"id": "n", "role": "client", "job": JOB, "v": "1"}
+GOOD: dict[str, str | bytes] = {"job": opaque(NodeId("n"), JOB, 1, Role.CLIENT, "")}
 
 
 def test_a_well_formed_announcement_is_read_whole() -> None:
     seen = read_announcement(service("n", GOOD))
     assert seen is not None
-    assert (seen.address, seen.role, seen.node_id) == ("127.0.0.1:4000", Role.CLIENT, "n")
-    assert (seen.job_hash, seen.protocol) == (JOB, 1)
+    assert (seen.address, seen.node_id, seen.job_hash) == ("127.0.0.1:4000", "n", GOOD["job"])
+
+
+def test_nothing_but_an_address_and_an_opaque_hash_is_announced() -> None:
+    mine = msgspec.structs.replace(card("a12", 4091, Role.AGGREGATOR), key="K" * 40, data_port=4092, pub_port=4093)
+    said = Mdns(mine, "secret-job", 1)._service()  # pyright: ignore[reportPrivateUsage] - as it is sent
+    assert (said.name, said.server, said.port) == (f"a12.{mdns.SERVICE}", "a12.local.", 4091)
+    assert list(said.properties) == [b"job"]
+    told = bytes(said.text)
+    for word in (b"secret-job", b"aggregator", b"name-a12", b"KKKK", b"4092", b"4093"):
+        assert word not in told
+    other = Mdns(msgspec.structs.replace(mine, id=NodeId("a13")), "secret-job", 1)
+    assert other._service().text != said.text  # pyright: ignore[reportPrivateUsage] - nor that they are of one job
+
+
+async def test_a_node_of_a_machine_is_known_by_its_key_once_that_is_trusted() -> None:
+    theirs = msgspec.structs.replace(card("b14", 4095, Role.SPLIT_SERVER), key="K" * 40)
+    keys = ["J" * 40]
+    watcher = Mdns(card("a14", 4094), JOB, 1, lambda: keys)
+    async with watcher, Mdns(theirs, JOB, 1):
+        await eventually(lambda: watcher.others)
+        (text,) = watcher.others.values()
+        assert text == (
+            "mDNS sees a node of this job, but not of a machine that this one trusts (or without keys, where this one "
+            "has them), at 127.0.0.1:4095"
+        )
+        keys.append("K" * 40)
+        watcher.look_again()
+        found = await soon(watcher)
+        assert (found.address, found.role, found.key) == (theirs.address, Role.SPLIT_SERVER, "K" * 40)
+        assert not watcher.others
 
 
 @pytest.mark.parametrize(
     "info",
     [
-        service("n", {key: value for key, value in GOOD.items() if key != "id"}),
-        service("n", {**GOOD, "id": ""}),
-        service("n", {**GOOD, "id": "a\nb"}),
-        service("n", {**GOOD, "role": "president"}),
-        service("n", {**GOOD, "v": "one"}),
-        service("n", {**GOOD, "job": b"\xc3\x28"}),
+        service("n", {"jobs": GOOD["job"]}),
+        service("n", {"job": "a\nb"}),
+        service("n", {"job": b"\xc3\x28"}),
         service("n", {}),
         service("n", GOOD, host=""),
         service("n", GOOD, host="::1"),
@@ -161,7 +177,7 @@ def test_nonsense_is_not_read(info: zc.ServiceInfo) -> None:
 def test_bounds_are_counted() -> None:
     one = node("a8", 4061)
     take = one._take  # pyright: ignore[reportPrivateUsage] - as many real nodes would take minutes
-    for job, bound in ((JOB, MAX_QUEUED), ("another", MAX_OTHERS)):
+    for job, bound in ((GOOD["job"], MAX_QUEUED), ("another", MAX_OTHERS)):
         before = one.ignored
         for port in range(1, bound + 3):
             seen = read_announcement(service("n", {**GOOD, "job": job}, port=port))

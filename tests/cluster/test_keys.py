@@ -1,0 +1,219 @@
+"""Nodes with keys: what travels cannot be read, the run is the same, and who is revoked is let go of at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from helpers.doors import Machine
+from helpers.jobs import write_job
+from helpers.network import Flow, Network
+from helpers.nodes import Nodes
+from helpers.processes import finished
+from helpers.waiting import HANG_S, eventually
+from safetensors.torch import load_file
+
+import zsfl
+from zsfl.ids import Role
+from zsfl.testing import check_equal_weights, check_history
+
+WINDOW = 48
+"""Bytes of a tensor that are looked for in a row."""
+SEEN: dict[str, set[bytes]] = defaultdict(set)
+"""What a run made that nobody else should see."""
+
+
+class Recorder(Network):
+    """Keeps whatever passes through its proxies, connection by connection."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(monkeypatch)
+        self.streams: list[bytearray] = []
+
+    async def carry(self, flow: Flow, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        stream = bytearray()
+        self.streams.append(stream)
+        real = writer.write
+
+        def write(data: bytes) -> None:
+            stream.extend(data)
+            real(data)
+
+        writer.write = write  # pyright: ignore[reportAttributeAccessIssue]
+        await super().carry(flow, reader, writer)
+
+    def found(self) -> set[str]:
+        """Of which kinds of tensors some bytes passed."""
+        everything = b"|".join(bytes(stream) for stream in self.streams)
+        return {kind for kind, pieces in SEEN.items() if any(piece in everything for piece in pieces)}
+
+
+def _keep(kind: str, tensor: torch.Tensor) -> None:
+    raw = bytes(tensor.detach().contiguous().view(-1).view(torch.uint8).tolist())
+    if len(raw) >= WINDOW:
+        SEEN[kind].add(raw[:WINDOW])
+
+
+class _Head(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        h = super().forward(input)
+        _keep("activations", h)
+        return h
+
+
+def _model() -> zsfl.SplitModel:
+    """Without a tail, so that labels travel."""
+    return zsfl.SplitModel(head=_Head(6, 8).double(), body=nn.Linear(8, 3).double())
+
+
+def _data(shard: int, shards: int) -> tuple[torch.utils.data.TensorDataset, torch.utils.data.TensorDataset]:
+    draw = torch.Generator().manual_seed(shard)
+    x = torch.randn(40, 6, generator=draw, dtype=torch.float64)
+    y = torch.randint(3, (40,), generator=draw)
+    return torch.utils.data.TensorDataset(x, y), torch.utils.data.TensorDataset(x[:8], y[:8])
+
+
+def _loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    _keep("labels", target)
+    return F.cross_entropy(output, target)
+
+
+JOB = zsfl.Job(
+    name="watched", model=_model, loss=_loss, data=_data, optimizer=zsfl.sgd(lr=0.1, momentum=0.9), batch_size=10,
+    rounds=2, shards=1,
+)  # fmt: skip
+
+
+@asynccontextmanager
+async def recorded(monkeypatch: pytest.MonkeyPatch, folder: Path, **flags: Any) -> AsyncIterator[Recorder]:
+    """A whole run, all connections of which are recorded."""
+    SEEN.clear()
+    network = Recorder(monkeypatch)
+    nodes = Nodes(JOB, folder, network)
+    try:
+        seed = await nodes.start("aggregator", Role.AGGREGATOR, **flags)
+        await nodes.start("server", Role.SPLIT_SERVER, peers=(seed,), **flags)
+        await nodes.start("client", Role.CLIENT, peers=(seed,), shards="0", **flags)
+        async with asyncio.timeout(HANG_S):
+            await nodes.tasks["aggregator"]
+        for tensor in load_file(folder / "nodes/model.safetensors").values():
+            _keep("weights", tensor)
+        yield network
+    finally:
+        await nodes.close()
+        await network.close()
+
+
+async def test_a_capture_of_an_encrypted_run_holds_none_of_its_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with recorded(monkeypatch, tmp_path / "plain") as network:
+        assert set(SEEN) == {"activations", "labels", "weights"}
+        assert network.found() == {"activations", "labels", "weights"}
+        assert b"watched" in b"".join(map(bytes, network.streams))
+    monkeypatch.undo()
+    async with recorded(monkeypatch, tmp_path / "locked", keys=str(tmp_path / "keys")) as network:
+        assert sum(map(len, network.streams)) > 50_000
+        assert set(SEEN) == {"activations", "labels", "weights"}
+        assert network.found() == set()
+        assert b"watched" not in b"".join(map(bytes, network.streams))
+    check_equal_weights(tmp_path / "plain/nodes", tmp_path / "locked/nodes")
+
+
+async def test_an_encrypted_run_of_processes_equals_an_unencrypted_one_bit_for_bit(tmp_path: Path) -> None:
+    job = write_job(tmp_path)
+    folders: list[Path] = []
+    for name, flags in (("plain", {}), ("locked", {"keys": str(tmp_path / "keys"), "io_threads": 2})):
+        async with zsfl.LocalCluster(job, split_servers=2, mdns=False, runs=tmp_path / name, **flags) as cluster:
+            async for _ in cluster.train():
+                pass
+            assert cluster.result
+            folders.append(Path(cluster.result.folder))
+    check_history(folders[1])
+    check_equal_weights(*folders)
+
+
+async def test_who_is_revoked_is_let_go_of_at_once_and_stays_out(tmp_path: Path) -> None:
+    anna, bob = Machine(tmp_path, "anna"), Machine(tmp_path, "bob")
+    anna.trusts(bob)
+    bob.trusts(anna)
+    job = write_job(tmp_path, rounds=100_000, shards=1)
+    nodes = Nodes(zsfl.load_job(job), tmp_path / "runs")
+    quick: dict[str, Any] = {"beat_s": 0.2, "lost_after_s": 3.0, "patience_s": 100.0}
+    at_annas, at_bobs = quick | {"keys": str(anna.folder)}, quick | {"keys": str(bob.folder)}
+    try:
+        seed = await nodes.start("aggregator", Role.AGGREGATOR, **at_annas)
+        await nodes.start("server", Role.SPLIT_SERVER, peers=(seed,), **at_bobs)
+        await nodes.start("client", Role.CLIENT, peers=(seed,), shards="0", **at_annas)
+        await eventually(lambda: nodes.rounds)
+        anna.revokes(bob)
+        await eventually(lambda: any("its key is not trusted any more" in note for note in nodes.notes))
+        await eventually(lambda: any("was turned away, as its key is not trusted" in note for note in nodes.notes))
+        rounds = len(nodes.rounds)
+        anna.trusts(bob)  # and it comes back by itself
+        await eventually(lambda: len(nodes.rounds) > rounds + 1)
+    finally:
+        await nodes.close()
+        for machine in (anna, bob):
+            machine.context.destroy(linger=0)
+
+
+async def test_orders_need_a_key_that_may_give_them(tmp_path: Path) -> None:
+    anna, bob, eve = (Machine(tmp_path, name) for name in ("anna", "bob", "eve"))
+    anna.trusts(bob)
+    for machine in (bob, eve):
+        machine.trusts(anna)
+    nodes = Nodes(zsfl.load_job(write_job(tmp_path, shards=1)), tmp_path / "runs")
+    try:
+        address = await nodes.start("server", Role.SPLIT_SERVER, keys=str(anna.folder), beat_s=0.1)
+
+        async def drained(*flags: str | Path) -> tuple[int, str]:
+            code, said = await finished("drain", address, *flags, cwd=tmp_path)
+            return code, "".join(said.err)
+
+        code, said = await drained("--keys", tmp_path / "nowhere")
+        assert (code, "uses keys, and this machine has none" in said) == (1, True), said
+        code, said = await drained("--keys", eve.folder)
+        assert (code, "does not trust this machine" in said) == (1, True), said
+        anna.trusts(bob, frozenset({Role.CLIENT}))
+        refused = "Drain is not for a key that is trusted for client to say to server"
+
+        async def until_refused() -> str:
+            return (await drained("--keys", bob.folder))[1]
+
+        assert refused in await until_refused()
+        assert not nodes.tasks["server"].done()
+        anna.trusts(bob)
+        await asyncio.sleep(0)
+        code, said = await drained("--keys", anna.folder)
+        assert (code, said) == (0, "")
+    finally:
+        await nodes.close()
+        for machine in (anna, bob, eve):
+            machine.context.destroy(linger=0)
+
+
+@pytest.mark.parametrize("locked", ["aggregator", "client"])
+async def test_nodes_with_and_without_keys_say_why_they_do_not_talk(tmp_path: Path, locked: str) -> None:
+    nodes = Nodes(zsfl.load_job(write_job(tmp_path, shards=1)), tmp_path / "runs")
+    keys = {"keys": str(tmp_path / "keys")}
+    try:
+        seed = await nodes.start("aggregator", Role.AGGREGATOR, **(keys if locked == "aggregator" else {}))
+        await nodes.start("client", Role.CLIENT, peers=(seed,), shards="0", **(keys if locked == "client" else {}))
+        says = {
+            "aggregator": "that node uses keys, and this one does not",
+            "client": "that node uses no keys, and this one does",
+        }
+        await eventually(lambda: any(says[locked] in note for note in nodes.notes))
+        if locked == "aggregator":
+            await eventually(lambda: any("uses no keys tried to connect" in note for note in nodes.notes))
+    finally:
+        await nodes.close()

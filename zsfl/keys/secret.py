@@ -1,0 +1,91 @@
+"""The key pair of this machine: CURVE keys, the secret one in a file that nobody else may read."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import zmq
+
+from zsfl.errors import ConfigError
+from zsfl.ids import PublicKey
+
+SECRET = "secret-key"
+_ABOUT = "# The secret key of this machine. Whoever reads it can pose as it: never copy it to another one.\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyPair:
+    """Both as Z85 text of 40 characters."""
+
+    public: PublicKey
+    secret: str = field(repr=False)
+
+
+def keys_folder(named: str = "") -> Path:
+    """Where keys are: the folder named, else `zsfl` in the user's folder for settings."""
+    if named:
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CONFIG_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".config") / "zsfl"
+
+
+def own_keys(folder: Path) -> KeyPair:
+    """The key pair of this machine, made if there is none; ConfigError when its file is not safe or makes no sense."""
+    if not zmq.has("curve"):
+        raise ConfigError(
+            "the ZeroMQ of this pyzmq is built without CURVE: install pyzmq as a wheel, `pip install pyzmq`"
+        )
+    path = folder / SECRET
+    try:
+        make_folder(folder)
+        if not path.exists():
+            _make(path)
+        check_private(path)
+        secret = next(line for line in path.read_text(encoding="ascii").splitlines() if line and line[0] != "#")
+        return KeyPair(public=PublicKey(zmq.curve_public(secret.strip().encode()).decode()), secret=secret.strip())
+    except OSError as error:
+        raise ConfigError(f"cannot keep keys in {folder}: {error.strerror}; name another folder with --keys") from error
+    except (ValueError, StopIteration):
+        raise ConfigError(f"{path} holds no secret key: remove it, and another one is made") from None
+
+
+def make_folder(folder: Path) -> None:
+    """The folder for keys, nobody else's business; ConfigError when others could write there."""
+    with suppress(FileExistsError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)
+    mode = folder.stat().st_mode
+    if not stat.S_ISDIR(mode) or mode & 0o022:
+        raise ConfigError(f"others may write in {folder}, and so trust whom they like: chmod 700 {folder}")
+
+
+def check_private(path: Path) -> None:
+    """ConfigError when anybody but the owner may read or write this file."""
+    if path.stat().st_mode & 0o077:
+        raise ConfigError(f"others may read {path}, and so pose as this machine: chmod 600 {path}")
+
+
+def _make(path: Path) -> None:
+    """Write a new key pair aside and link it into place: of two at once one wins, and none sees half a file."""
+    _, secret = zmq.curve_keypair()
+    aside = path.with_name(f".{SECRET}-{secrets.token_hex(4)}")
+    write_private(aside, f"{_ABOUT}{secret.decode()}\n")
+    try:
+        with suppress(FileExistsError):
+            os.link(aside, path)
+    finally:
+        aside.unlink()
+
+
+def write_private(path: Path, text: str) -> None:
+    """A new file that was never anybody else's to read; FileExistsError when there is one."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

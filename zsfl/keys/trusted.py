@@ -1,0 +1,225 @@
+"""The keys that this machine trusts: a text file, one key a line, as ssh's authorized_keys.
+
+# KEY NAME ROLES, the roles parted by commas; without any, all of them
+]{=qk]Mk:)*d+DoP.TP>]S%*aF7Uh>l!XsZu&9Gf lab-gpu split-server
+Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID laptop
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from zmq.utils import z85
+
+from zsfl.errors import ConfigError
+from zsfl.ids import KEY_PATTERN, PublicKey, Role
+from zsfl.keys.machine import machine_id, read_machine_id
+from zsfl.keys.secret import make_folder, write_private
+
+TRUSTED = "trusted"
+MAX_TRUSTED = 4096
+"""Keys in one file; what follows is not read."""
+LOCK_LOOKS, LOCK_LOOK_S = 100, 0.05
+"""How often, and after what pause, to see whether another process is done with changing it."""
+EVERY_ROLE = frozenset(Role)
+_ABOUT = "# The keys that this machine trusts: KEY NAME ROLES, the roles parted by commas; without any, all of them.\n"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trusted:
+    """A machine that may connect, and what its nodes may be."""
+
+    key: PublicKey
+    name: str
+    roles: frozenset[Role] = EVERY_ROLE
+
+    def line(self) -> str:
+        """As it stands in the file."""
+        roles = "" if self.roles == EVERY_ROLE else " " + ",".join(sorted(self.roles))
+        return f"{self.key} {self.name}{roles}"
+
+
+def read_line(line: str) -> Trusted | None:
+    """What a line says; None where it says nothing. ValueError says what is wrong with it."""
+    words = line.split()
+    if not words or words[0].startswith("#"):  # as no key does: its first five characters are a number below 2**32
+        return None
+    if len(words) > 3:
+        raise ValueError("expected KEY NAME ROLES, the roles parted by commas and no blanks")
+    key = read_key(words[0])
+    name = words[1] if len(words) > 1 else machine_id(key)
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name: expected up to 63 letters, digits, dots, - and _")
+    return Trusted(key=key, name=name, roles=read_roles(words[2]) if len(words) > 2 else EVERY_ROLE)
+
+
+def read_key(text: str) -> PublicKey:
+    """A public key; ValueError when it is none."""
+    try:
+        if not re.fullmatch(KEY_PATTERN, text) or len(z85.decode(text)) != 32:
+            raise ValueError
+    except (ValueError, KeyError, OverflowError):
+        raise ValueError(f"{text!r} is no key: expected the 40 characters that `zsfl keys show` prints") from None
+    except Exception as error:  # z85 has errors of its own for what is no Z85
+        raise ValueError(f"{text!r} is no key: {error}") from None
+    return PublicKey(text)
+
+
+def read_roles(text: str) -> frozenset[Role]:
+    """Roles parted by commas; ValueError names one that is none."""
+    try:
+        return frozenset(Role(word) for word in text.split(","))
+    except ValueError:
+        raise ValueError(f"{text!r} are no roles: expected some of {', '.join(Role)}, parted by commas") from None
+
+
+class TrustFile:
+    """The file as it was last read, and this machine's own key, which may be anything."""
+
+    def __init__(self, folder: Path, own: PublicKey, note: Callable[[str], None] = lambda _: None) -> None:
+        """`note` is told, once for each, of lines that make no sense: these trust nobody."""
+        self.path = folder / TRUSTED
+        self._own = Trusted(key=own, name="this-machine")
+        self._note = note
+        self._noted: set[str] = set()
+        self._seen: object = None
+        self._known: Mapping[PublicKey, Trusted] = {own: self._own}
+        self.refresh()
+
+    @property
+    def known(self) -> Mapping[PublicKey, Trusted]:
+        """Whom this machine trusts, itself first."""
+        return self._known
+
+    def roles_of(self, key: str) -> frozenset[Role]:
+        """What nodes with this key may be; none where it is not trusted."""
+        entry = self._known.get(PublicKey(key))
+        return entry.roles if entry else frozenset()
+
+    def refresh(self) -> bool:
+        """Read the file again if it has changed; whether that changed whom this machine trusts.
+
+        A file that cannot be read, or that others may write to, trusts nobody.
+        """
+        stamp, before = self._stamp(), self._known
+        if stamp != self._seen:
+            self._seen = stamp
+            self._known = {self._own.key: self._own} | {entry.key: entry for entry in self._entries()}
+        return self._known != before
+
+    def _stamp(self) -> object:
+        try:
+            status = os.stat(self.path)
+        except OSError as error:
+            return error.errno
+        return status.st_ino, status.st_size, status.st_mtime_ns, status.st_mode
+
+    def _entries(self) -> Iterator[Trusted]:
+        try:
+            if self.path.stat().st_mode & 0o022:
+                self._say(f"others may write to {self.path}: nobody in it is trusted until chmod 600 {self.path}")
+                return
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self._say(f"cannot read {self.path} ({error.strerror}): nobody in it is trusted")
+            return
+        for number, line in enumerate(lines[:MAX_TRUSTED], 1):
+            try:
+                entry = read_line(line)
+            except ValueError as error:
+                self._say(f"line {number} of {self.path} trusts nobody: {error}")
+                continue
+            if entry is not None and entry.key != self._own.key:
+                yield entry
+
+    def _say(self, message: str) -> None:
+        if message not in self._noted and len(self._noted) < MAX_TRUSTED:
+            self._noted.add(message)
+            self._note(message)
+
+
+def trust(folder: Path, entry: Trusted, *, rename: bool = False) -> Trusted:
+    """Add a key, or change what it may be; the file's other lines stay as they are. What stands there now.
+
+    ConfigError where another key has that name, unless a number may be added to it.
+    """
+    with _rewritten(folder) as lines:
+        lines[:] = [line for line in lines if _key_in(line) != entry.key]
+        taken = {other.name for other in map(_entry_in, lines) if other}
+        if entry.name in taken and not rename:
+            raise ConfigError(
+                f"{folder / TRUSTED} has another key named {entry.name}: choose another name, or revoke that one"
+            )
+        names = (entry.name, *(f"{entry.name[:58]}-{number}" for number in range(2, MAX_TRUSTED)))
+        entry = replace(entry, name=next(name for name in names if name not in taken))
+        lines.append(entry.line())
+    return entry
+
+
+def revoke(folder: Path, which: str) -> list[Trusted]:
+    """Remove whatever has this key, name or machine id; what was removed. ConfigError when nothing has."""
+    with _rewritten(folder) as lines:
+        entries = [entry for entry in map(_entry_in, lines) if entry]
+        gone = [entry for entry in entries if which in (entry.key, entry.name)]
+        if not gone:
+            wanted = read_machine_id(which) if len(which) >= 28 and len(which) != 40 else None
+            gone = [entry for entry in entries if machine_id(entry.key) == wanted]
+        if not gone:
+            raise ConfigError(f"{which!r} is no key, name or machine id in {folder / TRUSTED}: see `zsfl keys list`")
+        keys = {entry.key for entry in gone}
+        lines[:] = [line for line in lines if _key_in(line) not in keys]
+    return gone
+
+
+def _entry_in(line: str) -> Trusted | None:
+    try:
+        return read_line(line)
+    except ValueError:
+        return None
+
+
+def _key_in(line: str) -> PublicKey | None:
+    entry = _entry_in(line)
+    return entry.key if entry else None
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    for _ in range(LOCK_LOOKS):
+        with suppress(BlockingIOError):
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(LOCK_LOOK_S)
+    raise ConfigError(f"another process has been changing {path} for {LOCK_LOOKS * LOCK_LOOK_S:g} s: end it first")
+
+
+@contextmanager
+def _rewritten(folder: Path) -> Generator[list[str], None, None]:
+    """The lines of the file, which replace it as a whole afterwards; one at a time."""
+    path = folder / TRUSTED
+    try:
+        make_folder(folder)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            _lock(descriptor, path)
+            text: str = path.read_text(encoding="utf-8") if path.exists() else _ABOUT
+            lines = text.splitlines()
+            yield lines
+            aside = folder / f".{TRUSTED}-{secrets.token_hex(4)}"
+            write_private(aside, "".join(f"{line}\n" for line in lines))
+            aside.replace(path)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise ConfigError(f"cannot change {path}: {error.strerror}; name another folder with --keys") from error
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text file in UTF-8: correct it by hand") from None

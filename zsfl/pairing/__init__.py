@@ -1,0 +1,1 @@
+"""Two machines come to trust each other: what `zsfl invite`, `zsfl join` and `zsfl keys` do."""

@@ -1,0 +1,183 @@
+"""The lock on the sockets of one node: CURVE (rfc.zeromq.org/spec/26) with the keys of its machine, or none."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket as sockets
+import threading
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from typing import Any, cast
+
+import zmq
+from zmq.utils import z85
+
+from zsfl.errors import ConfigError
+from zsfl.ids import PublicKey
+from zsfl.keys.machine import machine_id
+from zsfl.keys.secret import KeyPair, keys_folder, own_keys
+from zsfl.keys.trusted import TRUSTED, TrustFile
+from zsfl.metrics import Counters
+from zsfl.settings import NodeSettings
+from zsfl.wire.guard import Guard
+
+CURVE_BYTES = 64
+"""By which an encrypted frame is longer than what is in it, at most."""
+MAX_NOTED = 256
+"""Refusals that are told of one by one; all are counted."""
+
+
+class Door:
+    """Locks and unlocks sockets; tells of whom it turned away, once each. May be used from any thread."""
+
+    def __init__(
+        self,
+        name: str,
+        keys: KeyPair | None = None,
+        trust: TrustFile | None = None,
+        *,
+        domain: str = "zsfl",
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Without `keys` and `trust`, which come together, whoever reaches the sockets comes in."""
+        self.name = name
+        self.domain = domain
+        """Of ZAP; in one context each door has its own."""
+        self.trust = trust
+        self.guard = Guard(name, trust.roles_of if trust else None)
+        self.counters = Counters()
+        """Of whom was turned away before anything could be heard of it; touched in the main loop alone."""
+        self._keys = keys
+        self._note = note
+        self._noted: set[Hashable] = set()
+        self._trusted = {key: entry.roles for key, entry in trust.known.items()} if trust else {}
+        self._lock = threading.Lock()
+
+    @property
+    def locked(self) -> bool:
+        """Whether keys are used."""
+        return self._keys is not None
+
+    @property
+    def key(self) -> str:
+        """The public key of this machine; empty without keys."""
+        return self._keys.public if self._keys else ""
+
+    def lock(self, socket: zmq.Socket[bytes]) -> None:
+        """Let nobody connect to this socket, not bound yet, without a key that is admitted by ZAP."""
+        if self._keys is None:
+            return
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret.encode())
+        socket.setsockopt(zmq.ZAP_DOMAIN, self.domain.encode())
+        # Without it CURVE lets everybody in while nobody answers ZAP.
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        _lengthen(socket)
+
+    def unlock(self, socket: zmq.Socket[bytes], key: str) -> None:
+        """Have this socket, not connected yet, talk to the machine with that key and to no other."""
+        if self._keys is None:
+            return
+        _lengthen(socket)
+        socket.setsockopt(zmq.CURVE_SERVERKEY, key.encode())
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.public.encode())
+        socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret.encode())
+
+    def lost_trust(self) -> frozenset[str]:
+        """Keys that were trusted when this was asked last, and are not any more, or for less."""
+        known = {key: entry.roles for key, entry in self.trust.known.items()} if self.trust else {}
+        lost = frozenset(key for key, roles in self._trusted.items() if not roles <= known.get(key, frozenset()))
+        self._trusted = known
+        return lost
+
+    def admits(self, raw_key: bytes, address: str) -> bool:
+        """Whether a key may come in; who may not is told of."""
+        key = PublicKey(z85.encode(raw_key).decode())
+        if self.trust is None or self.trust.roles_of(key):
+            return True
+        self.counters.add("refused_keys")
+        self.tell_once(
+            ("key", key),
+            f"the machine {machine_id(key)} at {address} was turned away, as its key is not trusted; "
+            f"to trust it: zsfl keys trust '{key}' NAME",
+        )
+        return False
+
+    def tell_once(self, what: Hashable, message: str) -> None:
+        """One line in the log, the first time."""
+        with self._lock:
+            if what in self._noted or len(self._noted) >= MAX_NOTED:
+                return
+            self._noted.add(what)
+        self._note(message)
+
+    def failed(self, event: int, value: int) -> None:
+        """A handshake on one of its sockets came to nothing (`watch.py`); ZAP has told of untrusted keys already."""
+        if event != zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            return
+        if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+            self.tell_once("no key", f"somebody who uses no keys tried to connect to {self.name} and was turned away")
+        else:
+            self.tell_once("wrong", f"somebody who takes {self.name} for another machine was turned away")
+
+
+def _lengthen(socket: zmq.Socket[bytes]) -> None:
+    """Let frames that are as long as they may be be encrypted."""
+    longest = cast(int, socket.getsockopt(zmq.MAXMSGSIZE))
+    if longest >= 0:
+        socket.setsockopt(zmq.MAXMSGSIZE, longest + CURVE_BYTES)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    try:
+        return ipaddress.IPv4Address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def door_for(settings: NodeSettings, name: str, note: Callable[[str], None]) -> Door:
+    """The door of a node: locked wherever other machines can reach it, or where a folder of keys is named.
+
+    ConfigError for a node that other machines can reach, on a machine that has been paired with none.
+    """
+    local = is_loopback(settings.host)
+    if settings.insecure and not local:
+        note(
+            f"INSECURE: whoever reaches {settings.host} can join, read what travels, give orders and spoil the run; "
+            "pair the machines with `zsfl invite`, and leave out --insecure"
+        )
+    if settings.insecure or (local and not settings.keys):
+        return Door(name, note=note)
+    folder = keys_folder(settings.keys)
+    if not settings.keys and not (folder / TRUSTED).exists():
+        raise ConfigError(
+            f"other machines can reach {settings.host}, and this one has no keys to know them by: run `zsfl invite` "
+            "here, and there what it prints, or the other way round. To serve whoever comes, start all nodes with "
+            "--insecure"
+        )
+    keys = own_keys(folder)
+    trust = TrustFile(folder, keys.public, note)
+    return Door(name, keys, trust, domain=settings.zap_domain, note=note)
+
+
+def key_shown(frame: zmq.Frame) -> str:
+    """The key by which the sender of a frame came in (User-Id, set by the authenticator)."""
+    try:
+        return cast(str, cast(Any, frame).get("User-Id"))
+    except zmq.ZMQError:
+        return ""
+
+
+def cut(frame: zmq.Frame, port: int) -> None:
+    """Tear the connection that a frame came by, to the socket at `port`.
+
+    ZeroMQ cannot do it. Should it have closed the descriptor by now and used it for another connection to this port,
+    that one is torn, and made again by whoever is let in.
+    """
+    with suppress(zmq.ZMQError, OSError):
+        descriptor = os.dup(cast(int, cast(Any, frame).get(zmq.SRCFD)))
+        with sockets.socket(fileno=descriptor) as connection:
+            if connection.family == sockets.AF_INET and connection.getsockname()[1] == port:
+                connection.shutdown(sockets.SHUT_RDWR)

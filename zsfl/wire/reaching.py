@@ -1,0 +1,94 @@
+"""How somebody who is no node of a run gets through to one that listens, with the keys of this machine or without."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from zsfl.errors import ConfigError, NoPeer
+from zsfl.ids import Address
+from zsfl.keys.secret import SECRET, keys_folder, own_keys
+from zsfl.keys.trusted import TrustFile
+from zsfl.metrics import Counters
+from zsfl.settings import NodeSettings, WireLimits
+from zsfl.wire.connection import Connection
+from zsfl.wire.door import Door, is_loopback
+from zsfl.wire.greeting import mechanism_at
+from zsfl.wire.sockets import open_context
+
+OPERATOR = "operator"
+GREETING_S = 10.0
+"""What somebody who listens may take to say whether it uses keys."""
+KEYS_AT_ONCE = 32
+"""Trusted keys that are tried together, where it is not known whose machine is at an address."""
+MEET_S = 10.0
+"""What that may take."""
+
+
+@asynccontextmanager
+async def connected(address: Address, peer: str, settings: NodeSettings) -> AsyncGenerator[Connection, None]:
+    """A connection to a node's control socket for somebody who is no node; errors call it `peer`.
+
+    NoPeer when nobody is there; ConfigError when keys are used there and this machine has none, or the other way round.
+    """
+    door = await _door_to(address, peer, settings)
+    context = open_context()
+    own_id = f"{OPERATOR}-{os.urandom(4).hex()}"
+
+    def connect(key: str) -> Connection:
+        wired: dict[str, Any] = {"limits": WireLimits(), "counters": Counters(), "door": door, "watch": True}
+        return Connection(context, f"tcp://{address}", peer=peer, own_id=own_id, key=key, **wired)
+
+    try:
+        connection = await _met(connect, list(door.trust.known), peer) if door.trust else connect("")
+        try:
+            yield connection
+        finally:
+            connection.close()
+    finally:
+        context.destroy(linger=0)
+
+
+async def _door_to(address: Address, peer: str, settings: NodeSettings) -> Door:
+    try:
+        mechanism = await mechanism_at(address, GREETING_S)
+    except TimeoutError:
+        raise NoPeer(f"{peer} at {address} does not answer within {GREETING_S:g} s") from None
+    local = is_loopback(address.rpartition(":")[0])
+    match mechanism:
+        case None:
+            raise NoPeer(f"nobody listens at {address}")
+        case "NULL" if local or settings.insecure:
+            return Door("orders")
+        case "NULL":
+            raise ConfigError(f"{peer} at {address} uses no keys: if that is meant so, give --insecure")
+        case "CURVE":
+            folder = keys_folder(settings.keys)
+            if not (folder / SECRET).exists():
+                raise ConfigError(
+                    f"{peer} at {address} uses keys, and this machine has none: pair them with `zsfl invite`"
+                )
+            keys = own_keys(folder)
+            return Door("orders", keys, TrustFile(folder, keys.public))
+        case _:
+            raise NoPeer(f"what listens at {address} is no zsfl node")
+
+
+async def _met(connect: Callable[[str], Connection], keys: Sequence[str], peer: str) -> Connection:
+    """The connection by the key of the machine that is there, tried with some at a time."""
+    for first in range(0, len(keys), KEYS_AT_ONCE):
+        trials = [connect(key) for key in keys[first : first + KEYS_AT_ONCE]]
+        try:
+            await asyncio.wait([one.met for one in trials], timeout=MEET_S, return_when=asyncio.FIRST_COMPLETED)
+            for one in trials:
+                if one.met.done():
+                    one.met.result()
+                    trials.remove(one)
+                    return one
+        finally:
+            for one in trials:
+                one.close()
+    raise NoPeer(f"{peer} is on no machine that this one trusts: pair the two with `zsfl invite` on one of them")
