@@ -14,7 +14,7 @@ import zmq
 from zsfl.errors import ConfigError
 from zsfl.ids import PublicKey
 
-SECRET = "secret-key"
+SECRET = "secret-key"  # noqa: S105 (the name of a file)
 _ABOUT = "# The secret key of this machine. Whoever reads it can pose as it: never copy it to another one.\n"
 
 

@@ -299,8 +299,15 @@ async def test_spills_are_taken_only_from_whoever_can_rightly_have_them(tmp_path
 async def test_what_cannot_be_counted_is_made_again_and_then_given_up(tmp_path: Path) -> None:
     at = Collecting(tmp_path)
     given_up: list[str] = []
-    at.collector._check = lambda one: "it has a gradient of nothing"
-    at.collector._gave_up = lambda one, why: given_up.append(f"{one.part} of {one.cid}: {why}")
+
+    class Refusing:
+        def objection(self, one: Contribution) -> str:
+            return "it has a gradient of nothing"
+
+        def give_up(self, one: Contribution, why: str) -> None:
+            given_up.append(f"{one.part} of {one.cid}: {why}")
+
+    at.collector._judge = cast(Any, Refusing())
     at.collector.joined(CLIENT)
     body, data = spill(4, (1,))
     for _ in range(REFUSALS):
