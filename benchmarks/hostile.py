@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 
 import psutil
 from _attacks import ATTACKS
@@ -29,6 +29,7 @@ from zsfl.errors import ZsflError
 HOST = "127.0.0.1"
 PAYLOAD = bytes(16 << 10)
 OPEN = 8
+START_S = 60.0
 DEADLINE_S = 10.0
 """A question that is not answered by then was in vain."""
 
@@ -50,13 +51,22 @@ async def answers_per_s(peer: Asker, seconds: float) -> float:
     return count / (time.monotonic() - begun_s)
 
 
+def _strike(name: str, port: int, seconds: float, begun: Event) -> None:
+    begun.set()
+    ATTACKS[name](HOST, (port,), seconds)
+
+
 @contextmanager
-def attacking(name: str, port: int, seconds: float) -> Iterator[BaseProcess]:
-    """Somebody attacks for so long, from a process of its own; it is gone with the block."""
-    attacker = multiprocessing.get_context("spawn").Process(target=ATTACKS[name], args=(HOST, (port,), seconds))
+def attacking(name: str, port: int, seconds: float) -> Iterator[None]:
+    """Somebody attacks for so long, from a process of its own, and has begun to; it is gone with the block."""
+    context = multiprocessing.get_context("spawn")
+    begun = context.Event()
+    attacker = context.Process(target=_strike, args=(name, port, seconds, begun))
     attacker.start()
     try:
-        yield attacker
+        if not begun.wait(START_S):
+            raise RuntimeError(f"the attacker did not start within {START_S:g} s")
+        yield
     finally:
         attacker.kill()
         attacker.join()
@@ -70,7 +80,7 @@ async def measured(name: str, seconds: float) -> tuple[float, float]:
         await answers_per_s(peer, seconds / 4)  # a warm-up
         before = await answers_per_s(peer, seconds)
         resident = node.memory_info().rss
-        with attacking(name, port, 3 * seconds + 2):
+        with attacking(name, port, 60 * seconds):  # ended sooner, with the block
             await asyncio.sleep(1.0)  # until it is under way
             under = await answers_per_s(peer, seconds)
             grown = node.memory_info().rss - resident
