@@ -47,7 +47,7 @@ examples:
 """
 
 NODE_EXAMPLES = """\
-examples, for a LAN of three machines (give each its own address with --host):
+examples, for a LAN of three machines that are paired (zsfl invite); give each its own address with --host:
   zsfl node aggregator mnist.py --host 192.168.1.10 --rounds 20
   zsfl node split-server mnist.py --host 192.168.1.20 --device cuda
   zsfl node client mnist.py --host 192.168.1.30 --shard 0

@@ -49,7 +49,9 @@ class ZsflWire:
     """One connection."""
 
     def __init__(self, port: int, context: zmq.Context[Any] | None = None, door: Door | None = None) -> None:
-        self._port, self._context, self._door = port, context or new_context(), door
+        self._port, self._door = port, door
+        self._owns = context is None
+        self._context = context or new_context()
         self._connection = Connection(
             self._context,
             f"tcp://{HOST}:{port}",
@@ -77,6 +79,8 @@ class ZsflWire:
     async def close(self) -> None:
         """Close the connection."""
         self._connection.close()
+        if self._owns:
+            self._context.destroy(linger=0)
 
 
 async def connect(port: int) -> ZsflWire:

@@ -14,7 +14,7 @@ import zmq
 from zsfl.errors import ConfigError
 from zsfl.ids import PublicKey
 
-SECRET = "secret-key"  # noqa: S105 (the name of a file)
+KEY_FILE = "secret-key"
 _ABOUT = "# The secret key of this machine. Whoever reads it can pose as it: never copy it to another one.\n"
 
 
@@ -40,7 +40,7 @@ def own_keys(folder: Path) -> KeyPair:
         raise ConfigError(
             "the ZeroMQ of this pyzmq is built without CURVE: install pyzmq as a wheel, `pip install pyzmq`"
         )
-    path = folder / SECRET
+    path = folder / KEY_FILE
     try:
         make_folder(folder)
         if not path.exists():
@@ -73,7 +73,7 @@ def check_private(path: Path) -> None:
 def _make(path: Path) -> None:
     """Write a new key pair aside and link it into place: of two at once one wins, and none sees half a file."""
     _, secret = zmq.curve_keypair()
-    aside = path.with_name(f".{SECRET}-{secrets.token_hex(4)}")
+    aside = path.with_name(f".{KEY_FILE}-{secrets.token_hex(4)}")
     write_private(aside, f"{_ABOUT}{secret.decode()}\n")
     try:
         with suppress(FileExistsError):

@@ -10,7 +10,7 @@ from typing import Any
 
 from zsfl.errors import ConfigError, NoPeer
 from zsfl.ids import Address
-from zsfl.keys.secret import SECRET, keys_folder, own_keys
+from zsfl.keys.secret import KEY_FILE, keys_folder, own_keys
 from zsfl.keys.trusted import TrustFile
 from zsfl.metrics import Counters
 from zsfl.settings import NodeSettings, WireLimits
@@ -67,7 +67,7 @@ async def _door_to(address: Address, peer: str, settings: NodeSettings) -> Door:
             raise ConfigError(f"{peer} at {address} uses no keys: if that is meant so, give --insecure")
         case "CURVE":
             folder = keys_folder(settings.keys)
-            if not (folder / SECRET).exists():
+            if not (folder / KEY_FILE).exists():
                 raise ConfigError(
                     f"{peer} at {address} uses keys, and this machine has none: pair them with `zsfl invite`"
                 )

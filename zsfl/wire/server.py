@@ -26,7 +26,7 @@ MAX_CALLERS = 4096
 """Connections remembered at once; of those that nothing is under way for, the longest silent is forgotten first."""
 RETRY_SEND_S = 0.002
 """How often to try again to send to a peer whose queue is full."""
-LAST_REPLY_S = 0.2
+LAST_REPLY_S = 1.0
 """What replies that were sent last may take to leave when the server ends."""
 SWEEP_S = 5.0
 """How often to look for half-finished messages of peers that gave up or vanished."""

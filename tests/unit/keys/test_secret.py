@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from zsfl.errors import ConfigError
-from zsfl.keys.secret import SECRET, keys_folder, own_keys
+from zsfl.keys.secret import KEY_FILE, keys_folder, own_keys
 
 
 def test_a_key_pair_is_made_at_first_and_kept(tmp_path: Path) -> None:
@@ -24,8 +24,8 @@ def test_a_key_pair_is_made_at_first_and_kept(tmp_path: Path) -> None:
     assert keys.public == zmq.curve_public(keys.secret.encode()).decode()
     assert own_keys(folder) == keys
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert [path.name for path in folder.iterdir()] == [SECRET]
-    assert stat.S_IMODE((folder / SECRET).stat().st_mode) == 0o600
+    assert [path.name for path in folder.iterdir()] == [KEY_FILE]
+    assert stat.S_IMODE((folder / KEY_FILE).stat().st_mode) == 0o600
     assert keys.secret not in repr(keys)
 
 
@@ -35,7 +35,7 @@ def test_its_file_is_never_anybody_elses_to_read(tmp_path: Path, monkeypatch: py
 
     def watched(path: str, flags: int, mode: int = 0o777, **more: int) -> int:
         descriptor = real(path, flags, mode, **more)
-        if SECRET in str(path):
+        if KEY_FILE in str(path):
             assert flags & os.O_EXCL
             opened.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
         return descriptor
@@ -57,22 +57,22 @@ def test_of_several_who_make_one_at_once_all_get_the_same(tmp_path: Path) -> Non
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         made = pool.map(_public, [tmp_path / "keys"] * 8)
     assert len(set(made)) == 1
-    assert [path.name for path in (tmp_path / "keys").iterdir()] == [SECRET]
+    assert [path.name for path in (tmp_path / "keys").iterdir()] == [KEY_FILE]
 
 
 def test_what_is_not_safe_is_refused_with_what_to_do(tmp_path: Path) -> None:
     folder = tmp_path / "keys"
     own_keys(folder)
-    (folder / SECRET).chmod(0o640)
-    with pytest.raises(ConfigError, match=f"chmod 600 {folder / SECRET}"):
+    (folder / KEY_FILE).chmod(0o640)
+    with pytest.raises(ConfigError, match=f"chmod 600 {folder / KEY_FILE}"):
         own_keys(folder)
-    (folder / SECRET).chmod(0o600)
+    (folder / KEY_FILE).chmod(0o600)
     folder.chmod(0o720)
     with pytest.raises(ConfigError, match=f"chmod 700 {folder}"):
         own_keys(folder)
     folder.chmod(0o700)
     for text in ("", "# nothing but a comment\n", "no key\n", "ä\n"):
-        (folder / SECRET).write_text(text, encoding="utf-8")
+        (folder / KEY_FILE).write_text(text, encoding="utf-8")
         with pytest.raises(ConfigError, match="holds no secret key: remove it"):
             own_keys(folder)
     (tmp_path / "file").write_text("")
