@@ -21,6 +21,7 @@ from zsfl.aggregator.replay import Made, Recovered
 from zsfl.aggregator.roster import Attendance, Roster
 from zsfl.aggregator.rules import Rules
 from zsfl.aggregator.run_folder import RunFolder
+from zsfl.aggregator.sifting import Sieve
 from zsfl.aggregator.stage import Stage
 from zsfl.aggregator.tally import Tally
 from zsfl.errors import RunFailed
@@ -82,6 +83,7 @@ class Training:
         )
         self._closing = closing_for(mode, steps)
         self.rules = Rules(job)
+        self._sieve = Sieve(job, master.check, lambda said: node.note(said, "warning"))
         self._pacer = self.rules.pacer
         self.collector = Collector(node, self._gathering, self.journal, self._took, roster)
         self.version = stage.state.version
@@ -176,12 +178,12 @@ class Training:
         for record, window in ((made.record, made.window) for made in retold):
             for one in window:
                 self._tally.served(one)
-            self._tally.counted(window, Version(record.version - 1), record.dropped)
+            self._tally.counted(window, Version(record.version - 1), record.dropped, record.refused)
         return retold[-1].record.window + 1 if retold else 0
 
     def _goes_on(self, window: int, plan: Plan, samples: Mapping[int, int]) -> bool:
         """Whether the round has another window; in async mode, until its samples have been gone through in number."""
-        return self._tally.samples < sum(samples.values()) if self._is_async else window < plan.windows
+        return self._tally.gone_through < sum(samples.values()) if self._is_async else window < plan.windows
 
     async def _until_somebody_is_there(self) -> Sequence[int]:
         """Shards that take part, once there are any."""
@@ -351,32 +353,33 @@ class Training:
 
     async def _commit(self, place_in_round: int) -> None:
         """Make the next version of what has come, record it, publish it; of nothing, one with the same weights."""
-        gathered, dropped = self._gathering.take()
+        sifted = self._sieve.sift(*self._gathering.take(), self.version, self._sizes)
         self._gathering.end()
-        window = self.rules.weigh(gathered, self.version, self._sizes)
+        window, dropped = self.rules.weigh(sifted.window, self.version, self._sizes), sifted.dropped
         state = self._stage.state
         window_of = "" if self._is_async else f", window {state.window + 1} of {state.windows}"
         roster = self._roster.value
         without = sorted(set(roster.samples()) - set(roster.taking_part(time.monotonic())))
         said = f"round {self.round + 1}{window_of} (version {self.version})"
-
+        chosen: Sequence[int] = ()
         try:
             check_losses(window, said)
             if window:
-                self._master.step(window, version=self.version, sequential=self._job.local_lr is not None)
+                chosen = self._master.step(window, version=self.version, sequential=self._job.local_lr is not None)
         except RunFailed:
             self.newest = self.proven
             raise
         self.proven = self.newest
         place = {"round": self.round, "window": place_in_round, "without": without, "memory": self.rules.state()}
         record = record_of(self.version, window, dropped, self._master.digest())
-        record = msgspec.structs.replace(record, epoch=state.epoch, **place)
+        how = {"clipped": sifted.clipped, "chosen": chosen, "refused": sifted.refused}
+        record = msgspec.structs.replace(record, epoch=state.epoch, **place, **how)
 
         await self._node.persistently(self.journal.sync)
         await self._reign.record(lambda: self.ledger.commit(record))
         self._take_state(Version(self.version + 1))
         await self._reign.recorded(self.newest[0])
-        self._tally.counted(window, self.version, dropped)
+        self._tally.counted(window, self.version, dropped, sifted.refused)
         self.version = Version(self.version + 1)
         self.publish_weights()
         self._stage.settle(dict.fromkeys(one.cid for one in window), dropped)
