@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from zsfl.learning.partitions import dirichlet_sizes as dirichlet_sizes
     from zsfl.learning.partitions import iid as iid
     from zsfl.learning.partitions import shards as shards
+    from zsfl.learning.robust import Krum as Krum
+    from zsfl.learning.robust import Median as Median
+    from zsfl.learning.robust import NormBound as NormBound
+    from zsfl.learning.robust import TrimmedMean as TrimmedMean
     from zsfl.learning.schedules import cosine as cosine
     from zsfl.learning.schedules import linear as linear
     from zsfl.learning.schedules import step_down as step_down
@@ -65,6 +69,7 @@ _HOMES = {
         "iid",
         "shards",
     ),
+    "zsfl.learning.robust": ("Krum", "Median", "NormBound", "TrimmedMean"),
     "zsfl.learning.schedules": ("cosine", "linear", "step_down", "warmup"),
     "zsfl.learning.split": ("split",),
     "zsfl.reports": ("Finished", "RoundReport", "Tested"),

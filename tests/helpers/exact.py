@@ -51,6 +51,8 @@ class Case:
     mode: Any = "exact"
     batch_norm: Any = "per-client"
     merge: bool = False
+    average: Any = "mean"
+    norm_bound: Any = None
 
     @property
     def clients(self) -> int:
@@ -101,6 +103,8 @@ class Case:
             mode=self.mode,
             batch_norm=self.batch_norm,
             merge=self.merge,
+            average=self.average,
+            norm_bound=self.norm_bound,
             rounds=self.rounds,
             shards=self.clients,
             seed=self.seed,
@@ -114,7 +118,7 @@ class Case:
         tests = str(Path(__file__).parents[1])
         path.write_text(
             f"import sys\nsys.path.insert(0, {tests!r})\nfrom helpers.exact import Case\n"
-            f"from zsfl import Async, Elastic, Exact\njob = {self!r}.job()\n"
+            f"from zsfl import Async, Elastic, Exact, Krum, Median, NormBound, TrimmedMean\njob = {self!r}.job()\n"
         )
         return path
 

@@ -15,6 +15,17 @@ from zsfl.ids import Cid, Version
 from zsfl.learning.averaging import Contribution
 
 
+class Clipped(msgspec.Struct, frozen=True, kw_only=True):
+    """A step whose gradient was longer than the job allows."""
+
+    by: float
+    """What the gradient was multiplied by."""
+    norm: float
+    """How long it was: the L2 norm of the step's mean gradient."""
+    client: str
+    """Whose step it is."""
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """One commit."""
 
@@ -24,13 +35,19 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """SHA-256 of the record before; empty for the first."""
     counted: list[Cid]
     dropped: dict[Cid, str]
-    """Reason by cid: came too late, or never came whole."""
+    """Reason by cid: came too late, never came whole, or was refused."""
     weighed: dict[Cid, tuple[float, float]]
     """What a counted step's gradient was multiplied by, for its client's share and for being late, where not by 1."""
     samples: int
     n: float
     weights: str
     """Digest of the weights this commit made."""
+    clipped: dict[Cid, Clipped] = {}
+    """Counted steps that were made shorter."""
+    chosen: list[int] = []
+    """Shards whose gradients were taken, where the job's average is one that chooses among them."""
+    refused: int = 0
+    """Samples of the dropped steps that were refused."""
     merged: list[Cid] = []
     """First cids of the merged contributions that were counted: the body parts of several of these steps."""
     round: int = 0
@@ -79,7 +96,7 @@ def check_losses(window: Sequence[Contribution], place: str) -> None:
     for step in window:
         if step.loss_sum is not None and not math.isfinite(step.loss_sum):
             raise RunFailed(
-                f"the loss became {step.loss_sum} at {place}, in the step {step.cid} of {step.node}. "
+                f"the loss became {step.loss_sum} at {place}, in the step {step.cid} of {step.whose}. "
                 "Lower the learning rate, or look for bad samples there"
             )
 

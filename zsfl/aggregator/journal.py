@@ -246,9 +246,13 @@ class _OnDisk(FlatTensors, Generic[_Home]):
         return torch.frombuffer(self._read(self._home, self._place, self.size_bytes), dtype=self.layout.dtype)
 
     def __getitem__(self, name: str) -> Tensor:
-        shape, start, count = self.layout.places[name]
-        size = self.layout.dtype.itemsize
+        shape, _, count = self.layout.places[name]
         if not count:
             return torch.empty(shape, dtype=self.layout.dtype)
-        piece = self._read(self._home, self._place + start * size, count * size)
-        return torch.frombuffer(piece, dtype=self.layout.dtype).clone().view(shape)
+        return self.piece(name, 0, count).clone().view(shape)
+
+    def piece(self, name: str, start: int, count: int) -> Tensor:
+        size, first = self.layout.dtype.itemsize, self.layout.places[name][1] + start
+        return torch.frombuffer(
+            self._read(self._home, self._place + first * size, count * size), dtype=self.layout.dtype
+        )

@@ -100,10 +100,11 @@ def window_of(record: Record, kept: Kept) -> list[Contribution]:
 
 
 def _weighed(one: Contribution, record: Record) -> Contribution:
-    if one.cid not in record.weighed:
+    if one.cid not in record.weighed and one.cid not in record.clipped:
         return one
-    scale, damping = record.weighed[one.cid]
-    return replace(one, scale=scale, damping=damping)
+    scale, damping = record.weighed.get(one.cid, (1.0, 1.0))
+    clipped = record.clipped.get(one.cid)
+    return replace(one, scale=scale, damping=damping, clip=1.0 if clipped is None else clipped.by)
 
 
 def _read(kept: Kept, key: Key) -> Contribution:

@@ -60,7 +60,7 @@ class AggregatorRole:
         self._node = node
         self._job = job
         self._folder = folder
-        self._master = master = Master(cuts.first, job.optimizer)
+        self._master = master = Master(cuts.first, job.optimizer, job.average)
         bound = max_staleness(job.how)
         self._shelf = Shelf(cuts.portions(), bound)
         return_s = job.how.return_s if isinstance(job.how, Exact) else 0.0

@@ -25,7 +25,7 @@ class Tally:
         self._reported_s = now_s
         self._loss_sum = self._weight = 0.0
         self._steps = self._late = self._dropped = 0
-        self.samples = 0
+        self.samples = self._refused = 0
         self._served: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._last: dict[str, str] = {}
 
@@ -36,9 +36,14 @@ class Tally:
                 self._served[client][one.node] += 1
                 self._last[client] = one.node
 
-    def counted(self, window: Iterable[Contribution], at: Version, dropped: Collection[Cid] = ()) -> None:
-        """The version after `at` was made of this window, and these steps were dropped meanwhile."""
+    def counted(
+        self, window: Iterable[Contribution], at: Version, dropped: Collection[Cid] = (), refused: int = 0
+    ) -> None:
+        """The version after `at` was made of this window; these steps were dropped meanwhile, of which those that were
+        refused had so many samples.
+        """
         self._dropped += len(dropped)
+        self._refused += refused
         for contribution in window:
             if contribution.part == "client":
                 self._steps += 1
@@ -46,6 +51,11 @@ class Tally:
                 self.samples += contribution.samples
                 self._weight += contribution.n
                 self._loss_sum += contribution.loss_sum or 0.0
+
+    @property
+    def gone_through(self) -> int:
+        """Samples of steps that came in time, be it that they were refused."""
+        return self.samples + self._refused
 
     @property
     def train_loss(self) -> float:

@@ -22,6 +22,7 @@ from zsfl.aggregator.replay import Made, Recovered
 from zsfl.aggregator.roster import Attendance, Roster
 from zsfl.aggregator.rules import Rules
 from zsfl.aggregator.run_folder import RunFolder
+from zsfl.aggregator.sifting import Sieve
 from zsfl.aggregator.stage import Stage
 from zsfl.aggregator.tally import Tally
 from zsfl.errors import RunFailed
@@ -30,15 +31,11 @@ from zsfl.latest import Latest
 from zsfl.learning.averaging import Contribution
 from zsfl.learning.job import Job
 from zsfl.learning.master import Master
-from zsfl.learning.modes import Async, Exact, max_staleness
+from zsfl.learning.modes import max_staleness
 from zsfl.learning.plan import Plan, Sizes
 from zsfl.node import Node
 from zsfl.weights.shelf import Packed, Shelf
 
-MERGE_ATTEMPTS = 32
-"""How often a merged batch may be asked for: it has to be anew when its server or one of its clients is gone."""
-REDONE = 8
-"""Exact: how often a window may be asked for, where servers merged the gradient of a client that left into others'."""
 Outcome = Literal["enough", "idle", "deserted", "alone", "broken"]
 """How the gathering of a window ended: idle when those who are there have no steps in it (deserted where others, who
 left, had been asked for some), alone when nobody is there."""
@@ -69,22 +66,17 @@ class Training:
         syncs = node.settings.durability == "power"
         self.ledger = Ledger(folder, sync=syncs)
         self.journal = Journal(folder.journal_path, syncs=syncs)
-        mode = job.how
-        self._is_async, self._is_exact = isinstance(mode, Async), isinstance(mode, Exact)
-        self._merges = job.batch_norm == "merged"
-        steps = mode.quota if isinstance(mode, Async) else job.steps
-        self._attempts = MERGE_ATTEMPTS if self._merges else REDONE if self._is_exact else 1
-        self._bound = max_staleness(mode)
+        self.rules = Rules(job)
         self._gathering = Gathering(
             stage.run,
-            max_staleness=self._bound,
-            steps_per_version=steps * self._attempts,
+            max_staleness=max_staleness(job.how),
+            steps_per_version=self.rules.steps * self.rules.attempts,
             shards=job.shards,
         )
-        self._closing = closing_for(mode, steps)
-        self.rules = Rules(job)
+        self._closing = closing_for(job.how, self.rules.steps)
+        self._sieve = Sieve(job, master.check, lambda said: node.note(said, "warning"))
         self._pacer = self.rules.pacer
-        self._refusals = Refusals(self._gathering, master, roster, is_exact=self._is_exact)
+        self._refusals = Refusals(self._gathering, master, roster, is_exact=self.rules.is_exact)
         self.collector = Collector(node, self._gathering, self.journal, self._took, roster, self._refusals)
         self.version = stage.state.version
         """Of the master; peers hear of it only together with what is asked of them at it."""
@@ -120,7 +112,7 @@ class Training:
         """
         self._retold = at.windows
         self.rules.restore(at.memory)
-        if run and not at.lost and not self._merges:  # a merged batch may be one of others the next time
+        if run and not at.lost and not self.rules.merges:  # a merged batch may be one of others the next time
             self._stage.resume(RunId(run))
             records = [line.record for line in self.ledger.records()]
             settled = [cid for record in records for cid in (*record.counted, *record.dropped)]
@@ -180,12 +172,12 @@ class Training:
         for record, window in ((made.record, made.window) for made in retold):
             for one in window:
                 self._tally.served(one)
-            self._tally.counted(window, Version(record.version - 1), record.dropped)
+            self._tally.counted(window, Version(record.version - 1), record.dropped, record.refused)
         return retold[-1].record.window + 1 if retold else 0
 
     def _goes_on(self, window: int, plan: Plan, samples: Mapping[int, int]) -> bool:
         """Whether the round has another window; in async mode, until its samples have been gone through in number."""
-        return self._tally.samples < sum(samples.values()) if self._is_async else window < plan.windows
+        return self._tally.gone_through < sum(samples.values()) if self.rules.is_async else window < plan.windows
 
     async def _until_somebody_is_there(self) -> Sequence[int]:
         """Shards that take part, once there are any."""
@@ -204,7 +196,7 @@ class Training:
 
     async def _make_version(self, plan: Plan, window: int) -> Literal["enough", "idle", "alone"]:
         """Gather one window and commit it, if there is anybody who has steps in it."""
-        for attempt in range(self._attempts):
+        for attempt in range(self.rules.attempts):
             match await self._gather(plan, window, attempt):
                 case "enough":
                     await self._commit(window)
@@ -218,20 +210,20 @@ class Training:
                 case outcome:
                     return outcome
         raise RunFailed(
-            f"the merged batch of version {self.version} fell apart {self._attempts} times, as clients and split "
+            f"the merged batch of version {self.version} fell apart {self.rules.attempts} times, as clients and split "
             "servers came and went; go on with --resume when they are there to stay"
         )
 
     async def _gather(self, plan: Plan, window: int, attempt: int) -> Outcome:
         """Ask for the steps of one window, and wait until there are enough."""
-        if self._merges:
+        if self.rules.merges:
             await self._until("split server", lambda _: bool(self._node.peers(Role.SPLIT_SERVER)))
         there = self._roster.value.taking_part(time.monotonic())
         if not there:
             return "alone"
         for message, level in self._attendance.now(there, self._roster.value.label):
             self._node.note(message, level)
-        self._attempt, self._place = attempt, self.version + self.rules.skipped if self._is_async else window
+        self._attempt, self._place = attempt, self.version + self.rules.skipped if self.rules.is_async else window
         slices = self._pace(there)
         self._sizes = {shard: [size] * self._job.steps for shard, (_, size) in slices.items()} or plan.sizes(
             self._roster.value.samples(there), self._place % plan.windows
@@ -240,7 +232,7 @@ class Training:
             return "idle"
         self.rules.there(self._roster.value.samples(there))
         await self._node.persistently(lambda: self.journal.begin(self.version))
-        late = self._gathering.begin(self.version, None if self._is_async else self._cids(self._sizes))
+        late = self._gathering.begin(self.version, None if self.rules.is_async else self._cids(self._sizes))
         now_s = self._progress_s = time.monotonic()
         self._closing.began(self.version, self._sizes, now_s)
         for step in late:
@@ -271,7 +263,7 @@ class Training:
         if self._job.adjust_logits is not None:
             roster = self._roster.value
             asked |= {"present_classes": roster.classes(there), "all_classes": roster.classes()}
-        if self._merges:
+        if self.rules.merges:
             servers = self._node.peers(Role.SPLIT_SERVER)
             steps = [sum(batches[k] > 0 for batches in self._sizes.values()) for k in range(self._job.steps)]
             asked |= {"merger": servers[self.version % len(servers)].id, "merged": tuple(steps)}
@@ -279,8 +271,8 @@ class Training:
 
     def _is_broken(self, there: Collection[int]) -> bool:
         """Whether what was merged cannot come about any more as it was asked for."""
-        if not self._merges:
-            return self._is_exact and self._gathering.is_stuck(there)
+        if not self.rules.merges:
+            return self.rules.is_exact and self._gathering.is_stuck(there)
         merger = self._stage.state.merger
         fell_apart = merger is None or self._node.peer(merger) is None or set(there) != self._sizes.keys()
         return fell_apart or self.collector.has_lost
@@ -357,32 +349,33 @@ class Training:
 
     async def _commit(self, place_in_round: int) -> None:
         """Make the next version of what has come, record it, publish it; of nothing, one with the same weights."""
-        gathered, dropped = self._gathering.take()
+        sifted = self._sieve.sift(*self._gathering.take(), self.version, self._sizes)
         self._gathering.end()
-        window = self.rules.weigh(gathered, self.version, self._sizes)
+        window, dropped = self.rules.weigh(sifted.window, self.version, self._sizes), sifted.dropped
         state = self._stage.state
-        window_of = "" if self._is_async else f", window {state.window + 1} of {state.windows}"
+        window_of = "" if self.rules.is_async else f", window {state.window + 1} of {state.windows}"
         roster = self._roster.value
         without = sorted((roster.samples().keys() | self.left) - set(roster.taking_part(time.monotonic())))
         said = f"round {self.round + 1}{window_of} (version {self.version})"
-
+        chosen: Sequence[int] = ()
         try:
             check_losses(window, said)
             if window:
-                self._master.step(window, version=self.version, sequential=self._job.local_lr is not None)
+                chosen = self._master.step(window, version=self.version, sequential=self._job.local_lr is not None)
         except RunFailed:
             self.newest = self.proven
             raise
         self.proven = self.newest
         place = {"round": self.round, "window": place_in_round, "without": without, "memory": self.rules.state()}
         record = record_of(self.version, window, dropped, self._master.digest())
-        record = msgspec.structs.replace(record, epoch=state.epoch, **place)
+        how = {"clipped": sifted.clipped, "chosen": chosen, "refused": sifted.refused}
+        record = msgspec.structs.replace(record, epoch=state.epoch, **place, **how)
 
         await self._node.persistently(self.journal.sync)
         await self._reign.record(lambda: self.ledger.commit(record))
         self._take_state(Version(self.version + 1))
         await self._reign.recorded(self.newest[0])
-        self._tally.counted(window, self.version, dropped)
+        self._tally.counted(window, self.version, dropped, sifted.refused)
         self.version = Version(self.version + 1)
         self.publish_weights()
         self._stage.settle(dict.fromkeys(one.cid for one in window), dropped)

@@ -55,23 +55,37 @@ class Contribution:
     """By what its gradient is multiplied, n being left as it is: who contributes beyond its share moves less."""
     damping: float = 1.0
     """The same for being late."""
+    clip: float = 1.0
+    """The same for a gradient that is longer than the job lets it be."""
     members: tuple[StepShare, ...] = ()
     """Of a merged contribution, the steps that it sums up, its own cid first; n, samples and grads are of all."""
+
+    @property
+    def factor(self) -> float:
+        """By what its gradient is multiplied, all in all."""
+        return self.scale * self.damping * self.clip
+
+    @property
+    def whose(self) -> str:
+        """Who computed it, and for whom, for messages."""
+        clients = sorted({step.client for step in self.members} or {self.client})
+        return self.node if clients in ([""], [self.node]) else f"{self.node} for {', '.join(clients)}"
 
 
 def average(contributions: Sequence[Contribution]) -> dict[str, Tensor]:
     """Gradient by full name: sum of S over sum of n of the contributions with the same part, divided once.
 
-    A contribution of scale c and damping w counts as (c w S, n). Where the sum of c w n is more than that of n, it is
-    what is divided by: no version moves further than a mean gradient does. `RunFailed` when a part's n sum to nothing.
+    A contribution of scale c and damping w counts as (c w S, n), a clipped one as (c w k S, n). Where the sum of c w n
+    is more than that of n, it is what is divided by: no version moves further than a mean gradient does. `RunFailed`
+    when a part's n sum to nothing.
     """
     in_order = ordered(contributions)
     weights: dict[str, float] = {}
     scaled: dict[str, float] = {}
     for contribution in in_order:
-        part, factor = contribution.part, contribution.scale * contribution.damping
+        part, weighed = contribution.part, contribution.scale * contribution.damping
         weights[part] = weights.get(part, 0.0) + contribution.n
-        scaled[part] = scaled.get(part, 0.0) + factor * contribution.n
+        scaled[part] = scaled.get(part, 0.0) + weighed * contribution.n
     if not all(weight > 0 for weight in weights.values()):
         raise RunFailed(f"the weights n of a window sum to {weights}: check the job's loss_weight")
     by_part = _flat_sums(in_order)
@@ -88,12 +102,12 @@ def _sums(in_order: Sequence[Contribution]) -> dict[str, dict[str, Tensor]]:
     totals: dict[str, Tensor] = {}
     part_of: dict[str, str] = {}
     for contribution in in_order:
-        factor = contribution.scale * contribution.damping
+        factor = contribution.factor
         for name, grad in contribution.grads.items():
             if name in totals:
                 totals[name].add_(grad, alpha=factor)
             else:
-                totals[name] = grad.to(_wide(grad.dtype), copy=True)
+                totals[name] = grad.to(wide(grad.dtype), copy=True)
                 part_of[name] = contribution.part
                 if factor != 1:
                     totals[name] *= factor
@@ -105,7 +119,7 @@ def _flat_sums(in_order: Sequence[Contribution]) -> dict[str, dict[str, Tensor]]
     """The same in one addition for each contribution; None where those of a part have not all the same tensors."""
     sums: dict[str, FlatTensors] = {}
     for contribution in in_order:
-        part, factor, grads = contribution.part, contribution.scale * contribution.damping, contribution.grads
+        part, factor, grads = contribution.part, contribution.factor, contribution.grads
         if not isinstance(grads, FlatTensors):
             if grads:
                 return None
@@ -114,7 +128,7 @@ def _flat_sums(in_order: Sequence[Contribution]) -> dict[str, dict[str, Tensor]]
                 return None
             sums[part].numbers().add_(grads.numbers(), alpha=factor)
         else:
-            total = grads.numbers().to(_wide(grads.layout.dtype), copy=True)
+            total = grads.numbers().to(wide(grads.layout.dtype), copy=True)
             if factor != 1:
                 total *= factor
             sums[part] = FlatTensors(grads.layout, total)
@@ -127,6 +141,6 @@ def ordered(contributions: Sequence[Contribution]) -> list[Contribution]:
     return sorted(contributions, key=lambda contribution: (contribution.cid, contribution.part))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
     """The type to sum in: half precision would lose the small ones of many addends."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

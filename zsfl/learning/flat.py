@@ -36,6 +36,11 @@ class FlatTensors(Mapping[str, Tensor]):
         shape, start, count = self.layout.places[name]
         return self.numbers()[start : start + count].view(shape)
 
+    def piece(self, name: str, start: int, count: int) -> Tensor:
+        """So many numbers of one tensor from number `start` on; to be used before others are asked for."""
+        first = self.layout.places[name][1] + start
+        return self.numbers()[first : first + count]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.places)
 

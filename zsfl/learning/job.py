@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import importlib.machinery
 import importlib.util
 import math
@@ -23,7 +21,9 @@ from zsfl.errors import ConfigError
 from zsfl.learning.batches import BySpeed, batch_place, is_number
 from zsfl.learning.model import JOB_MODULE_PREFIX
 from zsfl.learning.modes import Async, Elastic, Exact, Mode, ModeName, mode_named
+from zsfl.learning.norms import tracked_norms
 from zsfl.learning.optim import OptimizerSpec
+from zsfl.learning.robust import Average, Krum, Median, NormBound, TrimmedMean
 from zsfl.tensors.plan import CodecPlan
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 
 MOST_STEPS = 1000
 """Of one client at one version."""
-LONGEST_FACT = 120
-KEPT_OF_FACT = 80
 
 
 def accuracy(output: Tensor, target: Tensor) -> float:
@@ -103,6 +101,11 @@ class Job:
     autocast: bool = False
     """Whether matrix products and convolutions are made in bfloat16: several times as fast where the hardware has it,
     with three significant digits. Weights, gradients and what travels keep their types."""
+    average: Average = "mean"
+    """What a version makes of its window: the exact sample average, or what some bad clients cannot spoil:
+    `zsfl.Median()`, `zsfl.TrimmedMean(f=2)`, `zsfl.Krum(f=2)`. In exact and elastic mode; see `learning/robust.py`."""
+    norm_bound: float | NormBound | None = None
+    """Steps with a longer mean gradient are clipped to this norm, or with `zsfl.NormBound(10.0, "refuse")` dropped."""
     adjust_logits: Literal["participants", "client"] | None = None
     """Logit adjustment, for class indices: the loss sees logits shifted by log(p/q), with p the class shares of those
     who are present (`participants`) or of this client alone (`client`), and q those of all shards. The clients then
@@ -148,6 +151,7 @@ class Job:
                 to = f"from {least} {f'to {most}' if field == 'steps' else 'up'}"
                 raise self._wrong(f"{field} is {value!r}: use a whole number {to}")
         self._check_choices()
+        self._check_defences()
 
     def _check_choices(self) -> None:
         """Choices that are none, and those that do not go together."""
@@ -178,6 +182,42 @@ class Job:
             self.steps > 1 and is_number(self.local_lr) and 0 < self.local_lr < math.inf
         ):
             raise self._wrong(f"local_lr is {self.local_lr!r}: use a rate above 0, together with steps above 1")
+
+    def _check_defences(self) -> None:
+        """What is to keep bad gradients out, and what it does not go together with."""
+        try:
+            bound = self.bound
+        except ConfigError as error:
+            raise self._wrong(str(error)) from error
+        average = cast(object, self.average)
+        if average != "mean" and not isinstance(average, Median | TrimmedMean | Krum):
+            raise self._wrong(f"average is {average!r}: use 'mean', zsfl.Median(), zsfl.TrimmedMean() or zsfl.Krum()")
+        if average == "mean" and bound is None:
+            return
+        what = "norm_bound" if average == "mean" else f"average={average!r}"
+        if self.merge or self.batch_norm == "merged":
+            shared = "merge=True" if self.merge else "batch_norm='merged'"
+            raise self._wrong(f"{what} needs the gradient of each client by itself, which {shared} does not keep apart")
+        if self.average == "mean":
+            return
+        if isinstance(self.how, Async):
+            raise self._wrong(
+                f"{what} is a vote of clients, and in mode='async' those who are quick would have most of them: use "
+                "mode='elastic', or norm_bound"
+            )
+        if self.local_lr is not None:
+            raise self._wrong(f"{what} takes one gradient of each client, and with local_lr it has one for each step")
+        if self.shards < self.average.least:
+            raise self._wrong(f"{what} needs {self.average.least} clients, and there are {self.shards} shards")
+        if isinstance(self.average, Krum) and self.average.m > self.shards - self.average.f - 2:
+            most = self.shards - self.average.f - 2
+            raise self._wrong(f"{what} can take the gradients of {most} of {self.shards} clients at most")
+
+    @property
+    def bound(self) -> NormBound | None:
+        """How long gradients may be."""
+        given = self.norm_bound
+        return given if given is None or isinstance(given, NormBound) else NormBound(given)
 
     @property
     def how(self) -> Mode:
@@ -240,6 +280,11 @@ class Job:
             raise self._wrong(str(error)) from error
         if len(cuts.all) > 1 and self.batch_norm == "merged":
             raise self._wrong("batch_norm='merged' needs one body for all: give all clients the same cut")
+        if self.average != "mean" and self.batch_norm != "frozen" and tracked_norms(cuts.first):
+            raise self._wrong(
+                f"average={self.average!r} is of gradients, and any client could spoil the running statistics of batch "
+                "norm: use batch_norm='frozen' or group norm"
+            )
         return cuts
 
     def _made_by(self, call: str, function: Callable[[], _Made]) -> _Made:
@@ -282,57 +327,9 @@ class Job:
 
     def facts(self, cuts: Cuts) -> dict[str, str]:
         """What all nodes of a run must agree on, as short strings; `rounds` may differ."""
-        facts = {
-            "name": self.name,
-            "mode": repr(self.how),
-            "batches": repr(self.batches),
-            "steps": str(self.steps),
-            "local_lr": str(self.local_lr),
-            "batch_norm": self.batch_norm,
-            "merge": str(self.merge),
-            "autocast": str(self.autocast),
-            "adjust_logits": str(self.adjust_logits),
-            "shards": str(self.shards),
-            "batch_size": str(self.batch_size),
-            "seed": str(self.seed),
-            "shuffle": str(self.shuffle),
-            "codec": self.codec,
-            "optimizer": repr(self.optimizer),
-            "loss": _name(self.loss),
-            "loss_weight": _name(self.loss_weight),
-            "parameters": _shape_digest(cuts.first),
-            "cuts": cuts.fact,
-        }
-        return {name: _shortened(fact) for name, fact in facts.items()}
+        from zsfl.learning.facts import facts_of
 
-
-def _shortened(fact: str) -> str:
-    """A long fact as its beginning, for people, and a digest that still tells it from any other."""
-    if len(fact) <= LONGEST_FACT:
-        return fact
-    return f"{fact[:KEPT_OF_FACT]}... ({hashlib.sha256(fact.encode()).hexdigest()[:16]})"
-
-
-def _name(function: object) -> str:
-    """A name for a callable that is the same in every process (a `repr` may hold an address)."""
-    if isinstance(function, functools.partial):
-        inner = cast("functools.partial[Any]", function)
-        options = ", ".join(
-            f"{key}={value!r}" for key, value in sorted(inner.keywords.items()) if isinstance(value, int | float | str)
-        )
-        return f"{_name(inner.func)}({options})"
-    if isinstance(function, nn.Module) or function is None:
-        return repr(function)
-    return getattr(function, "__qualname__", type(function).__qualname__)
-
-
-def _shape_digest(model: nn.Module) -> str:
-    """Digest over names, shapes, dtypes and trainability of everything in the state of `model`."""
-    lines = [
-        f"{name} {list(tensor.shape)} {tensor.dtype} {tensor.requires_grad}"
-        for name, tensor in sorted(model.state_dict(keep_vars=True).items())
-    ]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        return facts_of(self, cuts)
 
 
 def load_job(path: Path) -> Job:

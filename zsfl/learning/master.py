@@ -22,10 +22,11 @@ from torch import Tensor
 
 from zsfl.errors import ConfigError, RunFailed, StorageError
 from zsfl.ids import parse_cid
-from zsfl.learning.averaging import Contribution, average
+from zsfl.learning.averaging import Contribution
 from zsfl.learning.flat import FlatLayout, FlatTensors
 from zsfl.learning.norms import VALUES, norm_rules, pool_buffers, uncounted
 from zsfl.learning.optim import OptimizerSpec, make_step
+from zsfl.learning.robust import Average, combine
 
 if TYPE_CHECKING:
     from zsfl.learning.model import SplitModel
@@ -46,10 +47,11 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
 class Master:
     """Weights, buffers and optimizer of one run, on the CPU; knows nothing of versions and the network."""
 
-    def __init__(self, model: SplitModel, optimizer: OptimizerSpec) -> None:
+    def __init__(self, model: SplitModel, optimizer: OptimizerSpec, average: Average = "mean") -> None:
         """Takes `model` over; `ConfigError` when it has nothing to train."""
         self._model = model.cpu()
         self._spec = optimizer
+        self._average: Average = average
         self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         if not self._trained:
             raise ConfigError("the model has nothing to train: give at least one parameter requires_grad=True")
@@ -72,8 +74,12 @@ class Master:
         return state_digest(self._state)
 
     @torch.no_grad()
-    def step(self, contributions: Sequence[Contribution], version: int = 0, sequential: bool = False) -> None:
+    def step(
+        self, contributions: Sequence[Contribution], version: int = 0, sequential: bool = False
+    ) -> tuple[int, ...]:
         """One optimizer step over the average of `contributions`, made at `version`, then the pooled buffers.
+
+        Returns the shards whose gradients were taken, where the average is one that chooses.
 
         `sequential` is for local steps: one optimizer step for the first steps of all clients, one for their second
         ones, and so on, in order of k. Each client moved its own parts by local_lr * S/n in between and took its next
@@ -85,8 +91,9 @@ class Master:
         overflow, and leaves everything as it was.
         """
         buffers = self._buffers
-        self._check(contributions, buffers)
-        gradients = [average(group) for group in (_by_k(contributions) if sequential else [contributions])]
+        self.check(contributions)
+        groups = _by_k(contributions) if sequential else [contributions]
+        gradients, chosen = zip(*(combine(self._average, group) for group in groups), strict=True)
         # The statistics of late ones began elsewhere.
         pooled = pool_buffers(buffers, [c for c in contributions if c.version == version], self._norms)
         for tensors in (*gradients, pooled):
@@ -96,6 +103,7 @@ class Master:
         self._descend_all(gradients, version)
         for name, tensor in pooled.items():
             buffers[name].copy_(tensor)
+        return chosen[0]
 
     def _descend_all(self, gradients: Sequence[Mapping[str, Tensor]], version: int) -> None:
         """One step of the optimizer for each of `gradients`; when one fails, weights and optimizer are as before."""
@@ -142,7 +150,7 @@ class Master:
         With `finite` its gradients are looked through, which a sum over all would tell only too late.
         """
         try:
-            self._check([*beside, one], self._buffers)
+            self.check([*beside, one])
             for tensors in (one.grads, one.buffers) if finite else ():
                 for name in tensors:
                     if not _finite(tensors[name]):
@@ -153,8 +161,9 @@ class Master:
             return str(error)
         return ""
 
-    def _check(self, contributions: Sequence[Contribution], buffers: Mapping[str, Tensor]) -> None:
-        """Whether all fit this model and each is there once; numbers inside gradients are looked at later."""
+    def check(self, contributions: Sequence[Contribution]) -> None:
+        """RunFailed unless all fit this model and each is there once; numbers inside gradients are looked at later."""
+        buffers = self._buffers
         if not contributions:
             raise RunFailed("a window without contributions cannot be stepped")
         seen: set[tuple[str, str]] = set()
@@ -165,8 +174,8 @@ class Master:
             seen.add((c.cid, c.part))
             if not (math.isfinite(c.n) and c.n >= 0 and c.samples > 0):
                 raise _unusable(c, f"weighs n={c.n} for {c.samples} samples")
-            if not (0 < c.scale < math.inf and 0 < c.damping <= 1):
-                raise _unusable(c, f"counts with a scale of {c.scale} and a damping of {c.damping}")
+            if not (0 < c.scale < math.inf and 0 < c.damping <= 1 and 0 < c.clip <= 1):
+                raise _unusable(c, f"counts with a scale of {c.scale}, a damping of {c.damping}, clipped to {c.clip}")
             if c.loss_sum is not None and not math.isfinite(c.loss_sum):
                 raise _unusable(c, f"has a loss of {c.loss_sum}: lower the learning rate, or look for bad samples")
             self._check_batch(c, batches)
@@ -191,7 +200,7 @@ class Master:
             if (n, samples) != (other_n, other_samples):
                 raise _unusable(
                     c,
-                    f"weighs n={n} for {samples} samples of {cid}, and the {other.part} part of {other.node} "
+                    f"weighs n={n} for {samples} samples of {cid}, and the {other.part} part of {other.whose} "
                     f"n={other_n} for {other_samples}: they are not of one batch; do the nodes' jobs differ?",
                 )
 
@@ -286,7 +295,7 @@ def _check_names(
 
 
 def _unusable(contribution: Contribution, what: str) -> RunFailed:
-    return RunFailed(f"the {contribution.part} contribution {contribution.cid} of {contribution.node} {what}")
+    return RunFailed(f"the {contribution.part} contribution {contribution.cid} of {contribution.whose} {what}")
 
 
 def _not_finite(name: str, contributions: Sequence[Contribution]) -> RunFailed:
@@ -294,7 +303,9 @@ def _not_finite(name: str, contributions: Sequence[Contribution]) -> RunFailed:
     for c in sorted(contributions, key=lambda c: c.cid):
         tensor = c.grads.get(name, c.buffers.get(name))
         if tensor is not None and not _finite(tensor):
-            return _unusable(c, f"is not finite in {name}: lower the learning rate, or look for bad samples")
+            return _unusable(
+                c, f"is not finite in {name}: lower the learning rate, look for bad samples, or set norm_bound"
+            )
     return RunFailed(f"the sum over all contributions overflows in {name}: lower the learning rate")
 
 

@@ -18,6 +18,7 @@ from zsfl.learning.job import Job, accuracy, load_job
 from zsfl.learning.model import SplitModel
 from zsfl.learning.modes import Async, Elastic, Exact
 from zsfl.learning.optim import adam, sgd
+from zsfl.learning.robust import Krum, Median, NormBound
 from zsfl.learning.schedules import cosine
 
 
@@ -84,6 +85,18 @@ def test_good_names(name: str) -> None:
         ({"local_lr": 0.1}, "local_lr is 0.1: use a rate above 0, together with steps above 1"),
         ({"local_lr": 0.0, "steps": 2}, "local_lr is 0.0"),
         ({"local_lr": float("inf"), "steps": 2}, "local_lr is inf"),
+        ({"average": "median"}, r"average is 'median': use 'mean', zsfl.Median\(\)"),
+        ({"norm_bound": -1.0}, "job 'trial': norm_bound is -1.0: use a norm above 0"),
+        ({"norm_bound": "1"}, "norm_bound is '1'"),
+        (
+            {"norm_bound": 1.0, "merge": True},
+            "norm_bound needs the gradient of each client by itself, which merge=True",
+        ),
+        ({"average": Median(), "batch_norm": "merged"}, r"average=Median\(f=1\) needs .* batch_norm='merged' does not"),
+        ({"average": Median(), "mode": "async"}, "those who are quick would have most of them: use mode='elastic'"),
+        ({"average": Median(), "local_lr": 0.1, "steps": 2}, "with local_lr it has one for each step"),
+        ({"average": Krum(f=2)}, r"average=Krum\(f=2, m=1\) needs 7 clients, and there are 5 shards"),
+        ({"average": Krum(m=3)}, "can take the gradients of 2 of 5 clients at most"),
     ],
 )
 def test_wrong_values_say_what_to_do(fields: dict[str, Any], said: str) -> None:
@@ -144,6 +157,26 @@ def test_facts_are_short_words_that_differ_where_the_jobs_do() -> None:
         assert {name for name, fact in job(**{field: value}).facts(Cuts(model())).items() if fact != facts[name]} == {
             field
         }
+
+
+def test_facts_name_what_keeps_bad_gradients_out_only_where_something_does() -> None:
+    plain = job().facts(Cuts(model()))
+    defended = job(average=Median(f=2), norm_bound=10).facts(Cuts(model()))
+    assert dict(defended.items() - plain.items()) == {
+        "average": "Median(f=2)",
+        "norm_bound": "NormBound(norm=10, beyond='clip')",
+    }
+    assert defended == job(average=Median(f=2), norm_bound=NormBound(10)).facts(Cuts(model()))
+
+
+def test_votes_do_not_go_with_running_statistics() -> None:
+    def normed() -> SplitModel:
+        return SplitModel(head=nn.Linear(4, 3), body=nn.BatchNorm1d(3), tail=nn.Linear(3, 2))
+
+    with pytest.raises(ConfigError, match="any client could spoil the running statistics of batch norm"):
+        job(model=normed, average=Median()).build()
+    job(model=normed, average=Median(), batch_norm="frozen").build()
+    job(model=normed, norm_bound=1.0).build()
 
 
 def test_facts_see_shapes_dtypes_and_what_is_frozen_but_not_values() -> None:
