@@ -27,6 +27,7 @@ TEXTS = (
     "client",
     "client/small",
     "0123456789ab",
+    "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7",
     "ab" * 32,
     "ledger.jsonl",
     "journal/v000000000004.spills",
@@ -72,6 +73,8 @@ def sample(rng: Random, kind: Any) -> Any:
             if not fitting:
                 raise LookupError(f"add a text to TEXTS that fits {pattern}")
             return rng.choice(fitting)
+        case inspect.BytesType(max_length=most):
+            return rng.randbytes(rng.randrange(17 if most is None else most + 1))
         case inspect.LiteralType(values=values):
             return rng.choice(values)
         case inspect.EnumType(cls=cls):
