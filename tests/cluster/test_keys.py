@@ -191,7 +191,7 @@ async def test_orders_need_a_key_that_may_give_them(tmp_path: Path) -> None:
         assert code == 1
         assert not nodes.tasks["server"].done()
         code, said = await drained("--keys", anna.folder)
-        assert (code, said) == (0, "")
+        assert (code, said) == (0, ""), (said, nodes.notes, nodes.tasks["server"])
     finally:
         await nodes.close()
         for machine in (anna, bob, eve):

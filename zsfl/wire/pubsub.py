@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -84,7 +85,8 @@ class Publisher:
     def cut(self) -> None:
         """Tear all connections, as there is no telling them apart: who is let in connects again at once."""
         if not self._socket.closed:
-            self._socket.unbind(f"tcp://{self._host}:{self.port}")
+            with suppress(zmq.ZMQError):  # it may be unbound for the moment already
+                self._socket.unbind(f"tcp://{self._host}:{self.port}")
             self._bind_again()
 
     def _bind_again(self) -> None:
