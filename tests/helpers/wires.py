@@ -50,7 +50,9 @@ class Wires:
         with suppress(asyncio.CancelledError):
             await task
 
-    def connect(self, server: Server | int, limits: WireLimits | None = None) -> Connection:
+    def connect(
+        self, server: Server | int, limits: WireLimits | None = None, *, last_words: bool = False
+    ) -> Connection:
         """A connection to a server, or to a port."""
         port = server if isinstance(server, int) else server.port
         connection = Connection(
@@ -60,6 +62,7 @@ class Wires:
             own_id=os.urandom(4).hex(),
             limits=limits or self.limits,
             counters=self.asked,
+            last_words=last_words,
         )
         self._connections.append(connection)
         return connection

@@ -69,10 +69,11 @@ class Connection:
         key: str = "",
         role: Role | None = None,
         watch: bool = False,
+        last_words: bool = False,
     ) -> None:
         """With a locked `door` it reaches nobody but the machine with that `key`. Of a peer of that `role` only answers
         are taken that it may give. With `watch` requests fail with Unauthorised as soon as that machine turns this one
-        away, and not only by their deadline.
+        away, and not only by their deadline. With `last_words` an answer also counts if its sender left at once.
         """
         self.peer = peer
         self._role = role
@@ -89,8 +90,9 @@ class Connection:
         # A routing id is never used twice: a ROUTER refuses one whose last connection it has not buried yet. Nor can it
         # be guessed, or somebody else would have it first.
         self._socket.routing_id = f"{own_id}/{next(_serial)}-{secrets.token_hex(8)}".encode()
-        # A request to somebody who is not there yet waits for its deadline instead of in a queue.
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        # A request to somebody who is not there yet waits for its deadline instead of in a queue. The price: together
+        # with a connection ZeroMQ throws away what came by it and was not read yet.
+        self._socket.setsockopt(zmq.IMMEDIATE, not last_words)
         self.met: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done, where it is watched, once the machine with that key is there and lets this one in."""
         self._watch: HandshakeWatch | None = None

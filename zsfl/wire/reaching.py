@@ -40,7 +40,7 @@ async def connected(address: Address, peer: str, settings: NodeSettings) -> Asyn
 
     def connect(key: str) -> Connection:
         wired: dict[str, Any] = {"limits": WireLimits(), "counters": Counters(), "door": door, "watch": True}
-        return Connection(context, f"tcp://{address}", peer=peer, own_id=own_id, key=key, **wired)
+        return Connection(context, f"tcp://{address}", peer=peer, own_id=own_id, key=key, last_words=True, **wired)
 
     try:
         connection = await _met(connect, list(door.trust.known), peer) if door.trust else connect("")

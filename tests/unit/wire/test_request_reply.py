@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
+import threading
 from collections.abc import Sequence
 
 import pytest
+import zmq
 from blockbuster import blockbuster_ctx
 from helpers.waiting import HANG_S, eventually, until
 from helpers.wires import echo, wires
@@ -23,7 +26,7 @@ from zsfl.errors import (
     ZsflError,
 )
 from zsfl.settings import WireLimits
-from zsfl.wire.framing import Buffer
+from zsfl.wire.framing import Buffer, Header, decode_header, encode
 from zsfl.wire.messages import Ok, Refusal, Reply, Request, Train
 from zsfl.wire.refusals import refusal, to_error
 from zsfl.wire.server import Server
@@ -402,3 +405,27 @@ async def test_many_connections_come_and_go() -> None:
             connection = w.connect(server)
             assert joined((await connection.request(ASK, [b"x"], deadline_s=HANG_S)).parts) == [b"x"]
             connection.close()
+
+
+async def test_the_last_words_of_who_leaves_at_once_are_heard() -> None:
+    async with wires() as w:
+        bound: queue.Queue[int] = queue.Queue()
+        times = 100
+
+        def answer_and_leave() -> None:
+            for _ in range(times):
+                router = w.context.socket(zmq.ROUTER, socket_class=zmq.Socket)
+                bound.put(router.bind_to_random_port("tcp://127.0.0.1"))
+                identity, frame, *_ = router.recv_multipart()
+                header = Header(kind="reply", id=decode_header(frame, w.limits).id, body=Ok())
+                for frames in encode(header, [], w.limits):
+                    router.send_multipart([identity, *frames])
+                router.close(linger=int(HANG_S * 1000))
+
+        leaver = threading.Thread(target=answer_and_leave, daemon=True)
+        leaver.start()
+        for _ in range(times):
+            connection = w.connect(await asyncio.to_thread(bound.get), last_words=True)
+            assert (await connection.request(ASK, deadline_s=10.0)).body == Ok()
+            connection.close()
+        leaver.join()
