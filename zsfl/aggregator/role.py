@@ -353,15 +353,14 @@ class AggregatorRole:
     async def _fail(self, error: Exception) -> None:
         """Keep the last good version, and tell everybody why the run ends."""
         version, state = self._training.newest
-        kept = ""
-        with suppress(StorageError):
+        with suppress(StorageError):  # the ledger has it, whatever else can be written
             self._progress.keep_model(state)
-            kept = f" (version {version} is kept in {self._folder.path})"
             self._progress.keep_to(version)
             self._training.ledger.cut_after(version)
             self._folder.write_plot()
         self._stage.place(reason=str(error)[:2000])
-        error.args = (f"{error}{kept}",)
+        if version:
+            error.args = (f"{error} (version {version} is kept in {self._folder.path})",)
         await self._farewell("failed")
 
     async def _farewell(self, phase: Phase) -> None:
