@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from zsfl.learning.partitions import dirichlet_sizes as dirichlet_sizes
     from zsfl.learning.partitions import iid as iid
     from zsfl.learning.partitions import shards as shards
+    from zsfl.learning.privacy import gaussian_noise as gaussian_noise
+    from zsfl.learning.privacy import private_activations as private_activations
     from zsfl.learning.robust import Krum as Krum
     from zsfl.learning.robust import Median as Median
     from zsfl.learning.robust import NormBound as NormBound
@@ -69,6 +71,7 @@ _HOMES = {
         "iid",
         "shards",
     ),
+    "zsfl.learning.privacy": ("gaussian_noise", "private_activations"),
     "zsfl.learning.robust": ("Krum", "Median", "NormBound", "TrimmedMean"),
     "zsfl.learning.schedules": ("cosine", "linear", "step_down", "warmup"),
     "zsfl.learning.split": ("split",),

@@ -21,7 +21,7 @@ CONFIG_FILE = Path("zsfl.toml")
 """Read from the working directory when neither the caller nor ZSFL_CONFIG names another file."""
 
 
-BESIDE_RUNS = ("spills", "logs")
+BESIDE_RUNS = ("spills", "logs", "noise")
 """Folders that lie among those of the runs."""
 
 

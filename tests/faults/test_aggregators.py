@@ -66,6 +66,25 @@ async def _taken_over(case: Case, runs: Path, monkeypatch: pytest.MonkeyPatch, v
     return nodes, left
 
 
+async def test_what_was_refused_or_clipped_stays_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Versions since the checkpoint are made again by the same rule, of the same steps, as short as they were made."""
+    bound = zsfl.NormBound(0.6)
+    case = replace(
+        CASE, dropout=0.0, average=zsfl.TrimmedMean(), norm_bound=bound, protect=zsfl.gaussian_noise(std=0.1)
+    )
+    case = replace(case, protect=replace(case.protect, secret=False))
+    straight = await in_process(case, tmp_path, run="straight")
+    await _taken_over(case, tmp_path, monkeypatch, WINDOWS + 2)
+    assert_equal(Ran(tmp_path / "nodes", []).weights, straight.weights)
+    assert_clean(tmp_path / "nodes")
+    records = ledger(tmp_path / "nodes")
+    assert any(record["clipped"] for record in records[WINDOWS : WINDOWS + 2])
+    mine, theirs = (
+        [[one["by"] for one in r["clipped"].values()] for r in ledger(tmp_path / run)] for run in ("nodes", "straight")
+    )
+    assert mine == theirs
+
+
 @pytest.mark.parametrize(
     ("versions", "merge"), [(1, False), (WINDOWS + 2, False), (WINDOWS + 2, True), (2 * WINDOWS, False)]
 )

@@ -53,6 +53,7 @@ class Case:
     merge: bool = False
     average: Any = "mean"
     norm_bound: Any = None
+    protect: Any = None
 
     @property
     def clients(self) -> int:
@@ -105,6 +106,7 @@ class Case:
             merge=self.merge,
             average=self.average,
             norm_bound=self.norm_bound,
+            protect=self.protect,
             rounds=self.rounds,
             shards=self.clients,
             seed=self.seed,
@@ -118,7 +120,8 @@ class Case:
         tests = str(Path(__file__).parents[1])
         path.write_text(
             f"import sys\nsys.path.insert(0, {tests!r})\nfrom helpers.exact import Case\n"
-            f"from zsfl import Async, Elastic, Exact, Krum, Median, NormBound, TrimmedMean\njob = {self!r}.job()\n"
+            f"from zsfl import Async, Elastic, Exact, Krum, Median, NormBound, TrimmedMean\n"
+            f"from zsfl.learning.privacy import Protection\njob = {self!r}.job()\n"
         )
         return path
 

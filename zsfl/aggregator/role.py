@@ -59,6 +59,7 @@ class AggregatorRole:
         """`elected`: how this node came to aggregate, where it stood by before."""
         self._node = node
         self._job = job
+        self._cuts = cuts
         self._folder = folder
         self._master = master = Master(cuts.first, job.optimizer, job.average)
         bound = max_staleness(job.how)
@@ -101,6 +102,9 @@ class AggregatorRole:
             training.begin_at(Version(0), 0)
         for warning in self._job.warnings():
             self._node.note(warning, "warning")
+        if self._job.protect is not None:
+            rounds = self._node.settings.rounds or self._job.rounds
+            self._node.note(self._job.protect.statement(self._job, self._cuts, rounds))
         self._stage.place(version=training.version, round=training.round)
         self._reign.begin(training.version)
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
+from zsfl.client.noise import Noise
 from zsfl.errors import ConfigError
 from zsfl.ids import Cid, Version, parse_cid
 from zsfl.learning.job import Job
 from zsfl.learning.model import SplitModel
+from zsfl.learning.modes import Async
 from zsfl.learning.part import Backward, Forward, Part, PartWeights, loss_sum
 from zsfl.learning.skew import shifted_loss
 
@@ -53,10 +55,10 @@ class StepInHand:
 def step_seed(job: Job, cid: Cid) -> int:
     """Seed of everything random in one step, the same on whichever server runs it and in every run; below 2**52.
 
-    So it is when a merged batch is asked for anew, and its steps have other names.
+    So it is when a window is asked for anew, and its steps have other names.
     """
     step = parse_cid(cid)
-    k = step.k % job.steps if job.batch_norm == "merged" else step.k
+    k = step.k if isinstance(job.how, Async) else step.k % job.steps
     text = f"{job.seed}/{step.version}/{step.shard}/{k}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "little")
 
@@ -65,14 +67,25 @@ class LocalParts:
     """Head and tail of one cut on this client's device."""
 
     def __init__(
-        self, job: Job, model: SplitModel, device: torch.device, names: Mapping[str, str] | None = None
+        self,
+        job: Job,
+        model: SplitModel,
+        device: torch.device,
+        names: Mapping[str, str] | None = None,
+        noise: Noise | None = None,
     ) -> None:
-        """`names` as for a `Part`."""
+        """`names` as for a `Part`; `noise` is for activations in training. ConfigError where it would prove nothing."""
         self._job = job
+        self._noise = noise
         part = partial(Part, device=device, batch_norm=job.batch_norm, autocast=job.autocast, names=names)
         self._head = part(model.head, "head")
         self._tail = None if model.tail is None else part(model.tail, "tail")
         self.want_grad = bool(self._head.trainable)
+        if job.protect is not None and job.protect.epsilon is not None and self._head.couples:
+            raise ConfigError(
+                "protect states what is private of each sample, and batch norm in the head tells of the others of its "
+                "batch: use batch_norm='frozen' or group norm there"
+            )
         self.step_bytes = 0
         """Of the activations of the last step that was begun."""
 
@@ -101,6 +114,8 @@ class LocalParts:
         """Head forward; `x` may be spoiled by it."""
         seed = step_seed(self._job, cid)
         head = self._head.forward(weights.head, x, seed=seed, train=True, need_input_grad=False, spare=True)
+        if self._noise is not None:
+            head = replace(head, output=self._noise.on(head.output, cid, seed, len(y)))
         self.step_bytes = head.output.nbytes
         return StepInHand(
             cid=cid,

@@ -14,6 +14,7 @@ import torch
 
 from zsfl.client.driver import Batch, StepDriver
 from zsfl.client.local import LocalParts
+from zsfl.client.noise import Noise, noise_key
 from zsfl.client.remote import RemoteBody
 from zsfl.client.shard import ShardData
 from zsfl.errors import ConfigError, Held, RemoteProtocolError, StaleWeights, Unavailable, ZsflError
@@ -69,7 +70,7 @@ class ClientRole:
         plan = CodecPlan.parse(node.settings.codec or job.codec)
         self._remote = RemoteBody(node, plan, random.Random(node.card.id))
         parts = {
-            cut: LocalParts(job, cuts.model(cut), device, cuts.names(cut))
+            cut: LocalParts(job, cuts.model(cut), device, cuts.names(cut), self._noise())
             for cut in sorted({cuts.of(shard) for shard in shards})
         }
         weights = {cut: WeightsFollower(node, cuts.portion(cut), local.load) for cut, local in parts.items()}
@@ -84,6 +85,13 @@ class ClientRole:
         self._data: list[ShardData] = []
         self._server = node.serve(self._answer)
         self.hears = frozenset({Role.AGGREGATOR, Role.SPLIT_SERVER})
+
+    def _noise(self) -> Noise | None:
+        """What is added to activations, where the job protects them."""
+        if self._job.protect is None:
+            return None
+        path = self._node.settings.runs / "noise" / f"{self._node.name}.key"
+        return Noise(self._job.protect, noise_key(path) if self._job.protect.secret else b"")
 
     @property
     def data_port(self) -> int:

@@ -42,6 +42,7 @@ def facts_of(job: Job, cuts: Cuts) -> dict[str, str]:
     # Only where they are stated, so that a run of before can be resumed.
     facts |= {} if job.average == "mean" else {"average": repr(job.average)}
     facts |= {} if job.bound is None else {"norm_bound": repr(job.bound)}
+    facts |= {} if job.protect is None else {"protect": repr(job.protect)}
     return {name: _shortened(fact) for name, fact in facts.items()}
 
 

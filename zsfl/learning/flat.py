@@ -41,6 +41,9 @@ class FlatTensors(Mapping[str, Tensor]):
         first = self.layout.places[name][1] + start
         return self.numbers()[first : first + count]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.layout.places  # without reading it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.places)
 

@@ -23,6 +23,7 @@ from zsfl.learning.model import JOB_MODULE_PREFIX
 from zsfl.learning.modes import Async, Elastic, Exact, Mode, ModeName, mode_named
 from zsfl.learning.norms import tracked_norms
 from zsfl.learning.optim import OptimizerSpec
+from zsfl.learning.privacy import Protection
 from zsfl.learning.robust import Average, Krum, Median, NormBound, TrimmedMean
 from zsfl.tensors.plan import CodecPlan
 
@@ -106,6 +107,9 @@ class Job:
     `zsfl.Median()`, `zsfl.TrimmedMean(f=2)`, `zsfl.Krum(f=2)`. In exact and elastic mode; see `learning/robust.py`."""
     norm_bound: float | NormBound | None = None
     """Steps with a longer mean gradient are clipped to this norm, or with `zsfl.NormBound(10.0, "refuse")` dropped."""
+    protect: Protection | None = None
+    """What clients do to their activations in training: `zsfl.private_activations(clip=1.0, epsilon=8.0, delta=1e-5)`,
+    or `zsfl.gaussian_noise(std=0.5)`, of which nothing is proven."""
     adjust_logits: Literal["participants", "client"] | None = None
     """Logit adjustment, for class indices: the loss sees logits shifted by log(p/q), with p the class shares of those
     who are present (`participants`) or of this client alone (`client`), and q those of all shards. The clients then
@@ -189,6 +193,8 @@ class Job:
             bound = self.bound
         except ConfigError as error:
             raise self._wrong(str(error)) from error
+        if self.protect is not None and not isinstance(cast(object, self.protect), Protection):
+            raise self._wrong(f"protect is {self.protect!r}: use zsfl.private_activations() or zsfl.gaussian_noise()")
         average = cast(object, self.average)
         if average != "mean" and not isinstance(average, Median | TrimmedMean | Krum):
             raise self._wrong(f"average is {average!r}: use 'mean', zsfl.Median(), zsfl.TrimmedMean() or zsfl.Krum()")
@@ -315,6 +321,8 @@ class Job:
                 f"codec={self.codec!r} loses what measured speeds, or the choice of servers, say, so no two runs are "
                 "equal bit for bit; one fixed codec without feedback would do"
             )
+        if self.protect is not None and not self.protect.secret:
+            found.append("the noise on activations follows the job's seed, which all nodes know: it hides nothing")
         if self.local_lr is not None:
             options = {name: value for name, value in self.optimizer.options.items() if value and name != "lr"}
             is_plain = self.optimizer.factory is torch.optim.SGD and not options and self.optimizer.schedule is None

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,7 +129,7 @@ def combine(how: Average, contributions: Sequence[Contribution]) -> tuple[dict[s
         case Median():
             return votes.by_coordinate(_median), ()
         case TrimmedMean(f=f):
-            return votes.by_coordinate(lambda block: _mean(block.sort(0).values[f : len(block) - f])), ()
+            return votes.by_coordinate(lambda block: _mean(_in_order(block)[f : len(block) - f])), ()
         case Krum():
             best = _nearest(votes.distances(), how)
             return votes.by_coordinate(_mean, best), tuple(votes.shards[row] for row in best)
@@ -210,8 +211,13 @@ def _piece(grads: Mapping[str, Tensor], name: str, start: int, count: int) -> Te
     return grads[name].reshape(-1)[start : start + count]
 
 
+def _in_order(block: Tensor) -> Tensor:
+    """Each coordinate's votes from low to high; numpy sorts columns several times as fast as torch does."""
+    return torch.from_numpy(np.sort(block.numpy(), axis=0))
+
+
 def _median(block: Tensor) -> Tensor:
-    in_order, middle = block.sort(0).values, len(block) // 2
+    in_order, middle = _in_order(block), len(block) // 2
     if len(block) % 2:
         return in_order[middle]
     return in_order[middle - 1] / 2 + in_order[middle] / 2  # whose sum might overflow

@@ -21,6 +21,7 @@ from zsfl.errors import ConfigError, RunFailed
 from zsfl.ids import PartName, RunId, Version, step_cid
 from zsfl.learning import robust
 from zsfl.learning.averaging import Contribution, average
+from zsfl.learning.flat import FlatTensors
 from zsfl.learning.robust import Krum, Median, NormBound, Rule, TrimmedMean, combine
 from zsfl.spill.layout import SpillMeta, decode_contribution, encode
 
@@ -211,6 +212,11 @@ def test_gradients_on_the_disk_are_read_in_blocks(rule: Rule, tmp_path: Path, mo
         asked.append(4 * count)
         return piece(grads, name, start, count)
 
+    def whole(self: FlatTensors, name: str) -> Tensor:
+        raise AssertionError(f"all of {name} is read at once")
+
+    for grads in (one.grads for one in on_disk):
+        monkeypatch.setattr(type(grads), "__getitem__", whole)
     monkeypatch.setattr(robust, "BLOCK_BYTES", 48 << 10)
     monkeypatch.setattr(robust, "_piece", measured)
     assert sum(tensor.nbytes for tensor in in_memory[0].grads.values()) > IN_MEMORY_BYTES
