@@ -7,6 +7,7 @@ import os
 import queue
 import threading
 from collections.abc import Sequence
+from typing import Any, cast
 
 import pytest
 import zmq
@@ -414,7 +415,7 @@ async def test_the_last_words_of_who_leaves_at_once_are_heard() -> None:
 
         def answer_and_leave() -> None:
             for _ in range(times):
-                router = w.context.socket(zmq.ROUTER, socket_class=zmq.Socket)
+                router = cast(Any, w.context).socket(zmq.ROUTER, socket_class=zmq.Socket)
                 bound.put(router.bind_to_random_port("tcp://127.0.0.1"))
                 identity, frame, *_ = router.recv_multipart()
                 header = Header(kind="reply", id=decode_header(frame, w.limits).id, body=Ok())
