@@ -371,7 +371,8 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "name": _matches(r"|[A-Za-z0-9][A-Za-z0-9_-]{0,62}", "up to 63 letters, digits, - and _"),
     "run": _matches(
         rf"|(?!(?i:{'|'.join(BESIDE_RUNS)})\Z)[A-Za-z0-9][A-Za-z0-9._-]{{0,99}}",
-        f"up to 100 letters, digits, dots, - and _; not {' or '.join(BESIDE_RUNS)}, which are folders beside the runs",
+        f"up to 100 letters, digits, dots, - and _; not {', '.join(BESIDE_RUNS[:-1])} or {BESIDE_RUNS[-1]}, which are "
+        "folders beside the runs",
     ),
     "cluster": _matches(r"|[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "up to 100 letters, digits, dots, - and _"),
     "device": _matches(r"auto|cpu|cuda(:[0-9]{1,3})?", "auto, cpu, cuda or cuda:N"),

@@ -166,7 +166,7 @@ def test_the_loss_is_no_number(said: Said, tmp_path: Path) -> None:
         (("up", "JOB", "--clients", "some"), "invalid int value: 'some'"),
         (("up", "JOB", "--speed", "9"), "unrecognized arguments: --speed 9"),
         (("up", "JOB", "--run", "Logs"), "--run is 'Logs': expected up to 100 letters, digits, dots, - and _; not"),
-        (("node", "client", "JOB", "--run", "spills"), "not spills or logs, which are folders beside the runs"),
+        (("node", "client", "JOB", "--run", "spills"), "not spills, logs or noise, which are folders beside the runs"),
         (("fly",), "invalid choice: 'fly'"),
         (("node", "client", "JOB", "--peer", "here"), "host:port"),
     ],
