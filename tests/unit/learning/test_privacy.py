@@ -170,7 +170,7 @@ def test_the_stream_is_normal_and_of_its_key() -> None:
         (lambda: private_activations(clip=math.inf, epsilon=1.0, delta=1e-5), "clip is inf"),
         (lambda: private_activations(clip=1.0, epsilon=0.0, delta=1e-5), "epsilon is 0.0"),
         (lambda: private_activations(clip=1.0, epsilon=1.0, delta=1.0), "delta is 1.0: use a probability"),
-        (lambda: gaussian_noise(std=1.0, secret="no"), "secret is 'no': use True or False"),  # noqa: S106  # pyright: ignore[reportArgumentType]
+        (lambda: gaussian_noise(std=1.0, secret=1), "secret is 1: use True or False"),  # pyright: ignore[reportArgumentType]
         (lambda: job(protect=0.5), r"job 'private': protect is 0.5: use zsfl.private_activations\(\)"),
     ],
 )
