@@ -357,13 +357,15 @@ class AggregatorRole:
     async def _fail(self, error: Exception) -> None:
         """Keep the last good version, and tell everybody why the run ends."""
         version, state = self._training.newest
-        with suppress(StorageError):  # the ledger has it, whatever else can be written
+        is_kept = version > 0  # the ledger has it, whatever else can be written
+        with suppress(StorageError):
             self._progress.keep_model(state)
+            is_kept = True
             self._progress.keep_to(version)
             self._training.ledger.cut_after(version)
             self._folder.write_plot()
         self._stage.place(reason=str(error)[:2000])
-        if version:
+        if is_kept:
             error.args = (f"{error} (version {version} is kept in {self._folder.path})",)
         await self._farewell("failed")
 
