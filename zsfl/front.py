@@ -17,6 +17,7 @@ import zmq.asyncio
 from zsfl.errors import Rejected, ZsflError
 from zsfl.ids import Address, NodeCard, NodeId, Role
 from zsfl.lane import soon_in_lane, to_lane
+from zsfl.lifetime import Lifetime
 from zsfl.metrics import Counters
 from zsfl.node import Node, RoleShell
 from zsfl.peers import Peers
@@ -81,11 +82,9 @@ class Front:
         self._codecs = codecs
         self._loop = asyncio.get_running_loop()
         self._stopping = stopping or asyncio.Event()
-        self._started: set[asyncio.Task[None]] = set()
-        self._leaving = False
+        self._life = Lifetime()
         self._beats: dict[NodeId, Beat] = {}
         """Of each peer the newest heartbeat that the lane has not heard of."""
-        self._tasks: asyncio.TaskGroup
         self._peers: Peers
         self._node: Node
         self._role: RoleShell
@@ -122,8 +121,7 @@ class Front:
                 self.card, data_port=self._role.data_port, news_port=self._node.publisher.port
             )
             self._peers = Peers(self, self.card, self.settings, self.facts, self._codecs, self.start, self._door)
-            async with asyncio.TaskGroup() as self._tasks:
-                await self._live()
+            await self._life.run(self._live())
         except BaseExceptionGroup as group:
             raise root_cause(group) from group
         finally:
@@ -162,9 +160,6 @@ class Front:
         await asyncio.wait({acting, asked}, return_when=asyncio.FIRST_COMPLETED)
         if not acting.done():
             await asyncio.wait({acting, self.start(self._drained(), "drain")}, return_when=asyncio.FIRST_COMPLETED)
-        self._leaving = True
-        for task in list(self._started):
-            task.cancel()
 
     async def _drained(self) -> None:
         with suppress(TimeoutError):
@@ -187,12 +182,7 @@ class Front:
 
     def start(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[None]:
         """Run something for as long as the node lives; its failure ends the node."""
-        task: asyncio.Task[None] = self._tasks.create_task(work, name=name)
-        self._started.add(task)
-        task.add_done_callback(self._started.discard)
-        if self._leaving:
-            task.cancel()
-        return task
+        return self._life.start(work, name)
 
     async def _mind_keys(self) -> None:
         """Read again whom this machine trusts, and let go at once of whom it does not trust any more."""

@@ -17,6 +17,7 @@ import zmq.asyncio
 
 from zsfl.errors import RemoteProtocolError, SpillTooLarge, StorageError
 from zsfl.ids import NodeCard, NodeId, Role
+from zsfl.lifetime import Lifetime
 from zsfl.metrics import Counters, added
 from zsfl.reports import AnyReport, Note
 from zsfl.settings import NodeSettings, WireLimits
@@ -132,9 +133,8 @@ class Node:
         self._peers: dict[NodeId, NodeCard] = {}
         self._waits = Waits()
         self._links: dict[NodeId, Connection] = {}
-        self._started: set[asyncio.Task[None]] = set()
-        self._leaving = self._closed = False
-        self._tasks: asyncio.TaskGroup | None = None
+        self._closed = False
+        self._life = Lifetime()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._role: RoleShell
         self.publisher = Publisher(
@@ -253,14 +253,7 @@ class Node:
 
     def start(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[None]:
         """Run something for as long as the node lives; its failure ends the node."""
-        if self._tasks is None:
-            raise RuntimeError(f"{name} is started before its node runs")
-        task: asyncio.Task[None] = self._tasks.create_task(work, name=name)
-        self._started.add(task)
-        task.add_done_callback(self._started.discard)
-        if self._leaving:
-            task.cancel()
-        return task
+        return self._life.start(work, name)
 
     # --- life -------------------------------------------------------------------------------------------
 
@@ -268,16 +261,15 @@ class Node:
         """Live until the role ends or something fails; `running` is called once peers may be told of."""
         self._role = role
         try:
-            async with asyncio.TaskGroup() as self._tasks:
-                self.start(self._say_waits(), "waits")
-                self.start(self._fail_with(), "fail")
-                running()
-                await self.start(role.run(), "role")
-                self._leaving = True
-                for task in list(self._started):
-                    task.cancel()
+            await self._life.run(self._live(role, running))
         finally:
             self.close()
+
+    async def _live(self, role: RoleShell, running: Callable[[], None]) -> None:
+        self.start(self._say_waits(), "waits")
+        self.start(self._fail_with(), "fail")
+        running()
+        await self.start(role.run(), "role")
 
     def close(self) -> None:
         """Close what is still open; what was published last may still leave."""
