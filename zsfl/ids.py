@@ -54,6 +54,10 @@ class Role(StrEnum):
     """Gives orders (`zsfl drain`) and is no node."""
 
 
+AGGREGATING = frozenset({Role.AGGREGATOR, Role.STANDBY})
+"""Roles that record versions, or will once they take over."""
+
+
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from zsfl.errors import ZsflError
-from zsfl.ids import Role
+from zsfl.ids import AGGREGATING, Role
 from zsfl.reports import AnyReport, Exited, to_line
 
 GRACE_S = 10.0
@@ -56,7 +56,7 @@ class ForkServer:
 
     def __init__(self, job: Path, reports: Output) -> None:
         self._job = job
-        self._pids: dict[int, str] = {}
+        self._nodes: dict[int, Spawn] = {}
         self._inputs: dict[int, Input] = {}
         """By process."""
         self._lifeline = os.pipe()
@@ -98,8 +98,8 @@ class ForkServer:
             case Spawn():
                 self._spawn(order)
             case Kill():
-                for pid, name in self._pids.items():
-                    if name == order.name:
+                for pid, node in self._nodes.items():
+                    if node.name == order.name:
                         os.kill(pid, order.signal)
 
     def _spawn(self, order: Spawn) -> None:
@@ -107,7 +107,7 @@ class ForkServer:
         pid = os.fork()
         if pid:
             os.close(write)
-            self._pids[pid], self._inputs[pid] = order.name, Input(read)
+            self._nodes[pid], self._inputs[pid] = order, Input(read)
             self._waiting.register(read, selectors.EVENT_READ)
             return
         code = 1
@@ -145,24 +145,29 @@ class ForkServer:
                 self._out.write(one.read())
 
     def _reap(self) -> None:
-        for pid in list(self._pids):
+        for pid in list(self._nodes):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                name, last = self._pids.pop(pid), self._inputs.pop(pid)
+                node, last = self._nodes.pop(pid), self._inputs.pop(pid)
                 self._waiting.unregister(last.pipe)
                 self._out.write(last.read())
                 last.close()
-                self._out.report(Exited(node=name, code=os.waitstatus_to_exitcode(status)))
+                self._out.report(Exited(node=node.name, code=os.waitstatus_to_exitcode(status)))
 
     def _end_all(self) -> None:
-        for number, patience_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
-            for pid in self._pids:
-                os.kill(pid, number)
-            deadline = time.monotonic() + patience_s
-            while self._pids and time.monotonic() < deadline:
-                self._relay([one.pipe for one in self._inputs.values()])
-                self._reap()
-                time.sleep(0.01)
+        aggregating = {pid for pid, node in self._nodes.items() if node.role in AGGREGATING}
+        self._end(aggregating, signal.SIGTERM)
+        self._end(self._nodes.keys() - aggregating, signal.SIGTERM)
+        self._end(self._nodes.keys(), signal.SIGKILL)
+
+    def _end(self, nodes: Collection[int], number: int) -> None:
+        for pid in nodes:
+            os.kill(pid, number)
+        deadline = time.monotonic() + GRACE_S
+        while not self._nodes.keys().isdisjoint(nodes) and time.monotonic() < deadline:
+            self._relay([one.pipe for one in self._inputs.values()])
+            self._reap()
+            time.sleep(0.01)
 
 
 def _leave_with(lifeline: int) -> None:

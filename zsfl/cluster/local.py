@@ -317,6 +317,8 @@ class LocalCluster:
 
         One that fails is another matter: something is wrong with the job, and with the next one it would be again.
         """
+        if self._closing:
+            return
         if self._assembled and self._keeper is not None:
             match self._keeper.decide(name, node, time.monotonic()):
                 case "start again":

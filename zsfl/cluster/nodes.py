@@ -12,11 +12,9 @@ from typing import Any
 import msgspec
 
 from zsfl.errors import ConfigError, RunFailed, ZsflError
-from zsfl.ids import Address, Role
+from zsfl.ids import AGGREGATING, Address, Role
 from zsfl.reports import Failed, RoundReport, from_line
 from zsfl.wire.sockets import is_free
-
-AGGREGATING = frozenset({Role.AGGREGATOR, Role.STANDBY})
 
 
 @dataclass(slots=True)

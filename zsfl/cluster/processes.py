@@ -73,7 +73,7 @@ class ProcessSpawner:
         with suppress(ProcessLookupError):
             server.terminate()
         try:
-            async with asyncio.timeout(2 * GRACE_S + 1):
+            async with asyncio.timeout(3 * GRACE_S + 1):
                 await server.wait()
         except TimeoutError:
             server.kill()

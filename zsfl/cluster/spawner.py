@@ -51,5 +51,8 @@ class Spawner(Protocol):
         ...
 
     async def close(self) -> None:
-        """End whatever still runs, and wait for it."""
+        """End whatever still runs, and wait for it.
+
+        Those that record versions leave first: of what is left while others leave no version is to be made.
+        """
         ...
