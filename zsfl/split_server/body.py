@@ -7,7 +7,7 @@ then the client sends its input again, to this server or another.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,9 +90,10 @@ class BodyWorker:
         """Forwards that wait for their backward, those of merged batches as one."""
         return len(self._graphs) + len(self._merged)
 
-    def holds(self, cid: Cid) -> bool:
-        """Whether the forward of this step waits here for its backward."""
-        return cid in self._graphs
+    def went_with(self, cid: Cid) -> Collection[Cid]:
+        """The steps that went forward together with this one, and itself, while its graph is kept for its backward."""
+        made = self._graphs.get(cid)
+        return () if made is None else made.rows.keys()
 
     def infer(self, weights: PartWeights, x: torch.Tensor) -> torch.Tensor:
         """Output in evaluation mode."""

@@ -1,5 +1,8 @@
 """The requests that wait for the body, and the server's one turn after another at them.
 
+First those that end what was begun here: clients have their gradients soonest so, few graphs wait, and none for so long
+that it is forgotten and has to be made again. The others go in the order in which they came.
+
 The socket is emptied between two turns, so that what waits is here and not there: it is known how much it is, what is
 too much is refused at once, and steps that wait together can go through the body together.
 """
@@ -7,7 +10,7 @@ too much is refused at once, and steps that wait together can go through the bod
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from zsfl.errors import BadShape, Unavailable, ZsflError
@@ -67,7 +70,7 @@ Work = Callable[[Sequence[Waiting], PartWeights | None], list[Answer | ZsflError
 
 
 class WorkQueue:
-    """Takes requests, as many as are admitted, and has them worked on in the order in which they came."""
+    """Takes requests, as many as are admitted, and has them worked on."""
 
     def __init__(
         self,
@@ -78,16 +81,16 @@ class WorkQueue:
         *,
         may_merge: Callable[[str], bool],
         pays: Callable[[str, int], bool],
-        is_begun: Callable[[Asked, str], bool] = lambda *_: False,
+        went_with: Callable[[str, Cid], Collection[Cid]] = lambda *_: (),
         left: Callable[[], None],
         same_k: bool,
     ) -> None:
         """`work` does one turn.
 
         `may_merge` says of a cut whether its requests may be taken together, `pays` of a kind of request whether so
-        many of them had better be, `is_begun` of a request and its cut whether it ends what was begun here, and so is
-        taken by a server that leaves. `left` is called whenever a request has come to its end. With `same_k` only steps
-        of one k are merged.
+        many of them had better be, `went_with` of a cut and a step which steps went forward with it and wait here for
+        their backwards, which a server that leaves still takes. `left` is called whenever a request has come to its
+        end. With `same_k` only steps of one k are merged.
         """
         self._cuts = cuts
         self._weights = weights
@@ -95,7 +98,7 @@ class WorkQueue:
         self._work = work
         self._may_merge = may_merge
         self._pays = pays
-        self._is_begun = is_begun
+        self._went_with = went_with
         self._ended = left
         self._same_k = same_k
         self._waiting: list[Waiting] = []
@@ -112,7 +115,7 @@ class WorkQueue:
         waiting = Waiting(request, parts, self._cuts.of(shard), answer, size_bytes)
         is_ready = not waiting.needs_weights or self._weights.held(waiting.version) is not None
         # Last of all that may be refused: from here on the answer gives it back.
-        self._admission.enter(size_bytes, is_begun=self._is_begun(request, waiting.cut))
+        self._admission.enter(size_bytes, is_begun=bool(self._pass_of(waiting)))
         answer.add_done_callback(lambda _: self._left(size_bytes))
         if is_ready:
             self._enqueue(waiting)
@@ -152,7 +155,7 @@ class WorkQueue:
         self._waiting = [one for one in self._waiting if not one.answer.done()]
         if not self._waiting:
             return
-        chosen = self._together(self._waiting[0])
+        chosen = self._together(self._whole() or self._waiting)
         taken = set(map(id, chosen))
         self._waiting = [one for one in self._waiting if id(one) not in taken]
         self._alone &= set(map(id, self._waiting))
@@ -177,12 +180,25 @@ class WorkQueue:
                     one.answer.set_result(answer)
         self._call_for_turn()
 
-    def _together(self, first: Waiting) -> list[Waiting]:
+    def _pass_of(self, waiting: Waiting) -> Collection[Cid]:
+        """The steps that went forward together with the one that this backward ends, while their graph is here."""
+        request = waiting.request
+        return self._went_with(waiting.cut, request.cid) if isinstance(request, Backward) else ()
+
+    def _whole(self) -> list[Waiting]:
+        """Those that end a pass all of whose steps are here: of the others a part would go forward once more."""
+        passes = [(one, self._pass_of(one)) for one in self._waiting if id(one) not in self._alone]
+        here = {_cid(one) for one, steps in passes if steps}
+        return [one for one, steps in passes if steps and here.issuperset(steps)]
+
+    def _together(self, among: Sequence[Waiting]) -> list[Waiting]:
+        """The first, and what goes through the body with it: all that can where that pays, else what it came with."""
+        first = among[0]
         alike = first.alike if self._may_merge(first.cut) and id(first) not in self._alone else None
         if alike is None:
             return [first]
         room, found, cids = MOST_MERGED_BYTES, list[Waiting](), set[str]()
-        for one in self._waiting:
+        for one in among:
             if one.alike == alike and id(one) not in self._alone and _k(one, self._same_k) == _k(first, self._same_k):
                 room -= one.size_bytes
                 if found and (room < 0 or len(found) == MOST_MERGED):
@@ -190,7 +206,10 @@ class WorkQueue:
                 if (cid := _cid(one)) not in cids:  # a second copy of a request goes by itself
                     cids.add(cid)
                     found.append(one)
-        return found if self._pays(type(first.request).__name__, len(found)) else [first]
+        if self._pays(type(first.request).__name__, len(found)):
+            return found
+        mates = {_cid(first), *self._pass_of(first)}
+        return [one for one in found if _cid(one) in mates]
 
 
 def unpacked_size(request: Asked, parts: Sequence[Buffer]) -> int:

@@ -24,7 +24,7 @@ from zsfl.split_server.admission import Admission
 from zsfl.split_server.body import BodyWorker, Done
 from zsfl.split_server.meeting import RETRY_AFTER_S, Meetings
 from zsfl.split_server.merging import MergePolicy
-from zsfl.split_server.queue import Answer, Asked, Waiting, Weights, WorkQueue, unpacked_size
+from zsfl.split_server.queue import Answer, Waiting, Weights, WorkQueue, unpacked_size
 from zsfl.tensors.codec import SPELLINGS, unpack
 from zsfl.tensors.plan import CodecPlan
 from zsfl.weights.follower import WeightsFollower
@@ -75,7 +75,7 @@ class SplitServerRole:
             self._work,
             may_merge=lambda cut: self._workers[cut].merges,
             pays=self._policy.pays,
-            is_begun=self._is_begun,
+            went_with=lambda cut, cid: self._workers[cut].went_with(cid),
             left=self._touched,
             same_k=job.local_lr is not None,
         )
@@ -138,9 +138,6 @@ class SplitServerRole:
     def _awaits_backwards(self) -> bool:
         """Whether clients are about to ask for what only this server can do without beginning anew."""
         return self._member.aggregator.value is not None and any(one.cached for one in self._workers.values())
-
-    def _is_begun(self, request: Asked, cut: str) -> bool:
-        return isinstance(request, Backward) and self._workers[cut].holds(request.cid)
 
     async def control(self, request: Request) -> Reply:
         """A split server answers no control requests."""

@@ -19,7 +19,11 @@ from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Broadcast, FetchWeights, Weights
 
 KEPT_VERSIONS = 4
-"""Those that were asked for last: the one in use, the one before for steps in flight, one that is tested, the next."""
+"""At least, of those that were asked for last: the one in use, the one before for steps in flight, one that is tested,
+the next."""
+KEPT_BYTES, MOST_VERSIONS = 256 << 20, 64
+"""More of them while they take no more than this: where nobody waits for anybody, many clients make many versions while
+a step waits its turn."""
 GRACE_S = 0.1
 """How long a version that was announced may take to begin to arrive before it is asked for."""
 
@@ -136,7 +140,9 @@ class WeightsFollower(Generic[_Loaded]):
             loaded.set_exception(error)
             loaded.exception()
         held[weights.version] = loaded
-        while len(held) > KEPT_VERSIONS:
+        size = sum(tensor.nbytes for tensor in state.values())
+        kept = min(max(KEPT_BYTES // max(size, 1), KEPT_VERSIONS), MOST_VERSIONS)
+        while len(held) > kept:
             del held[next(iter(held))]
         self._versions.touch()
         return loaded

@@ -12,14 +12,18 @@ import torch
 from helpers.waiting import until
 
 from zsfl.errors import BadShape, Busy, StaleWeights, ZsflError
-from zsfl.ids import RunId, Version, step_cid
+from zsfl.ids import Cid, RunId, Version, parse_cid, step_cid
 from zsfl.split_server.admission import Admission
 from zsfl.split_server.queue import Answer, Waiting, WorkQueue
 from zsfl.tensors.codec import Codec
-from zsfl.wire.messages import Forward, Ok
+from zsfl.wire.messages import Backward, Forward, Ok
 
 X = torch.zeros(2, 3)
 SPEC, DATA = Codec.parse("raw").pack("input", X)
+
+
+def shard_of(cid: Cid) -> int:
+    return parse_cid(cid).shard
 
 
 def forward(shard: int, version: int = 0) -> Forward:
@@ -27,11 +31,20 @@ def forward(shard: int, version: int = 0) -> Forward:
     return Forward(cid=cid, version=Version(version), seed=0, input=SPEC)
 
 
+def backward(shard: int) -> Backward:
+    cid = step_cid(RunId("abcdef"), shard, Version(0))
+    asked = {"cid": cid, "version": Version(0), "seed": 0, "n": 1.0, "samples": 1, "provenance": "client"}
+    return Backward(**asked, input=None, grad=SPEC, want_grad=True)
+
+
 class Body:
     """Works on whatever it is given, and remembers what came together; some shards are bad."""
 
     def __init__(self, slots: int = 4, merges: bool = True) -> None:
         self.turns: list[list[int]] = []
+        self.passes: list[set[int]] = []
+        """Forwards of these shards wait for their backwards, those of one pass together."""
+        self.pays = True
         self.bad: set[int] = set()
         self.left = 0
         self.loading: dict[int, asyncio.Future[Any]] = {}
@@ -42,10 +55,14 @@ class Body:
             self.admission,
             self.work,
             may_merge=lambda _: merges,
-            pays=lambda _, count: count > 1,
+            pays=lambda _, count: count > 1 and self.pays,
+            went_with=self.went_with,
             left=self.leave,
             same_k=False,
         )
+
+    def went_with(self, _cut: str, cid: Cid) -> set[Cid]:
+        return {backward(shard).cid for made in self.passes if shard_of(cid) in made for shard in made}
 
     def cut_of(self, shard: int) -> str:
         if shard > 90:
@@ -64,7 +81,7 @@ class Body:
         self.left += 1
 
     def work(self, chosen: Sequence[Waiting], _weights: object) -> list[Answer | ZsflError]:
-        shards = [int(cast(Forward, one.request).cid.split("-s")[1][:5]) for one in chosen]
+        shards = [shard_of(cast(Forward | Backward, one.request).cid) for one in chosen]
         self.turns.append(shards)
         if self.bad.intersection(shards):
             raise BadShape("a bad one")
@@ -72,6 +89,11 @@ class Body:
 
     def put(self, shard: int, version: int = 0) -> asyncio.Future[Answer]:
         return self.queue.put(forward(shard, version), [DATA])
+
+    async def end(self, *put: Forward | Backward) -> list[list[int]]:
+        """What came together, in which order, of requests that wait at the same time."""
+        await until(asyncio.gather(*(self.queue.put(request, [DATA]) for request in put)))
+        return self.turns
 
 
 async def test_those_that_wait_together_go_together_and_each_gets_its_own() -> None:
@@ -103,6 +125,29 @@ async def test_nothing_is_merged_where_the_body_does_not_allow_it() -> None:
     body = Body(merges=False)
     await until(asyncio.gather(*(body.put(shard) for shard in range(3))))
     assert body.turns == [[0], [1], [2]]
+
+
+async def test_what_was_begun_here_is_ended_before_anything_else() -> None:
+    body = Body(merges=False)
+    body.passes = [{2}, {3}]
+    assert await body.end(forward(0), forward(1), backward(2), backward(3)) == [[2], [3], [0], [1]]
+
+
+async def test_a_pass_that_lacks_one_waits_its_turn() -> None:
+    """Its steps would have to go forward once more; who can say when the other one comes."""
+    body = Body(slots=8)
+    body.passes = [{1, 2, 3}, {4, 5}]
+    put = (forward(0), backward(1), backward(2), backward(4), backward(5))
+    assert await body.end(*put) == [[4, 5], [0], [1, 2]]
+
+
+@pytest.mark.parametrize(("pays", "turns"), [(True, [[1, 2, 3]]), (False, [[1, 2], [3]])])
+async def test_what_went_forward_together_goes_back_together_whether_or_not_that_pays(
+    pays: bool, turns: list[list[int]]
+) -> None:
+    body = Body()
+    body.passes, body.pays = [{1, 2}, {3}], pays
+    assert await body.end(backward(1), backward(2), backward(3)) == turns
 
 
 async def test_what_is_refused_takes_no_slot() -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from zsfl.errors import BadShape, NoPeer, StaleWeights
 from zsfl.ids import BODY, NodeCard, NodeId, Portion, Role, Version
 from zsfl.weights import follower as followers
-from zsfl.weights.follower import KEPT_VERSIONS, WeightsFollower
+from zsfl.weights.follower import KEPT_VERSIONS, MOST_VERSIONS, WeightsFollower
 from zsfl.weights.shelf import Packed, pack
 from zsfl.wire.messages import FetchWeights, Goodbye, Weights
 
@@ -114,9 +115,14 @@ async def test_a_broadcast_that_has_begun_to_arrive_is_waited_for() -> None:
     assert following.fetched == []
 
 
+@pytest.mark.parametrize(("room", "kept"), [(0, KEPT_VERSIONS), (6, 6)])
 @settings(max_examples=40)
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 6)), max_size=30))
-def test_the_version_that_was_not_asked_for_longest_goes_first(events: list[tuple[bool, int]]) -> None:
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 8)), max_size=40))
+def test_the_version_that_was_not_asked_for_longest_goes_first(
+    room: int, kept: int, events: list[tuple[bool, int]]
+) -> None:
+    """Room is that for so many versions; KEPT_VERSIONS are kept however long they are."""
+
     async def follow() -> None:
         following, held, missed = Following(), list[int](), list[int]()
         for is_asked_for, version in events:
@@ -128,10 +134,22 @@ def test_the_version_that_was_not_asked_for_longest_goes_first(events: list[tupl
                 held.append(held.pop(held.index(version)))
             else:
                 following.heard(version)
-            held = held[-KEPT_VERSIONS:]
+            held = held[-kept:]
         assert following.fetched == missed
 
-    asyncio.run(follow())
+    size = sum(len(part) for part in packed(0)[1])
+    with patch.object(followers, "KEPT_BYTES", room * size):
+        asyncio.run(follow())
+
+
+async def test_of_small_versions_not_too_many_are_kept() -> None:
+    following = Following()
+    for version in range(MOST_VERSIONS + 1):
+        following.heard(version)
+    assert await following.get(1) == 1
+    assert following.fetched == []
+    await following.get(0)
+    assert following.fetched == [0]
 
 
 async def test_what_does_not_fit_is_no_version() -> None:
