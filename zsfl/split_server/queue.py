@@ -10,7 +10,9 @@ too much is refused at once, and steps that wait together can go through the bod
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
+import itertools
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from zsfl.errors import BadShape, Unavailable, ZsflError
@@ -40,6 +42,8 @@ class Waiting:
     answer: asyncio.Future[Answer]
     size_bytes: int
     """Of its tensors, once they are unpacked."""
+    alike: tuple[object, ...] | None
+    """What it has in common with those that it may be merged with; None where it goes alone."""
 
     @property
     def version(self) -> Version:
@@ -50,20 +54,6 @@ class Waiting:
     def needs_weights(self) -> bool:
         """Whether what is remembered of a forward is not enough."""
         return not isinstance(self.request, Backward) or self.request.input is not None
-
-    @property
-    def alike(self) -> tuple[object, ...] | None:
-        """What it has in common with those that it may be merged with; None where it goes alone."""
-        match self.request:
-            case Forward():
-                spec, again = self.request.input, False
-            case Step():
-                spec, again = self.request.input, self.request.again
-            case Backward() if self.request.input is None:
-                spec, again = self.request.grad, self.request.again
-            case _:
-                return None
-        return None if again else (type(self.request), self.version, self.cut, spec.dtype, spec.shape[1:])
 
 
 Work = Callable[[Sequence[Waiting], PartWeights | None], list[Answer | ZsflError]]
@@ -101,9 +91,14 @@ class WorkQueue:
         self._went_with = went_with
         self._ended = left
         self._same_k = same_k
-        self._waiting: list[Waiting] = []
-        self._alone: set[int] = set()
-        """Those that failed in company: whose fault it was is seen when each goes by itself."""
+        self._waiting: dict[Waiting, None] = {}
+        """In the order in which they came."""
+        self._ending: dict[Cid, Waiting] = {}
+        """Backwards that lack some of those that went forward with them."""
+        self._whole: deque[list[Waiting]] = deque()
+        """Backwards of passes all of whose steps are here."""
+        self._alone: dict[Waiting, None] = {}
+        """Those that failed in company, and go first: whose fault it was is seen when each goes by itself."""
         self._late: set[asyncio.Task[None]] = set()
         self._turn_is_due = False
 
@@ -112,11 +107,12 @@ class WorkQueue:
         shard = request.shard if isinstance(request, Infer) else parse_cid(request.cid).shard
         size_bytes = unpacked_size(request, parts)
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        waiting = Waiting(request, parts, self._cuts.of(shard), answer, size_bytes)
+        cut = self._cuts.of(shard)
+        waiting = Waiting(request, parts, cut, answer, size_bytes, _alike(request, cut, self._same_k))
         is_ready = not waiting.needs_weights or self._weights.held(waiting.version) is not None
         # Last of all that may be refused: from here on the answer gives it back.
         self._admission.enter(size_bytes, is_begun=bool(self._pass_of(waiting)))
-        answer.add_done_callback(lambda _: self._left(size_bytes))
+        answer.add_done_callback(lambda _: self._left(waiting))
         if is_ready:
             self._enqueue(waiting)
         else:
@@ -125,8 +121,9 @@ class WorkQueue:
             late.add_done_callback(self._late.discard)
         return answer
 
-    def _left(self, size_bytes: int) -> None:
-        self._admission.leave(size_bytes)
+    def _left(self, waiting: Waiting) -> None:
+        self._take_out(waiting)
+        self._admission.leave(waiting.size_bytes)
         self._ended()
 
     async def _await_weights(self, waiting: Waiting) -> None:
@@ -139,26 +136,35 @@ class WorkQueue:
             self._enqueue(waiting)
 
     def _enqueue(self, waiting: Waiting) -> None:
-        self._waiting.append(waiting)
+        self._waiting[waiting] = None
+        steps = self._pass_of(waiting)
+        if steps and (cid := _cid(waiting)) not in self._ending:
+            self._ending[cid] = waiting
+            if self._ending.keys() >= set(steps):
+                self._whole.append([self._ending.pop(step) for step in steps])
         self._call_for_turn()
 
+    def _take_out(self, waiting: Waiting) -> None:
+        """It waits no more."""
+        self._alone.pop(waiting, None)
+        if waiting in self._waiting:
+            del self._waiting[waiting]
+            if isinstance(waiting.request, Backward) and self._ending.get(_cid(waiting)) is waiting:
+                del self._ending[_cid(waiting)]
+
     def _call_for_turn(self) -> None:
-        if not self._turn_is_due and self._waiting:
+        if not self._turn_is_due and (self._waiting or self._alone):
             self._turn_is_due = True
             loop = asyncio.get_running_loop()
             # Not in the next round of the loop: answers of the turn before leave first, and what has arrived is read.
             loop.call_soon(loop.call_soon, self._turn)
 
     def _turn(self) -> None:
-        """Work on what waits longest, and on what can go along with it."""
+        """Work on what was begun here, else on what waits longest, and on what can go along with it."""
         self._turn_is_due = False
-        self._waiting = [one for one in self._waiting if not one.answer.done()]
-        if not self._waiting:
+        chosen = self._chosen()
+        if not chosen:
             return
-        chosen = self._together(self._whole() or self._waiting)
-        taken = set(map(id, chosen))
-        self._waiting = [one for one in self._waiting if id(one) not in taken]
-        self._alone &= set(map(id, self._waiting))
         try:
             weights = self._weights.held(chosen[0].version) if chosen[0].needs_weights else None
             if weights is None and chosen[0].needs_weights:  # they went while it waited
@@ -166,8 +172,7 @@ class WorkQueue:
             answers = self._work(chosen, None if weights is None else weights[chosen[0].cut])
         except Exception as error:
             if len(chosen) > 1:
-                self._alone.update(map(id, chosen))
-                self._waiting = [*chosen, *self._waiting]
+                self._alone.update(dict.fromkeys(chosen))
             elif not chosen[0].answer.done():
                 chosen[0].answer.set_exception(error)
         else:
@@ -180,32 +185,42 @@ class WorkQueue:
                     one.answer.set_result(answer)
         self._call_for_turn()
 
+    def _chosen(self) -> list[Waiting]:
+        """What is worked on next; it waits no more."""
+        for alone in list(self._alone):
+            self._take_out(alone)
+            if not alone.answer.done():
+                return [alone]
+        while self._whole and not any(map(self._is_waiting, self._whole[0])):
+            self._whole.popleft()
+        among = itertools.chain.from_iterable(self._whole) if self._whole else self._waiting
+        chosen = self._together(filter(self._is_waiting, among))
+        for one in chosen:
+            self._take_out(one)
+        return chosen
+
+    def _is_waiting(self, one: Waiting) -> bool:
+        return one in self._waiting and not one.answer.done()
+
     def _pass_of(self, waiting: Waiting) -> Collection[Cid]:
         """The steps that went forward together with the one that this backward ends, while their graph is here."""
         request = waiting.request
         return self._went_with(waiting.cut, request.cid) if isinstance(request, Backward) else ()
 
-    def _whole(self) -> list[Waiting]:
-        """Those that end a pass all of whose steps are here: of the others a part would go forward once more."""
-        passes = [(one, self._pass_of(one)) for one in self._waiting if id(one) not in self._alone]
-        here = {_cid(one) for one, steps in passes if steps}
-        return [one for one, steps in passes if steps and here.issuperset(steps)]
-
-    def _together(self, among: Sequence[Waiting]) -> list[Waiting]:
+    def _together(self, among: Iterator[Waiting]) -> list[Waiting]:
         """The first, and what goes through the body with it: all that can where that pays, else what it came with."""
-        first = among[0]
-        alike = first.alike if self._may_merge(first.cut) and id(first) not in self._alone else None
-        if alike is None:
+        if (first := next(among, None)) is None:
+            return []
+        if first.alike is None or not self._may_merge(first.cut):
             return [first]
         room, found, cids = MOST_MERGED_BYTES, list[Waiting](), set[str]()
-        for one in among:
-            if one.alike == alike and id(one) not in self._alone and _k(one, self._same_k) == _k(first, self._same_k):
+        for one in itertools.chain([first], among):
+            if one.alike == first.alike and (cid := _cid(one)) not in cids:  # a second copy goes by itself
                 room -= one.size_bytes
                 if found and (room < 0 or len(found) == MOST_MERGED):
                     break
-                if (cid := _cid(one)) not in cids:  # a second copy of a request goes by itself
-                    cids.add(cid)
-                    found.append(one)
+                cids.add(cid)
+                found.append(one)
         if self._pays(type(first.request).__name__, len(found)):
             return found
         mates = {_cid(first), *self._pass_of(first)}
@@ -229,5 +244,17 @@ def _cid(waiting: Waiting) -> Cid:
     return waiting.request.cid
 
 
-def _k(waiting: Waiting, matters: bool) -> int:
-    return parse_cid(_cid(waiting)).k if matters else 0
+def _alike(request: Asked, cut: str, same_k: bool) -> tuple[object, ...] | None:
+    match request:
+        case Forward():
+            spec, again = request.input, False
+        case Step():
+            spec, again = request.input, request.again
+        case Backward() if request.input is None:
+            spec, again = request.grad, request.again
+        case _:
+            return None
+    if again:
+        return None
+    k = parse_cid(request.cid).k if same_k else 0
+    return type(request), request.version, cut, spec.dtype, spec.shape[1:], k

@@ -42,7 +42,7 @@ class Body:
 
     def __init__(self, slots: int = 4, merges: bool = True) -> None:
         self.turns: list[list[int]] = []
-        self.passes: list[set[int]] = []
+        self.passes: list[list[int]] = []
         """Forwards of these shards wait for their backwards, those of one pass together."""
         self.pays = True
         self.bad: set[int] = set()
@@ -61,8 +61,8 @@ class Body:
             same_k=False,
         )
 
-    def went_with(self, _cut: str, cid: Cid) -> set[Cid]:
-        return {backward(shard).cid for made in self.passes if shard_of(cid) in made for shard in made}
+    def went_with(self, _cut: str, cid: Cid) -> list[Cid]:
+        return [backward(shard).cid for made in self.passes if shard_of(cid) in made for shard in made]
 
     def cut_of(self, shard: int) -> str:
         if shard > 90:
@@ -129,14 +129,14 @@ async def test_nothing_is_merged_where_the_body_does_not_allow_it() -> None:
 
 async def test_what_was_begun_here_is_ended_before_anything_else() -> None:
     body = Body(merges=False)
-    body.passes = [{2}, {3}]
+    body.passes = [[2], [3]]
     assert await body.end(forward(0), forward(1), backward(2), backward(3)) == [[2], [3], [0], [1]]
 
 
 async def test_a_pass_that_lacks_one_waits_its_turn() -> None:
     """Its steps would have to go forward once more; who can say when the other one comes."""
     body = Body(slots=8)
-    body.passes = [{1, 2, 3}, {4, 5}]
+    body.passes = [[1, 2, 3], [4, 5]]
     put = (forward(0), backward(1), backward(2), backward(4), backward(5))
     assert await body.end(*put) == [[4, 5], [0], [1, 2]]
 
@@ -146,8 +146,27 @@ async def test_what_went_forward_together_goes_back_together_whether_or_not_that
     pays: bool, turns: list[list[int]]
 ) -> None:
     body = Body()
-    body.passes, body.pays = [{1, 2}, {3}], pays
+    body.passes, body.pays = [[1, 2], [3]], pays
     assert await body.end(backward(1), backward(2), backward(3)) == turns
+
+
+async def test_of_a_pass_one_of_whose_steps_is_taken_back_the_others_are_ended() -> None:
+    body = Body()
+    body.passes = [[1, 2]]
+    first, second, third = (body.queue.put(backward(1), [DATA]), body.queue.put(backward(2), [DATA]), body.put(0))
+    first.cancel()
+    await until(asyncio.gather(second, third))
+    assert body.turns == [[2], [0]]
+    assert (body.left, body.admission.idle) == (3, True)
+
+
+async def test_steps_of_several_passes_that_fail_together_go_by_themselves_and_once() -> None:
+    body = Body(slots=5)
+    body.passes, body.bad = [[1], [2], [3]], {2}
+    answers = [body.queue.put(backward(shard), [DATA]) for shard in (1, 2, 3)]
+    await until(asyncio.gather(*answers, return_exceptions=True))
+    assert body.turns == [[1, 2, 3], [1], [2], [3]]
+    assert [answer.exception() is None for answer in answers] == [True, False, True]
 
 
 async def test_what_is_refused_takes_no_slot() -> None:
