@@ -33,7 +33,6 @@ import zsfl
 
 BUDGET_S = 60
 IN_THE_LOT = ("--only", "link", "--repeat", "1")
-"""When `make bench` gives up on it; it takes about 130."""
 
 SMALLEST = "int2, gradient=rank6, spill=rand2+feedback"
 CODECS = (

@@ -24,8 +24,8 @@ from _record import circumstances, in_short, table, write
 
 import zsfl
 
-BUDGET_S = 50
-IN_THE_LOT = ("--repeat", "3", "--seconds", "1")
+BUDGET_S = 60
+IN_THE_LOT = ("--repeat", "2", "--seconds", "1")
 
 
 @dataclass(slots=True, kw_only=True)

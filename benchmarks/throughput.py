@@ -30,8 +30,8 @@ from _record import circumstances, in_short, table, write
 
 import zsfl
 
-BUDGET_S = 140
-IN_THE_LOT = ("--repeat", "2", "--steps", "16", "--profile-seconds", "0")
+BUDGET_S = 130
+IN_THE_LOT = ("--repeat", "1", "--steps", "16", "--profile-seconds", "0")
 
 CLIENTS = 20
 BATCH = 64
