@@ -10,12 +10,13 @@ import asyncio
 import os
 import random
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -197,6 +198,26 @@ def stepper(context: zmq.Context[Any], codec: str, port: int, shards: int, width
     )
     node.body.heard(SERVER, LOAD)
     return Stepper(node, shards, width)
+
+
+@contextmanager
+def program(*arguments: str) -> Iterator[int]:
+    """This file as a program, see above; the port on which it listens."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        yield int(process.stdout.readline())
+    finally:
+        process.stdin.close()
+        process.stdout.close()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _until_eof() -> None:

@@ -13,19 +13,18 @@ import asyncio
 import dataclasses
 import os
 import statistics
-import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import zmq
 from _figures import Figure, add_json_flag, hand_over, shown, spread
-from _link import Stepper, stepper
+from _link import Stepper, program, stepper
 from _record import circumstances, path_of, table, write
 from _training import Outcome, run
 
@@ -124,29 +123,6 @@ def draw(path: Path, found: dict[str, list[Outcome]]) -> None:
         axes.grid(alpha=0.3)
     figure.legend(*along.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     FigureCanvasAgg(figure).print_figure(path, format="png")
-
-
-@contextmanager
-def program(*arguments: str) -> Iterator[int]:
-    """A program of `_link.py`; the port on which it listens."""
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("_link.py")), *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        yield int(process.stdout.readline())
-    finally:
-        process.stdin.close()
-        process.stdout.close()
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 async def linked(repeat: int) -> tuple[Rates, dict[Link, dict[str, str]]]:

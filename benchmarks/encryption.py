@@ -3,7 +3,9 @@
     python benchmarks/encryption.py
     python benchmarks/encryption.py --kib 1024 --connections 4 --repeat 9
 
-Both ends are processes of this machine; plain and encrypted take turns within each repetition. About a minute.
+Both ends are processes of this machine, which has nothing else to do than to encrypt and decrypt; also through a
+simulated link of 1 Gbit/s, as between machines of a LAN. Plain and encrypted take turns within each repetition. About a
+minute.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import zmq
 from _figures import Figure, add_json_flag, hand_over, shown
+from _link import program
 from _record import circumstances, table, write
 from peers import zsfl_locked, zsfl_wire
 from peers.program import HOST, Asker, started
@@ -41,6 +44,8 @@ WAYS = {"plain": ("zsfl_wire", 1), "encrypted": ("zsfl_locked", 1), "encrypted, 
 KIB = (16, 256, 1024, 4096)
 TARGETS = {1024: 0.60}
 """Of plain throughput, by KiB, for the better number of io threads."""
+REQUESTS, LINKED = "request and reply", "request and reply through 1 Gbit/s (simulated)"
+LINK_MBIT_S, LINKED_KIB = 1000, (1024,)
 MOST_OPEN = 16
 MOST_OPEN_KIB = 16 << 10
 QUEUED = 128
@@ -94,14 +99,18 @@ def turns(repeat: int) -> Iterator[tuple[bool, Sequence[str]]]:
 
 
 async def measure_requests(
-    measured: Measured, kibs: Sequence[int], connections: int, repeat: int, seconds: float
+    measured: Measured, what: str, kibs: Sequence[int], connections: int, repeat: int, seconds: float
 ) -> None:
     """Tensors there and back, several at once over several connections."""
+
+    def way_to(port: int) -> AbstractContextManager[int]:
+        return program("shape", str(LINK_MBIT_S), str(port)) if what == LINKED else nullcontext(port)
+
     async with AsyncExitStack() as stack:
         askers: dict[str, tuple[Spread, int]] = {}
         for way, (module, threads) in WAYS.items():
             os.environ["ZSFL_IO_THREADS"] = str(threads)
-            asker, pid = await stack.enter_async_context(started(module))
+            asker, pid = await stack.enter_async_context(started(module, way_to))
             askers[way] = Spread(asker, connections), pid
             stack.push_async_callback(askers[way][0].close)
         for counts, ways in turns(repeat):
@@ -110,7 +119,7 @@ async def measure_requests(
                 for way in ways:
                     took = await ask_for(*askers[way], payload, questions, seconds if counts else 0.0)
                     if counts:
-                        measured.add("request and reply", kib, way, took.answers_per_s * kib * 1024 / 1e6)
+                        measured.add(what, kib, way, took.answers_per_s * kib * 1024 / 1e6)
 
 
 # --- broadcasts -------------------------------------------------------------------------------------------
@@ -248,7 +257,8 @@ def main() -> int:
     begun_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["ZSFL_KEYS"] = folder
-        asyncio.run(measure_requests(measured, args.kib, args.connections, args.repeat, args.seconds))
+        for what, kibs in ((REQUESTS, args.kib), (LINKED, LINKED_KIB)):
+            asyncio.run(measure_requests(measured, what, kibs, args.connections, args.repeat, args.seconds))
         asyncio.run(measure_broadcasts(measured, args.kib, args.connections, args.repeat))
     shown_page = page(measured, args.connections, args.repeat)
     print(f"{shown_page}\n\n{time.perf_counter() - begun_s:.0f} s in all")

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -66,8 +66,13 @@ def cpu_s(pid: int) -> float:
 
 
 @asynccontextmanager
-async def started(name: str) -> AsyncIterator[tuple[Asker, int]]:
-    """An asker joined to a server program of this contestant in a process of its own, and that process's id."""
+async def started(
+    name: str, way_to: Callable[[int], AbstractContextManager[int]] = nullcontext
+) -> AsyncIterator[tuple[Asker, int]]:
+    """An asker joined to a server program of this contestant in a process of its own, and that process's id.
+
+    `way_to` gives the port by which the server's own is reached.
+    """
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -84,11 +89,12 @@ async def started(name: str) -> AsyncIterator[tuple[Asker, int]]:
         if not line:
             raise RuntimeError(f"the server program peers.{name} ended before it listened; what it said is above")
         connect = cast("Callable[[int], Awaitable[Asker]]", importlib.import_module(f"peers.{name}").connect)
-        asker = await connect(int(line))
-        try:
-            yield asker, process.pid
-        finally:
-            await asker.close()
+        with way_to(int(line)) as port:
+            asker = await connect(port)
+            try:
+                yield asker, process.pid
+            finally:
+                await asker.close()
     finally:
         process.stdin.close()
         try:
