@@ -27,6 +27,9 @@ Address = NewType("Address", str)
 """`host:port` of a node's control socket."""
 PublicKey = NewType("PublicKey", str)
 """Of a machine: a CURVE key as Z85, 40 characters."""
+_BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+HOST_PATTERN = rf"{_BYTE}(\.{_BYTE}){{3}}"
+"""An IPv4 address. What a peer says is never looked up: that may take long, and holds up all sockets meanwhile."""
 KEY_PATTERN = r"^[0-9A-Za-z.:+=^!/*?&<>()\[\]{}@%$#-]{40}\Z"
 
 PartName = Literal["body", "client"]
@@ -71,7 +74,7 @@ class NodeCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     name: Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f\[\]]{1,200}\Z")]
     """It is shown on terminals, so that it has no control characters, and no brackets."""
     role: Role
-    host: Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Za-z][0-9A-Za-z.-]{0,252}\Z")]
+    host: Annotated[str, msgspec.Meta(pattern=rf"^{HOST_PATTERN}\Z")]
     control_port: Port
     data_port: Port = 0
     pub_port: Port = 0

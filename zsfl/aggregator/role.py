@@ -31,6 +31,7 @@ from zsfl.learning.modes import Exact, max_staleness
 from zsfl.node import OFFERS_TOPIC, BeatExtras, Node
 from zsfl.reports import Assembled, Finished, RoundReport
 from zsfl.weights.shelf import Shelf
+from zsfl.wire.fields import fit_to_say
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import (
     SAID_GOODBYE,
@@ -364,7 +365,7 @@ class AggregatorRole:
             self._progress.keep_to(version)
             self._training.ledger.cut_after(version)
             self._folder.write_plot()
-        self._stage.place(reason=str(error)[:2000])
+        self._stage.place(reason=fit_to_say(error))
         if is_kept:
             error.args = (f"{error} (version {version} is kept in {self._folder.path})",)
         await self._farewell("failed")

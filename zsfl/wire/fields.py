@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from zsfl.ids import CID_PATTERN, KEY_PATTERN, Address, Cid, NodeId, PartName, Portion, Role, SpillKind, Version
+from zsfl.ids import (
+    CID_PATTERN,
+    HOST_PATTERN,
+    KEY_PATTERN,
+    Address,
+    Cid,
+    NodeId,
+    PartName,
+    Portion,
+    Role,
+    SpillKind,
+    Version,
+)
 
 MAX_PEERS_EXCHANGED = 256
 """Addresses in one peer exchange: enough for a LAN, small enough for a heartbeat."""
@@ -29,8 +42,13 @@ MAX_JOINED = 64
 """Shards in one Join; a client with more says it in several."""
 
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
-ShortText = Annotated[str, Meta(max_length=200)]
-LongText = Annotated[str, Meta(max_length=4000)]
+_SHOWN = r"\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\U0010ffff"
+"""No control characters, and none that turn the direction of writing: texts are shown on terminals."""
+ShortText = Annotated[str, Meta(max_length=200, pattern=rf"^[{_SHOWN}]*\Z")]
+LongText = Annotated[str, Meta(max_length=4000, pattern=rf"^[{_SHOWN}\n\t]*\Z")]
+_NOT_SHOWN = re.compile(rf"[^{_SHOWN}\n\t]|[\ud800-\udfff]")
+MAX_SAID = 2000
+"""Characters of an error that travel."""
 CidText = Annotated[Cid, Meta(max_length=64, pattern=CID_PATTERN)]
 VersionNumber = Annotated[Version, Meta(ge=0, le=1 << 53)]
 PortionName = Annotated[Portion, Meta(pattern=r"^(body|client(/[a-z0-9][a-z0-9-]{0,39})?)\Z")]
@@ -44,6 +62,11 @@ Counted = Annotated[dict[ShortText, Annotated[float, Meta(ge=-1e300, le=1e300)]]
 NodeIdText = Annotated[NodeId, Meta(max_length=200)]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 """A bound also keeps NaN out, which would compare as neither early nor late."""
+
+
+def fit_to_say(error: object) -> str:
+    """What it says, as LongText: as much of it as travels, without what may not be shown."""
+    return _NOT_SHOWN.sub("?", str(error)[:MAX_SAID])
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", forbid_unknown_fields=True):
@@ -61,7 +84,7 @@ class PeerHint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     id: Annotated[NodeId, Meta(max_length=200)]
     role: Role
-    address: Annotated[Address, Meta(pattern=r"^[0-9A-Za-z][0-9A-Za-z.-]{0,252}:[0-9]{1,5}\Z")]
+    address: Annotated[Address, Meta(pattern=rf"^{HOST_PATTERN}:[0-9]{{1,5}}\Z")]
     key: Annotated[str, Meta(pattern=rf"^\Z|{KEY_PATTERN}")] = ""
     """Of its machine; empty where no keys are used."""
 

@@ -22,7 +22,7 @@ async def mechanism_at(address: Address, deadline_s: float) -> str | None:
     async with asyncio.timeout(deadline_s):
         try:
             reader, writer = await asyncio.open_connection(host, int(port))
-        except OSError:
+        except (OSError, UnicodeError):  # the latter of a name that cannot be looked up
             return None
         try:
             writer.write(_SIGNATURE + _VERSION)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from zsfl import errors
 from zsfl.errors import Busy, Unavailable, ZsflError
+from zsfl.wire.fields import fit_to_say
 from zsfl.wire.messages import Refusal
 
-MAX_TEXT = 2000
 MAX_RETRY_S = 3600.0
 
 _TRAVELS: tuple[type[ZsflError], ...] = (
@@ -34,8 +34,7 @@ def refusal(error: Exception) -> Refusal:
     # A fault of ours is worth another server to the peer, hence Unavailable.
     name, text = (kind.__name__, str(error)) if kind else ("Unavailable", f"{type(error).__name__}: {error}")
     retry_after_s = min(max(error.retry_after_s, 0.0), MAX_RETRY_S) if isinstance(error, Busy) else 0.0
-    # A file name that is not UTF-8 cannot travel as it is.
-    return Refusal(kind=name, message=text[:MAX_TEXT].encode(errors="replace").decode(), retry_after_s=retry_after_s)
+    return Refusal(kind=name, message=fit_to_say(text), retry_after_s=retry_after_s)
 
 
 def to_error(answer: Refusal, peer: str) -> ZsflError:

@@ -1,0 +1,55 @@
+"""What may be said in texts and addresses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zsfl.errors import ConfigError
+from zsfl.ids import NodeCard, Role
+from zsfl.wire.fields import LongText, PeerHint, ShortText, fit_to_say
+from zsfl.wire.refusals import refusal
+
+HOSTS = ("127.0.0.1", "10.0.0.255", "0.0.0.0")  # it is not bound, only spelled
+NO_HOSTS = ("localhost", "a..b", "slow.example", "256.1.1.1", "1.2.3", "1.2.3.4.5", "01.2.3.4", "1.2.3.4\n", "", "::1")
+
+
+def is_taken(value: object, kind: Any) -> bool:
+    """Whether it may be said."""
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("hosts", "taken"), [(HOSTS, True), (NO_HOSTS, False)])
+def test_peers_say_addresses_that_nobody_has_to_look_up(hosts: tuple[str, ...], taken: bool) -> None:
+    card = {"id": "a", "name": "a", "role": Role.CLIENT, "control_port": 1}
+    assert {is_taken(card | {"host": host}, NodeCard) for host in hosts} == {taken}
+    hint = {"id": "a", "role": Role.CLIENT}
+    assert {is_taken(hint | {"address": f"{host}:7700"}, PeerHint) for host in hosts} == {taken}
+
+
+@pytest.mark.parametrize("bad", ["\x1b]0;title\x07", "\x7f", "\x9b2J", "\u202etxt", "\u2066", "\0", "\r", "\u2028"])
+def test_nothing_is_said_that_a_terminal_takes_for_an_order(bad: str) -> None:
+    assert not is_taken(f"a{bad}b", ShortText)
+    assert not is_taken(f"a{bad}b", LongText)
+    assert fit_to_say(ConfigError(f"a{bad}b")).startswith("a?")
+
+
+@pytest.mark.parametrize("fine", ["", "client 3", "Zürich, 日本 🙂", "a\u200bb"])
+def test_names_of_all_languages_may_be_said(fine: str) -> None:
+    assert is_taken(fine, ShortText)
+    assert is_taken(f"{fine}\n\t{fine}", LongText)
+    assert not is_taken(f"{fine}\n", ShortText)
+
+
+@given(st.text(st.characters(exclude_categories=()), max_size=3000))
+def test_whatever_an_error_says_its_refusal_travels(text: str) -> None:
+    answer = refusal(ConfigError(text))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(answer), type=type(answer)) == answer
