@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -90,7 +91,9 @@ class Front:
         self._role: RoleShell
         host = settings.host
         wired = {"limits": self._limits, "counters": self.counters, "door": self._door}
-        self._control = Server(context, host, settings.port, self._answer, **wired)
+        most = self._limits.max_header_bytes  # what is said here has no tensors
+        small = replace(self._limits, frame_bytes=most, piece_bytes=most, max_message_bytes=most)
+        self._control = Server(context, host, settings.port, self._answer, **{**wired, "limits": small})
         self._publisher = Publisher(
             context,
             host,

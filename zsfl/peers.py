@@ -321,9 +321,9 @@ class Peers:
             return ""
         match mechanism, self._door.locked:
             case "NULL", True:
-                return "that node uses no keys, and this one does: see `zsfl invite`, or start both with --insecure"
+                return "that node uses no keys, and this one does: start it with --keys, or --host and a LAN address"
             case "CURVE", False:
-                return "that node uses keys, and this one does not: see `zsfl invite`, or start both with --insecure"
+                return "that node uses keys, and this one does not: start this with --keys, or --host and a LAN address"
             case "CURVE", True:
                 return "no machine that this one trusts answers there: pair the two with `zsfl invite` on one of them"
             case _:
@@ -334,7 +334,7 @@ class Peers:
         trust = self._door.trust
         for card in self.table.peers() if trust else ():
             if trust and card.role not in trust.roles_of(card.key):
-                self._on(Left(node_id=card.id, reason="its key is not trusted any more"))
+                self._on(Left(node_id=card.id, reason="its key is not trusted any more, or not for what it is"))
         for address in self._settings.peers:
             self._on(Candidate(Address(address), "seed"))
         if self._mdns is not None:

@@ -170,7 +170,7 @@ def replay_versions(folder: Path, job: Job, first: int, last: int) -> Iterator[V
         )
     place, kept = place_of(before[-1]), Journal(folder / JOURNAL).kept()
     again = {place_of(path).version: path for path in checkpoints(folder / CHECKPOINT)}
-    master = Master(job.build(), job.optimizer, job.average)
+    master = Master(job.build(), job.optimizer, job.average, frozen_norms=job.batch_norm == "frozen")
     for version in range(place.version + 1, last + 1):
         try:
             if (

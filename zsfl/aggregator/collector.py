@@ -27,6 +27,7 @@ from zsfl.latest import Latest
 from zsfl.learning.averaging import Contribution
 from zsfl.node import Node
 from zsfl.spill.layout import decode_contribution
+from zsfl.tensors.spec import MAX_TENSOR_BYTES
 from zsfl.wire.connection import Connection
 from zsfl.wire.fields import MAX_CARRIED_BYTES, MAX_OFFERS
 from zsfl.wire.framing import Buffer
@@ -161,7 +162,7 @@ class Collector:
             whole = {
                 key
                 for key, data in zip(answer.expect(Spills).found, answer.parts, strict=False)
-                if self._take(holder, key, data)
+                if key in keys and self._take(holder, key, data)  # what was not offered may be anybody's
             }
             await self._remake(holder, [key for key in keys if key not in whole])
         except NoPeer:
@@ -249,11 +250,12 @@ class Collector:
     def _take(self, holder: _Holder, key: Key, data: Buffer, offer: SpillOffer | None = None) -> bool:
         """Take a spill, unless it is corrupt, or another than was offered; whether it is whole."""
         try:
-            found = decode_contribution(data)
+            found = decode_contribution(data, MAX_TENSOR_BYTES if self._judge is None else self._judge.most_bytes)
             kind: SpillKind = "merged" if found.members else found.part
             if (found.cid, kind) != key:
                 raise SpillCorrupt(f"it is {kind} of {found.cid} where {key[1]} of {key[0]} was asked for")
-            if offer is not None and tuple(member.cid for member in found.members) != offer.members:
+            offered = offer.members if offer is not None else holder.members.get(found.cid, ())
+            if found.members and tuple(member.cid for member in found.members) != offered:
                 raise SpillCorrupt(f"the steps of {key[1]} {key[0]} are others than were offered")
         except SpillCorrupt as error:
             self._node.counters.add("spills_corrupt")

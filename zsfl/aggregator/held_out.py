@@ -12,6 +12,7 @@ from torch import Tensor
 from zsfl.aggregator.roster import Roster
 from zsfl.aggregator.stage import Stage
 from zsfl.aggregator.tally import pooled
+from zsfl.errors import RemoteProtocolError
 from zsfl.ids import Version
 from zsfl.latest import Latest
 from zsfl.node import Node
@@ -109,6 +110,8 @@ class HeldOut:
             evaluated.shard
         ):
             return
+        if (evaluated.correct or 0.0) > evaluated.samples:
+            raise RemoteProtocolError(f"{evaluated.correct:g} of {evaluated.samples} samples cannot be right")
         self._silent -= {evaluated.shard}
         if evaluated.version == self._stage.state.tested and evaluated.shard in self._roster.value.tested():
             self._answers[evaluated.shard] = evaluated

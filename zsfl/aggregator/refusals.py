@@ -32,6 +32,11 @@ class Refusals:
         """Shards whose last step was given up, and why."""
         self._ruin: str = ""
 
+    @property
+    def most_bytes(self) -> int:
+        """What one contribution may take once it is unpacked."""
+        return self._master.most_bytes
+
     def objection(self, one: Contribution) -> str:
         """Why a contribution that just came cannot be counted; empty when it can.
 

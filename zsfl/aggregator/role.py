@@ -62,7 +62,7 @@ class AggregatorRole:
         self._job = job
         self._cuts = cuts
         self._folder = folder
-        self._master = master = Master(cuts.first, job.optimizer, job.average)
+        self._master = master = Master(cuts.first, job.optimizer, job.average, frozen_norms=job.batch_norm == "frozen")
         bound = max_staleness(job.how)
         self._shelf = Shelf(cuts.portions(), bound)
         return_s = job.how.return_s if isinstance(job.how, Exact) else 0.0

@@ -154,7 +154,8 @@ class Sieve:
 def _square(grads: Mapping[str, Tensor]) -> float:
     """Sum of the squares of all numbers, in float64; not finite if one of them is not."""
     pieces = [grads.numbers()] if isinstance(grads, FlatTensors) and len(grads) else list(grads.values())
-    return sum(float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2 for piece in pieces)
+    norms = (float(torch.linalg.vector_norm(piece, dtype=torch.float64)) for piece in pieces)
+    return sum(norm * norm for norm in norms)  # a power raises where a product becomes infinite
 
 
 def _is_finite(tensor: Tensor) -> bool:

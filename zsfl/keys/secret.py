@@ -51,7 +51,10 @@ def own_keys(folder: Path) -> KeyPair:
     except OSError as error:
         raise ConfigError(f"cannot keep keys in {folder}: {error.strerror}; name another folder with --keys") from error
     except (ValueError, StopIteration):
-        raise ConfigError(f"{path} holds no secret key: remove it, and another one is made") from None
+        raise ConfigError(
+            f"{path} holds no secret key: remove it, and another one is made; then pair this machine again, and have "
+            "the others revoke its former key"
+        ) from None
 
 
 def make_folder(folder: Path) -> None:
@@ -60,19 +63,29 @@ def make_folder(folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700)
     mode = folder.stat().st_mode
+    check_owner(folder)
     if not stat.S_ISDIR(mode) or mode & 0o022:
         raise ConfigError(f"others may write in {folder}, and so trust whom they like: chmod 700 {folder}")
 
 
+def check_owner(path: Path) -> None:
+    """ConfigError when it is somebody else's, who may do with it as they like."""
+    if path.stat().st_uid not in (0, os.geteuid()):
+        raise ConfigError(f"{path} belongs to another user: chown it to yours, or name another folder with --keys")
+
+
 def check_private(path: Path) -> None:
-    """ConfigError when anybody but the owner may read or write this file."""
+    """ConfigError when anybody but the owner, this user or root, may read or write this file."""
+    check_owner(path)
     if path.stat().st_mode & 0o077:
         raise ConfigError(f"others may read {path}, and so pose as this machine: chmod 600 {path}")
 
 
 def _make(path: Path) -> None:
     """Write a new key pair aside and link it into place: of two at once one wins, and none sees half a file."""
-    _, secret = zmq.curve_keypair()
+    secret, public = b"", b"-"
+    while public.startswith(b"-"):  # which a command line would take for an option
+        public, secret = zmq.curve_keypair()
     aside = path.with_name(f".{KEY_FILE}-{secrets.token_hex(4)}")
     write_private(aside, f"{_ABOUT}{secret.decode()}\n")
     try:

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from zmq.utils import z85
 from zsfl.errors import ConfigError
 from zsfl.ids import KEY_PATTERN, PublicKey, Role
 from zsfl.keys.machine import machine_id, read_machine_id
-from zsfl.keys.secret import make_folder, write_private
+from zsfl.keys.secret import check_owner, make_folder, write_private
 
 TRUSTED = "trusted"
 MAX_TRUSTED = 4096
@@ -125,11 +125,18 @@ class TrustFile:
 
     def _entries(self) -> Iterator[Trusted]:
         try:
+            check_owner(self.path)
+            if not self.path.is_file():
+                self._say(f"{self.path} is no file: nobody in it is trusted")
+                return
             if self.path.stat().st_mode & 0o022:
                 self._say(f"others may write to {self.path}: nobody in it is trusted until chmod 600 {self.path}")
                 return
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
+            return
+        except ConfigError as error:
+            self._say(f"{error}; nobody in it is trusted")
             return
         except OSError as error:
             self._say(f"cannot read {self.path} ({error.strerror}): nobody in it is trusted")
@@ -167,15 +174,27 @@ def trust(folder: Path, entry: Trusted, *, rename: bool = False) -> Trusted:
     return entry
 
 
+def named(folder: Path, which: str) -> list[Trusted]:
+    """Those with this key, name or machine id; ConfigError for an id in which a letter is wrong."""
+    try:
+        lines = (folder / TRUSTED).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    return _named_in(lines, which)
+
+
+def _named_in(lines: Iterable[str], which: str) -> list[Trusted]:
+    entries = [entry for entry in map(_entry_in, lines) if entry]
+    if found := [entry for entry in entries if which in (entry.key, entry.name)]:
+        return found
+    wanted = read_machine_id(which) if len(which) >= 28 and len(which) != 40 else None
+    return [entry for entry in entries if machine_id(entry.key) == wanted]
+
+
 def revoke(folder: Path, which: str) -> list[Trusted]:
     """Remove whatever has this key, name or machine id; what was removed. ConfigError when nothing has."""
     with _rewritten(folder) as lines:
-        entries = [entry for entry in map(_entry_in, lines) if entry]
-        gone = [entry for entry in entries if which in (entry.key, entry.name)]
-        if not gone:
-            wanted = read_machine_id(which) if len(which) >= 28 and len(which) != 40 else None
-            gone = [entry for entry in entries if machine_id(entry.key) == wanted]
-        if not gone:
+        if not (gone := _named_in(lines, which)):
             raise ConfigError(f"{which!r} is no key, name or machine id in {folder / TRUSTED}: see `zsfl keys list`")
         keys = {entry.key for entry in gone}
         lines[:] = [line for line in lines if _key_in(line) not in keys]

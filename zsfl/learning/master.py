@@ -47,8 +47,13 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
 class Master:
     """Weights, buffers and optimizer of one run, on the CPU; knows nothing of versions and the network."""
 
-    def __init__(self, model: SplitModel, optimizer: OptimizerSpec, average: Average = "mean") -> None:
-        """Takes `model` over; `ConfigError` when it has nothing to train."""
+    def __init__(
+        self, model: SplitModel, optimizer: OptimizerSpec, average: Average = "mean", *, frozen_norms: bool = False
+    ) -> None:
+        """Takes `model` over; `ConfigError` when it has nothing to train.
+
+        With `frozen_norms` the running statistics of batch norms stay, whatever contributions say.
+        """
         self._model = model.cpu()
         self._spec = optimizer
         self._average: Average = average
@@ -58,12 +63,18 @@ class Master:
         self._optimizer = optimizer.build(self._trained.values())
         self._lr = self._optimizer.param_groups[0]["lr"]
         self._norms = norm_rules(self._model)
+        self._frozen_norms = frozen_norms
         self._state: dict[str, Tensor] = dict(self._model.state_dict())
         """The model's own tensors: to go through its modules takes longer than to read small ones."""
         self._buffers = {name: self._state[name] for name, _ in self._model.named_buffers() if name in self._state}
         self._right: WeakSet[FlatLayout] = WeakSet()
         """Layouts of contributions whose gradients fit this model."""
         self._values = {f"{name}.{VALUES}": torch.tensor(0) for name in self._norms}
+
+    @property
+    def most_bytes(self) -> int:
+        """What one contribution can take, in the widest numbers that there are: complex128."""
+        return 16 * sum(tensor.numel() for tensor in (*self._state.values(), *self._values.values()))
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and buffers by full name, as copies that later steps leave alone."""
@@ -95,7 +106,8 @@ class Master:
         groups = _by_k(contributions) if sequential else [contributions]
         gradients, chosen = zip(*(combine(self._average, group) for group in groups), strict=True)
         # The statistics of late ones began elsewhere.
-        pooled = pool_buffers(buffers, [c for c in contributions if c.version == version], self._norms)
+        known = [c for c in contributions if c.version == version]
+        pooled = pool_buffers(buffers, known, self._norms, frozen=self._frozen_norms)
         for tensors in (*gradients, pooled):
             for name, tensor in tensors.items():
                 if not _finite(tensor):
@@ -285,13 +297,20 @@ def _by_k(contributions: Sequence[Contribution]) -> list[list[Contribution]]:
 def _check_names(
     contribution: Contribution, kind: str, tensors: Mapping[str, Tensor], known: Mapping[str, Tensor]
 ) -> None:
-    """Whether every tensor is one that the model has, in the model's shape."""
+    """Whether every tensor is one that the model has, in the model's shape, and of numbers of that kind."""
     for name, tensor in tensors.items():
         if name not in known:
             raise _unusable(contribution, f"has a {kind} {name}, which this model has not: the nodes' jobs differ")
+        if _kind(tensor) != _kind(known[name]):
+            types = f"{tensor.dtype} instead of {known[name].dtype}"
+            raise _unusable(contribution, f"has a {kind} {name} of {types}: the nodes' jobs differ")
         if tensor.shape != known[name].shape:
             shapes = f"{list(tensor.shape)} instead of {list(known[name].shape)}"
             raise _unusable(contribution, f"has a {kind} {name} of shape {shapes}: the nodes' jobs differ")
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _unusable(contribution: Contribution, what: str) -> RunFailed:

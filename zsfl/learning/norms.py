@@ -18,6 +18,7 @@ from zsfl.learning.averaging import Contribution, ordered
 _NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 VALUES = "num_values"
 """Beside a batch norm's buffers, a contribution says how many values per channel it saw."""
+LEAST_VALUES, MOST_VALUES = 2, 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +44,21 @@ def tracked_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def pool_buffers(
-    base: Mapping[str, Tensor], contributions: Sequence[Contribution], norms: Mapping[str, NormRule]
+    base: Mapping[str, Tensor],
+    contributions: Sequence[Contribution],
+    norms: Mapping[str, NormRule],
+    *,
+    frozen: bool = False,
 ) -> dict[str, Tensor]:
     """The buffers of the next version: those of `base` that contributions carry, pooled over these.
 
     The running statistics of `norms` become what one batch norm over the merged batch would store, see
-    `_pool_norm`. Of all other buffers, floating ones become the mean weighted by samples, integer ones the
-    highest.
+    `_pool_norm`; with `frozen` they stay as they are. Of all other buffers, floating ones become the mean weighted
+    by samples, integer ones the highest.
     """
     in_order = ordered(contributions)
     pooled: dict[str, Tensor] = {}
-    for module, rule in norms.items():
+    for module, rule in () if frozen else norms.items():
         pooled.update(_pool_norm(module, rule, base, in_order))
     for name, before in base.items():
         carriers = [c for c in in_order if name in c.buffers]
@@ -109,7 +114,12 @@ def _has_run(module: str, base: Mapping[str, Tensor], contribution: Contribution
 def uncounted(base: Mapping[str, Tensor], contribution: Contribution, norms: Mapping[str, NormRule]) -> str | None:
     """A batch norm that ran in this contribution, which does not say how many values it saw; None if there is none."""
     ran = (module for module in norms if _has_run(module, base, contribution))
-    return next((module for module in ran if f"{module}.{VALUES}" not in contribution.buffers), None)
+    return next((module for module in ran if not _counts(contribution.buffers.get(f"{module}.{VALUES}"))), None)
+
+
+def _counts(values: Tensor | None) -> bool:
+    """Whether it is a number of values that have a variance."""
+    return values is not None and LEAST_VALUES <= values.item() <= MOST_VALUES
 
 
 def _mean(values: Tensor, weights: Sequence[int]) -> Tensor:

@@ -79,6 +79,8 @@ class Inviter:
         self._taken: PublicKey | None = None
         """By whom the token has been used."""
         self._done: asyncio.Future[Trusted] = asyncio.get_running_loop().create_future()
+        self.trusted: Trusted | None = None
+        """Who used the token, and is trusted, whatever comes of it afterwards."""
         self.wrong = 0
         """How often somebody came with another secret."""
 
@@ -108,6 +110,8 @@ class Inviter:
 
     async def _first(self, serving: Sequence[asyncio.Future[None]], valid_s: float) -> Trusted:
         done, _ = await asyncio.wait([self._done, *serving], timeout=valid_s, return_when=asyncio.FIRST_COMPLETED)
+        if not done and self.trusted is not None:
+            return self.trusted
         if not done:
             raise Unavailable(f"nobody has joined within {valid_s:g} s: the token is void, invite again")
         for one in done:
@@ -126,6 +130,7 @@ class Inviter:
         again = self._taken is not None
         self._taken = key
         entry = await asyncio.to_thread(trust, self._folder, self._entry(key, request.name), rename=True)
+        self.trusted = entry
         asyncio.get_running_loop().call_later(REPLY_S if again else CONFIRM_S, self._enrolled, entry)
         return Enrolled(name=self._own_name), ()
 

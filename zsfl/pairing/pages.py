@@ -32,6 +32,7 @@ examples:
   zsfl keys list --keys /etc/zsfl
   zsfl keys trust 'Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID' laptop
   zsfl keys trust 'Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID' laptop client,split-server
+  zsfl keys trust laptop laptop client          from now on it may be a client and nothing else
   zsfl keys revoke laptop                       running nodes let go of it at once
   zsfl keys revoke NN2EBXH-5HMSMMA-QNCDJYU-YCW4DYB
 
@@ -50,9 +51,13 @@ def add_commands(commands: Any, make: Parser) -> None:
     listed = make(orders.add_parser, "list", help="whom this machine trusts, and as what", epilog=KEYS_EXAMPLES)
     listed.set_defaults(run_command=_list)
     trusted = make(orders.add_parser, "trust", help="trust a key, or change what it may be", epilog=KEYS_EXAMPLES)
-    trusted.add_argument("key", metavar="KEY", help="as `zsfl keys show` prints on its machine; quote it")
+    trusted.add_argument(
+        "key",
+        metavar="KEY",
+        help="as `zsfl keys show` prints on its machine, quoted; or name or id of one that is trusted",
+    )
     trusted.add_argument("name", metavar="NAME", help="what to call it")
-    trusted.add_argument("roles", nargs="?", metavar="ROLES", help=_ROLES_HELP)
+    trusted.add_argument("roles", nargs="*", metavar="ROLES", help=_ROLES_HELP)
     trusted.set_defaults(run_command=_trust)
     revoked = make(orders.add_parser, "revoke", help="trust a key no more", epilog=KEYS_EXAMPLES)
     revoked.add_argument("which", nargs="+", metavar="WHICH", help="key, name or machine id")
@@ -75,7 +80,9 @@ def add_commands(commands: Any, make: Parser) -> None:
         add_flags(one, ("keys",))
 
 
-_ROLES_HELP = f"some of {', '.join(Role)}, parted by commas; default: all of them"
+_ROLES_HELP = (
+    f"some of {', '.join(Role)}, parted by commas; default: those it has been trusted with before, else all of them"
+)
 
 
 def _settings(args: argparse.Namespace) -> NodeSettings:
@@ -120,17 +127,21 @@ def _list(args: argparse.Namespace) -> int:
 
 def _trust(args: argparse.Namespace) -> int:
     from zsfl.keys.secret import own_keys
-    from zsfl.keys.trusted import Trusted, read_line, trust
+    from zsfl.keys.trusted import Trusted, named, read_line, trust
 
     folder = _folder(args)
     own_keys(folder)
+    known = named(folder, args.key)
+    roles = (",".join(args.roles),) if args.roles else ()
     try:
-        entry = read_line(" ".join((args.key, args.name, *((args.roles,) if args.roles else ()))))
+        entry = read_line(" ".join((known[0].key if len(known) == 1 else args.key, args.name, *roles)))
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"{error}; or the name or machine id of one that is trusted") from None
     if not isinstance(entry, Trusted):
         raise ConfigError(f"{args.key!r} is no key: expected the 40 characters that `zsfl keys show` prints, in quotes")
     print(_told(trust(folder, entry)))
+    if not known:
+        print("Is that the id which `zsfl keys show` says there? If not, a letter of the key is wrong: revoke it.")
     return 0
 
 
@@ -154,13 +165,16 @@ def _invite(args: argparse.Namespace) -> int:
     hosts = [settings.host] if args.host else _hosts(settings.host)
 
     def told(token: str) -> None:
-        print(f"On the other machine, within {valid_s / 60:g} minutes, run:\n\n    zsfl join {token}\n", flush=True)
+        within = f"{valid_s / 60:.3g} minutes" if valid_s >= 120 else f"{valid_s:.3g} seconds"
+        print(f"On the other machine, within {within}, run:\n\n    zsfl join {token}\n", flush=True)
 
     async def run() -> int:
         inviter = Inviter(folder, entry, name)
         try:
-            print(_told(await inviter.run(hosts, settings.port, valid_s, told)), flush=True)
+            await inviter.run(hosts, settings.port, valid_s, told)
         finally:
+            if inviter.trusted is not None:
+                print(_told(inviter.trusted), flush=True)
             if inviter.wrong:
                 print(f"Somebody came {inviter.wrong} times with a wrong secret, and was turned away.", flush=True)
         return 0
@@ -182,14 +196,20 @@ def _join(args: argparse.Namespace) -> int:
 
 
 def _entry(args: argparse.Namespace) -> Callable[[PublicKey, str], Any]:
-    """As what to trust who comes."""
-    from zsfl.keys.trusted import EVERY_ROLE, Trusted, read_roles
+    """As what to trust who comes: what is said, else what it was trusted as before, else everything."""
+    from zsfl.keys.trusted import EVERY_ROLE, Trusted, named, read_roles
 
+    folder = _folder(args)
     try:
-        roles = read_roles(args.roles) if args.roles else EVERY_ROLE
+        roles = read_roles(args.roles) if args.roles else None
     except ValueError as error:
         raise ConfigError(f"--roles: {error}") from None
-    return lambda key, name: Trusted(key=key, name=name, roles=roles)
+
+    def entry(key: PublicKey, name: str) -> Trusted:
+        before = [one.roles for one in named(folder, key)]
+        return Trusted(key=key, name=name, roles=roles or (*before, EVERY_ROLE)[0])
+
+    return entry
 
 
 def _told(entry: Any) -> str:

@@ -14,9 +14,9 @@ import torch
 
 from zsfl.errors import BadShape, SpillCorrupt
 from zsfl.ids import parse_cid
-from zsfl.tensors.codec import Codec, unpack
+from zsfl.tensors.codec import Codec, unpack, unpacked_bytes
 from zsfl.tensors.feedback import ErrorFeedback
-from zsfl.tensors.spec import TensorSpec
+from zsfl.tensors.spec import MAX_TENSOR_BYTES, TensorSpec
 
 if TYPE_CHECKING:
     from zsfl.spill.layout import SpillMeta
@@ -55,11 +55,15 @@ class SpillCoder:
         return found
 
 
-def uncoded(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors that a coder was given, as far as it kept them; SpillCorrupt where a name or bytes say nothing."""
+def uncoded(tensors: dict[str, torch.Tensor], max_bytes: int = MAX_TENSOR_BYTES) -> dict[str, torch.Tensor]:
+    """The tensors that a coder was given, as far as it kept them; SpillCorrupt where a name or bytes say nothing.
+
+    All together they may take so many bytes, which a few packed ones may stand for.
+    """
     if not any(name.startswith(CODED) for name in tensors):
         return tensors
     found: dict[str, torch.Tensor] = {}
+    room = max_bytes
     for stored, tensor in tensors.items():
         if not stored.startswith(CODED):
             found[stored] = tensor
@@ -70,6 +74,9 @@ def uncoded(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             spec = _spec(stored, len(tensor))
             if spec.name in tensors or spec.name in found:
                 raise BadShape(f"{spec.name[:80]!r} is there twice")
+            room -= unpacked_bytes(spec, len(tensor))
+            if room < 0:
+                raise BadShape(f"its tensors take more than {max_bytes} bytes once they are unpacked")
             found[spec.name] = unpack(spec, tensor.numpy().data)
         except (BadShape, ValueError) as error:
             raise SpillCorrupt(f"not a whole spill: {error}") from error

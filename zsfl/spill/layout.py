@@ -26,7 +26,7 @@ from zsfl.ids import Cid, SpillKind, Version, parse_cid
 from zsfl.learning.averaging import Contribution, StepShare
 from zsfl.learning.flat import FlatLayout, FlatTensors
 from zsfl.spill.coded import CODED, uncoded
-from zsfl.tensors.spec import MAX_NDIM
+from zsfl.tensors.spec import MAX_NDIM, MAX_TENSOR_BYTES
 from zsfl.wire.fields import MAX_MEMBERS
 
 MAX_HEADER_BYTES = 1 << 20
@@ -141,14 +141,17 @@ def decode(data: Buffer) -> tuple[SpillMeta, dict[str, torch.Tensor]]:
         return meta, uncoded(_tensors(plan.places, numbers))
 
 
-def decode_contribution(data: Buffer) -> Contribution:
-    """The spill in `data` as the averaging takes it; as `decode`, but tensors of one dtype stay in one piece."""
+def decode_contribution(data: Buffer, max_bytes: int = MAX_TENSOR_BYTES) -> Contribution:
+    """The spill in `data` as the averaging takes it; as `decode`, but tensors of one dtype stay in one piece.
+
+    Its packed tensors may take so many bytes once they are unpacked.
+    """
     meta, plan, numbers = _verified(data)
     with _spoiled():
-        return _contribution(meta, plan, numbers)
+        return _contribution(meta, plan, numbers, max_bytes)
 
 
-def _contribution(meta: SpillMeta, plan: _Plan, numbers: memoryview) -> Contribution:
+def _contribution(meta: SpillMeta, plan: _Plan, numbers: memoryview, max_bytes: int) -> Contribution:
     grads: Mapping[str, torch.Tensor]
     if plan.flat is not None:
         piece = numbers[plan.flat_bytes]
@@ -157,7 +160,7 @@ def _contribution(meta: SpillMeta, plan: _Plan, numbers: memoryview) -> Contribu
         rest = [place for place in plan.places if not place[0].startswith(_GRAD)]
         tensors = _copies(rest, numbers)
     else:
-        tensors = uncoded(_tensors(plan.places, numbers))
+        tensors = uncoded(_tensors(plan.places, numbers), max_bytes)
         grads = {name[len(_GRAD) :]: tensor for name, tensor in tensors.items() if name.startswith(_GRAD)}
     buffers = {name[len(_BUFFER) :]: tensor for name, tensor in tensors.items() if name.startswith(_BUFFER)}
     return Contribution(

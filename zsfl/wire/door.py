@@ -99,8 +99,8 @@ class Door:
         self.counters.add("refused_keys")
         self.tell_once(
             ("key", key),
-            f"the machine {machine_id(key)} at {address} was turned away, as its key is not trusted; "
-            f"to trust it: zsfl keys trust '{key}' NAME",
+            f"the machine {machine_id(key)} at {address} was turned away, as its key is not trusted, or not any more; "
+            "if you know that machine, and `zsfl keys show` there says the same id, pair the two with `zsfl invite`",
         )
         return False
 
@@ -116,10 +116,9 @@ class Door:
         """A handshake on one of its sockets came to nothing (`watch.py`); ZAP has told of untrusted keys already."""
         if event != zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
             return
+        # Who takes this machine for another one may just have an address and not know whose it is: no news for anybody.
         if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
             self.tell_once("no key", f"somebody who uses no keys tried to connect to {self.name} and was turned away")
-        else:
-            self.tell_once("wrong", f"somebody who takes {self.name} for another machine was turned away")
 
 
 def _lengthen(socket: zmq.Socket[bytes]) -> None:
@@ -142,6 +141,10 @@ def door_for(settings: NodeSettings, name: str, note: Callable[[str], None]) -> 
 
     ConfigError for a node that other machines can reach, on a machine that has been paired with none.
     """
+    if settings.insecure and settings.keys:
+        raise ConfigError(
+            f"keys are to be used, those in {settings.keys}, and --insecure says not to: leave out either"
+        )
     local = is_loopback(settings.host)
     if settings.insecure and not local:
         note(
@@ -159,6 +162,8 @@ def door_for(settings: NodeSettings, name: str, note: Callable[[str], None]) -> 
         )
     keys = own_keys(folder)
     trust = TrustFile(folder, keys.public, note)
+    if not local and len(trust.known) == 1:
+        note(f"{folder} trusts no other machine, so that none can join: pair this one with another by `zsfl invite`")
     return Door(name, keys, trust, domain=settings.zap_domain, note=note)
 
 

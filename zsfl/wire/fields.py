@@ -12,6 +12,7 @@ from zsfl.ids import (
     CID_PATTERN,
     HOST_PATTERN,
     KEY_PATTERN,
+    PORT_PATTERN,
     Address,
     Cid,
     NodeId,
@@ -84,7 +85,7 @@ class PeerHint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     id: Annotated[NodeId, Meta(max_length=200)]
     role: Role
-    address: Annotated[Address, Meta(pattern=rf"^{HOST_PATTERN}:[0-9]{{1,5}}\Z")]
+    address: Annotated[Address, Meta(pattern=rf"^{HOST_PATTERN}:{PORT_PATTERN}\Z")]
     key: Annotated[str, Meta(pattern=rf"^\Z|{KEY_PATTERN}")] = ""
     """Of its machine; empty where no keys are used."""
 

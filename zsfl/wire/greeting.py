@@ -22,7 +22,7 @@ async def mechanism_at(address: Address, deadline_s: float) -> str | None:
     async with asyncio.timeout(deadline_s):
         try:
             reader, writer = await asyncio.open_connection(host, int(port))
-        except (OSError, UnicodeError):  # the latter of a name that cannot be looked up
+        except (OSError, ValueError, OverflowError):  # also of what is no name, or no port
             return None
         try:
             writer.write(_SIGNATURE + _VERSION)

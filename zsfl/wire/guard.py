@@ -9,7 +9,7 @@ from threading import Lock
 from zsfl.errors import Unauthorised
 from zsfl.ids import NodeCard, NodeId, Role
 from zsfl.keys.trusted import EVERY_ROLE
-from zsfl.wire.messages import Hello, Join, Request
+from zsfl.wire.messages import Evaluated, Hello, Join, Request
 from zsfl.wire.permits import MAY_SEND
 from zsfl.wire.succession import Follow
 
@@ -56,7 +56,7 @@ class Guard:
             case Hello():
                 self._introduced(node, key, body.card, allowed)
                 role = body.card.role
-            case Join() | Follow() if self._roles_of is not None and body.node != node:
+            case Join() | Follow() | Evaluated() if self._roles_of is not None and body.node != node:
                 raise Unauthorised(f"node {node} says {what} for node {body.node!r}")
             case _:
                 pass
@@ -84,7 +84,7 @@ class Guard:
         if card.role not in allowed:
             raise Unauthorised(
                 f"{self._name} trusts the machine of {card.name} as {', '.join(sorted(allowed)) or 'nothing'}, and not "
-                f"as {card.role}: change that with `zsfl keys trust` there"
+                f"as {card.role}: change that with `zsfl keys trust` on the machine of {self._name}"
             )
         self._bind(node, key, card.role)
 

@@ -300,7 +300,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     Meanwhile, whatever the phase, every client tests the version `tested` on its held-out samples.
     """
 
-    run: Annotated[RunId, Meta(pattern="^[0-9a-f]{6}$")]
+    run: Annotated[RunId, Meta(pattern=r"^[0-9a-f]{6}\Z")]
     phase: Phase
     version: VersionNumber
     round: Count

@@ -25,6 +25,8 @@ from zsfl.wire.pump import Pump
 from zsfl.wire.sockets import bind, open_socket, send_now
 from zsfl.wire.watch import HandshakeWatch
 
+MAX_HEARD_BYTES = 1024
+"""Subscribers say what they subscribe to, and before that their keys, and nothing else."""
 BROADCAST_QUEUE = 512
 """Multiparts, of up to one piece each, that ZeroMQ holds for one slow subscriber before it drops what follows;
 subscribers ask for what they missed."""
@@ -58,6 +60,7 @@ class Publisher:
         self._noted: set[type[Broadcast]] = set()
         self._ids = itertools.count(1)
         self._socket = open_socket(context, zmq.PUB, limits, BROADCAST_QUEUE)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_HEARD_BYTES)
         self._watch: HandshakeWatch | None = None
         if door is not None and door.locked:
             door.lock(self._socket)

@@ -44,13 +44,18 @@ class Refusing:
         self.settings = SimpleNamespace(request_s=1.0, beat_s=0.01, lost_after_s=0.03)
         self.counters = Counters()
         self.tasks: list[asyncio.Task[None]] = []
+        self.handed: tuple[Spills, list[bytes]] | None = None
+        """What it hands over instead, whatever it is asked for."""
 
     def connect(self, *_: object) -> Refusing:
         return self
 
-    async def request(self, body: Request, deadline_s: float) -> None:
+    async def request(self, body: Request, deadline_s: float) -> Any:
         self.asked.append(body)
-        raise self.error
+        if self.handed is None or not isinstance(body, FetchSpills):
+            raise self.error
+        found, parts = self.handed
+        return SimpleNamespace(parts=parts, expect=lambda _: found)
 
     def start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         self.tasks.append(asyncio.create_task(work, name=name))
@@ -296,11 +301,30 @@ async def test_spills_are_taken_only_from_whoever_can_rightly_have_them(tmp_path
     await at.ends()
 
 
+async def test_of_what_is_handed_over_only_what_was_offered_is_taken(tmp_path: Path) -> None:
+    """Not the step of somebody else, nor a sum of other steps than those that were said."""
+    at = Collecting(tmp_path)
+    own, (_, others) = spill(4, (0,), "client"), spill(4, (1,), "client")
+    at.node.handed = Spills(found=((cid(4, 1), "client"),)), [others]
+    at.collector.joined(CLIENT)
+    at.collector.offered(CLIENT.id, [own[0]])
+    await eventually(lambda: len(at.node.asked) > 1, 5)
+    sum_offer, _ = spill(4, (0, 1))
+    _, other_sum = spill(4, (0, 2))
+    at.node.handed = Spills(found=((cid(4, 0), "merged"),)), [other_sum]
+    at.collector.offered(CARD.id, [sum_offer])
+    await eventually(lambda: any("others than were offered" in note for note in at.node.notes), 5)
+    assert at.took == []
+    await at.ends()
+
+
 async def test_what_cannot_be_counted_is_made_again_and_then_given_up(tmp_path: Path) -> None:
     at = Collecting(tmp_path)
     given_up: list[str] = []
 
     class Refusing:
+        most_bytes = 1 << 20
+
         def objection(self, one: Contribution) -> str:
             return "it has a gradient of nothing"
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zsfl.aggregator.sifting import OFTEN, Sieve, Sifted
+from zsfl.aggregator.sifting import OFTEN, Sieve, Sifted, _square
 from zsfl.ids import Cid, PartName, RunId, Version, parse_cid, step_cid
 from zsfl.learning.averaging import Contribution
 from zsfl.learning.job import Job
@@ -110,6 +110,8 @@ NAN = torch.full((2, 2), math.nan)
             step(1, grads={"body.0.bias": torch.full((2,), 1e200, dtype=torch.float64)}),
             "its gradient is longer than any number",
         ),
+        (step(1, grads={"body.0.bias": torch.ones(2, dtype=torch.int64)}), "of torch.int64 instead of torch.float"),
+        (step(1, grads={"body.0.bias": torch.ones(2, dtype=torch.bool)}), "of torch.bool instead of torch.float"),
         (step(1, buffers={"body.1.running_mean": NAN[0]}), "its buffer body.1.running_mean is not finite"),
         (step(1, grads={"body.9.weight": torch.ones(2, 2)}), "which this model has not"),
         (step(1, grads={"body.0.weight": torch.ones(3, 2)}), r"of shape \[3, 2\] instead of \[2, 2\]"),
@@ -187,3 +189,7 @@ def test_async_steps_are_of_about_as_many_samples_as_are_asked_for() -> None:
     sifting = Sifting(mode=Async())
     assert not sifting.sift([step(0, n=5.0, samples=5), step(1, n=1.0, samples=1)]).dropped
     assert sifting.sift([step(0, n=6.0, samples=6, version=1)], 1).dropped
+
+
+def test_one_number_whose_square_is_no_number_any_more_is_as_long_as_any() -> None:
+    assert _square({"a": torch.tensor([1e200], dtype=torch.float64)}) == math.inf

@@ -80,6 +80,26 @@ def test_what_is_not_safe_is_refused_with_what_to_do(tmp_path: Path) -> None:
         own_keys(tmp_path / "file")
 
 
+def test_no_key_looks_like_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [(b"-" + bytes([65 + number]) * 39, b"s" * 40) for number in range(3)]
+    pairs = iter([*made, zmq.curve_keypair()])
+    monkeypatch.setattr(zmq, "curve_keypair", lambda: next(pairs))
+    assert not own_keys(tmp_path / "keys").public.startswith("-")
+    assert list(pairs) == []
+
+
+@pytest.mark.parametrize("name", ["", KEY_FILE])
+def test_what_belongs_to_another_user_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "keys"
+    own_keys(folder)
+    if os.geteuid() == 0:
+        os.chown(folder / name, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(ConfigError, match="belongs to another user: chown"):
+        own_keys(folder)
+
+
 def test_where_keys_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)

@@ -41,7 +41,7 @@ def test_nonsense_is_a_clear_error(text: str) -> None:
         from_token(text)
 
 
-@pytest.mark.parametrize("text", [TOKEN[:-1], TOKEN[:-6], TOKEN[1:], TOKEN * 50, ""])
+@pytest.mark.parametrize("text", [TOKEN[:-1], TOKEN[:-6], TOKEN[1:], TOKEN * 50, "", "zsfl1.\u00e9"])
 def test_a_part_is_no_token(text: str) -> None:
     with pytest.raises(ConfigError, match="no token"):
         from_token(text)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zsfl.ids import RunId, Version, step_cid
 from zsfl.learning.averaging import Contribution
-from zsfl.learning.norms import VALUES, norm_rules, pool_buffers
+from zsfl.learning.norms import VALUES, norm_rules, pool_buffers, uncounted
 from zsfl.learning.part import Part
 
 CPU = torch.device("cpu")
@@ -146,6 +146,26 @@ def test_rules_are_found_by_full_name() -> None:
     model.append(nn.BatchNorm1d(2, track_running_stats=False)).append(nn.InstanceNorm1d(2))
     rules = norm_rules(model)
     assert {name: rule.momentum for name, rule in rules.items()} == {"0": None, "1.0": 0.1}
+
+
+def test_frozen_statistics_stay_whatever_a_contribution_says() -> None:
+    before = {"ema": torch.zeros(1)} | base(norm := nn.BatchNorm1d(2))
+    said = {"ema": torch.ones(1), "body.bn.running_mean": torch.full((2,), 9.0), "body.bn.running_var": torch.ones(2)}
+    said |= {"body.bn.num_batches_tracked": torch.tensor(1), f"body.bn.{VALUES}": torch.tensor(8)}
+    rules = {f"body.{name}": rule for name, rule in norm_rules(nn.ModuleDict({"bn": norm})).items()}
+    parts = [contribution(0, said, 4)]
+    assert pool_buffers(before, parts, rules, frozen=True) == {"ema": torch.ones(1)}
+    assert set(pool_buffers(before, parts, rules)) == set(before)
+
+
+@pytest.mark.parametrize("values", [None, -1, 0, 1, 1 << 62])
+def test_a_number_of_values_without_a_variance_counts_for_nothing(values: int | None) -> None:
+    before = base(norm := nn.BatchNorm1d(2))
+    said = {name: tensor + 1 for name, tensor in before.items()}
+    said |= {} if values is None else {f"body.bn.{VALUES}": torch.tensor(values)}
+    rules = {f"body.{name}": rule for name, rule in norm_rules(nn.ModuleDict({"bn": norm})).items()}
+    assert uncounted(before, contribution(0, said, 4), rules) == "body.bn"
+    assert uncounted(before, contribution(0, {**said, f"body.bn.{VALUES}": torch.tensor(2)}, 4), rules) is None
 
 
 def test_other_buffers_are_averaged_by_samples_or_take_the_highest() -> None:

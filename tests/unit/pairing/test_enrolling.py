@@ -16,6 +16,7 @@ from helpers.wires import HOST
 
 from zsfl.errors import ConfigError, NoPeer, Unauthorised, Unavailable
 from zsfl.ids import PublicKey, Role
+from zsfl.keys.secret import own_keys
 from zsfl.keys.tokens import from_token, to_token
 from zsfl.keys.trusted import EVERY_ROLE, Trusted, TrustFile
 from zsfl.pairing import enrolling
@@ -117,6 +118,14 @@ async def test_nobody_comes(tmp_path: Path) -> None:
     async with invited(tmp_path / "anna", valid_s=0.01) as one:
         with pytest.raises(Unavailable, match=r"nobody has joined within 0.01 s: the token is void"):
             await one.waiting
+
+
+async def test_who_used_the_token_is_named_though_it_never_came_again(tmp_path: Path) -> None:
+    keys = own_keys(tmp_path / "thief")
+    async with invited(tmp_path / "anna", valid_s=2.0) as one:
+        await one.inviter._answer(Enrol(key=keys.public, name="thief", secret=one.inviter._secret), [])
+        assert one.inviter.trusted is not None
+        assert (await until(one.waiting)).key == one.inviter.trusted.key == keys.public
 
 
 async def test_what_cannot_be_joined_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,5 +92,17 @@ def test_what_is_packed_wrongly_is_no_spill(changes: dict[str, torch.Tensor]) ->
             read(data)
 
 
+@pytest.mark.parametrize("codec", ["raw+lz4", "rank6"])
+def test_a_few_bytes_that_stand_for_very_many_are_no_spill(codec: str) -> None:
+    """Each of them alone would have room."""
+    spec, packed = Codec.parse(codec).pack("grad/w", torch.zeros(512, 512))
+    name = f"coded/{spec.codec}/float32/512x512/grad"
+    few = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+    data = encode(meta(), {f"{name}/{number}": few for number in range(4)})
+    assert len(decode_contribution(data, max_bytes=4 << 20).grads) == 4
+    with pytest.raises(SpillCorrupt, match=f"more than {3 << 20} bytes once they are unpacked"):
+        decode_contribution(data, max_bytes=3 << 20)
+
+
 def test_all_bases_are_offered() -> None:
     assert set(BASES) < set(SUPPORTED)
