@@ -3,6 +3,7 @@
     python benchmarks/publication.py
 
 Publisher in this process, all subscribers in another one: what is measured is the way, not who computes beside it.
+Then how long a version is, and what packing it costs, where the job has its weights travel compressed.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from _record import circumstances, table, write
 from zsfl.ids import BODY, Version
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
-from zsfl.tensors.codec import unpack
-from zsfl.weights.shelf import pack
+from zsfl.tensors.codec import Codec, unpack
+from zsfl.weights.packing import Base, State, pack, unpacked
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Broadcast, Weights
 from zsfl.wire.pubsub import BROADCAST_QUEUE, Publisher, Subscriber
@@ -175,6 +176,42 @@ def measure(size: int, listeners: int, repeat: int) -> dict[str, list[float]]:
     return found
 
 
+# --- weights that travel compressed -----------------------------------------------------------------------
+
+PACKED = Codec.parse("raw+shuffle+lz4")
+MOVES = (1e-2, 1e-3, 1e-4)
+"""By how much of their size weights move from one version to the next."""
+
+
+def packing(size: int, repeat: int) -> str:
+    """A table: bytes of a version, and seconds to pack it and to make weights of it again, medians."""
+    before = state_of(size)
+    ways: list[tuple[str, State, Codec, Base | None]] = [
+        ("raw", before, Codec(), None),
+        (str(PACKED), before, PACKED, None),
+    ]
+    for move in MOVES:
+        after = {name: one + move * torch.randn_like(one) for name, one in before.items()}
+        ways.append((f"{PACKED}+delta, moved by {move:g}", after, PACKED, (Version(0), before)))
+    lines = [_packing(*way, size, repeat) for way in ways]
+    return table(["weights=", "of the bytes", "pack s", "unpack s"], lines)
+
+
+def _packing(name: str, state: State, codec: Codec, base: Base | None, size: int, repeat: int) -> list[str]:
+    packs: list[float] = []
+    unpacks: list[float] = []
+    length = 0
+    for _ in range(repeat):
+        begun_s = time.perf_counter()
+        weights, parts = pack(Version(1), BODY, state, codec, base)
+        packed_s = time.perf_counter()
+        unpacked(weights, parts, base)
+        unpacks.append(time.perf_counter() - packed_s)
+        packs.append(packed_s - begun_s)
+        length = sum(map(len, parts))
+    return [name, f"{length / size:.2f}", f"{statistics.median(packs):.3f}", f"{statistics.median(unpacks):.3f}"]
+
+
 def row(megabytes: int, listeners: int, found: dict[str, list[float]]) -> list[str]:
     """Medians and spread, and how many times as long zsfl takes as the bare socket in the same turn."""
 
@@ -200,6 +237,8 @@ def main() -> int:
     head = ["weights", "subscribers", "bare PUB s", "zsfl s", "zsfl / bare"]
     page = "Seconds until every subscriber has all of it: median (fastest-slowest).\n\n"
     page += table(head, [row(asked.mb, count, times) for count, times in found.items()])
+    page += "\n\nOne version, packed and unpacked in one thread; medians.\n\n"
+    page += packing(asked.mb * 1_000_000, asked.repeat)
     print(page)
     figures = {"seconds": {str(count): times for count, times in found.items()}}
     print(f"\nkept in {write('publication', about, figures, page)}")

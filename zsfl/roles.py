@@ -39,6 +39,7 @@ from zsfl.reports import AnyReport, Failed, Note, Ready, to_line
 from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings, parse_shards
 from zsfl.split_server.role import SplitServerRole
 from zsfl.tensors.codec import SUPPORTED
+from zsfl.tensors.plan import CodecPlan
 from zsfl.wire.door import door_for
 from zsfl.wire.gatekeeper import kept
 from zsfl.wire.sockets import is_free, open_context
@@ -75,6 +76,7 @@ async def run_role(
         job = dataclasses.replace(job, shards=settings.clients)
     if settings.mode and settings.mode != mode_name(job.how):
         job = dataclasses.replace(job, mode=settings.mode)
+    CodecPlan.parse(settings.codec or job.codec)  # one that stands by would use it, and fail, only much later
     # Where all of torch runs: elsewhere it would disturb the random numbers of other nodes of this process.
     cuts = await compute(job.build_cuts)
     name = settings.name or default_name(role, settings)

@@ -127,7 +127,7 @@ class NodeSettings:
     request_s: float = field(default=30.0, metadata=_doc("deadline of one request, in seconds"))
     beat_s: float = field(default=0.5, metadata=_doc("seconds between two heartbeats"))
     lost_after_s: float = field(default=2.0, metadata=_doc("seconds of silence after which a peer counts as lost"))
-    codec: str = field(default="", metadata=_doc("how tensors travel; default: what the job says"))
+    codec: str = field(default="", metadata=_doc("how tensors travel, and weights=CODEC; default: what the job says"))
 
     def __post_init__(self) -> None:
         for name in _FIELDS:
@@ -142,6 +142,7 @@ class NodeSettings:
 _COMMON = (
     "clients",
     "mode",
+    "codec",
     "cluster",
     "host",
     "port",
@@ -159,8 +160,8 @@ _COMMON = (
     "request_s",
 )
 NODE_FLAGS: dict[Role, tuple[str, ...]] = {
-    Role.CLIENT: ("shards", "device", "codec", "spill_mib", *_COMMON),
-    Role.SPLIT_SERVER: ("device", "slots", "codec", "spill_mib", *_COMMON),
+    Role.CLIENT: ("shards", "device", "spill_mib", *_COMMON),
+    Role.SPLIT_SERVER: ("device", "slots", "spill_mib", *_COMMON),
     Role.AGGREGATOR: ("rounds", "start_with", "resume", "hold", "durability", "keep_mib", "takeover", *_COMMON),
     Role.STANDBY: ("rounds", "durability", "keep_mib", "takeover", *_COMMON),
 }

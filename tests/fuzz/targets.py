@@ -42,7 +42,8 @@ from zsfl.spill.layout import SpillMeta, decode, decode_contribution, decode_met
 from zsfl.spill.segments import Segment
 from zsfl.tensors.codec import SPELLINGS, Codec, unpack
 from zsfl.tensors.spec import TensorSpec
-from zsfl.weights.shelf import pack
+from zsfl.weights.packing import pack
+from zsfl.weights.packing import unpacked as weights_of
 from zsfl.wire.framing import Arrived, Assembler, Buffer, Header, Room, decode_header, nbytes
 from zsfl.wire.framing import encode as to_frames
 from zsfl.wire.messages import Ok, Train, Weights
@@ -363,25 +364,32 @@ def weights(data: bytes) -> None:
     with suppress(ValueError):
         told = msgspec.msgpack.decode(frames[0] if frames else b"", type=Weights)
         with suppress(ZsflError):
-            found = {
-                spec.name: unpack(spec, part, max_bytes=MOST_BYTES)
-                for spec, part in zip(told.tensors, frames[1:], strict=False)
-            }
+            found = weights_of(told, frames[1:], (Version(4), _body_state()), max_bytes=MOST_BYTES)
             Part(_model().body, "body", torch.device("cpu")).load(found)
+
+
+def _body_state() -> dict[str, torch.Tensor]:
+    return {f"body.{name}": value for name, value in _model().body.state_dict().items()}
 
 
 @cache
 def weights_seeds() -> list[bytes]:
-    """Those of a body."""
-    state = {f"body.{name}": value for name, value in _model().body.state_dict().items()}
-    body, parts = pack(Version(4), Portion("body"), state)
-    return [packed([msgspec.msgpack.encode(body), *parts])]
+    """Those of a body, whole and as what differs from others."""
+    state = _body_state()
+    moved = {name: tensor + 1 for name, tensor in state.items()}
+    codec = Codec.parse("raw+shuffle+lz4")
+    versions = [pack(Version(4), Portion("body"), state)] + [
+        pack(Version(5), Portion("body"), after, codec, (Version(4), state)) for after in (moved, state)
+    ]
+    return [packed([msgspec.msgpack.encode(body), *parts]) for body, parts in versions]
 
 
 def weights_wild(rng: Random) -> bytes:
-    """With something wrong in the message."""
-    head, *parts = unpacked(weights_seeds()[0])
+    """With something wrong in the message, or in what comes with it."""
+    head, *parts = unpacked(rng.choice(weights_seeds()))
     told = altered(rng, msgspec.msgpack.decode(head))
+    if rng.random() < 0.3:
+        told, parts = msgspec.msgpack.decode(head), [scrambled(rng, part) for part in parts]
     return packed([msgspec.msgpack.encode(told), *parts[: rng.choice((1, 2, 2, 2))]])
 
 

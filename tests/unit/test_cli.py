@@ -17,8 +17,9 @@ import zsfl
 from zsfl.cli import main, parser
 
 COMMON = {
-    "--clients", "--cluster", "--host", "--join-s", "--mdns", "--mode", "--name", "--no-mdns", "--patience-s", "--peer",
-    "--port", "--request-s", "--run", "--runs", "--threads", "--insecure", "--no-insecure", "--io-threads", "--keys",
+    "--clients", "--cluster", "--codec", "--host", "--join-s", "--mdns", "--mode", "--name", "--no-mdns",
+    "--patience-s", "--peer", "--port", "--request-s", "--run", "--runs", "--threads", "--insecure", "--no-insecure",
+    "--io-threads", "--keys",
 }  # fmt: skip
 CLUSTER = {
     "--client-processes", "--clients", "--cluster", "--codec", "--device", "--durability", "--host", "--in-process",
@@ -56,8 +57,8 @@ FLAGS = {
         "--io-threads",
     },
     "node": set[str](),
-    "node client": {*COMMON, "JOB", "--codec", "--device", "--shard", "--shards", "--spill-mib"},
-    "node split-server": {*COMMON, "JOB", "--codec", "--device", "--slots", "--spill-mib"},
+    "node client": {*COMMON, "JOB", "--device", "--shard", "--shards", "--spill-mib"},
+    "node split-server": {*COMMON, "JOB", "--device", "--slots", "--spill-mib"},
     "node aggregator": {
         *COMMON,
         "JOB",

@@ -30,6 +30,7 @@ from zsfl.learning.master import Master
 from zsfl.learning.modes import Exact, max_staleness
 from zsfl.node import OFFERS_TOPIC, BeatExtras, Node
 from zsfl.reports import Assembled, Finished, RoundReport
+from zsfl.tensors.plan import CodecPlan
 from zsfl.weights.shelf import Shelf
 from zsfl.wire.fields import fit_to_say
 from zsfl.wire.framing import Buffer
@@ -64,7 +65,8 @@ class AggregatorRole:
         self._folder = folder
         self._master = master = Master(cuts.first, job.optimizer, job.average, frozen_norms=job.batch_norm == "frozen")
         bound = max_staleness(job.how)
-        self._shelf = Shelf(cuts.portions(), bound)
+        plan = CodecPlan.parse(node.settings.codec or job.codec)
+        self._shelf = Shelf(cuts.portions(), bound, codec=plan.weights[0], differences=plan.delta)
         return_s = job.how.return_s if isinstance(job.how, Exact) else 0.0
         self._roster: Latest[Roster] = Latest(Roster(job.shards, return_s))
         self._counters = PeerCounters()

@@ -34,7 +34,8 @@ from zsfl.learning.master import Master
 from zsfl.learning.modes import max_staleness
 from zsfl.learning.plan import Plan, Sizes
 from zsfl.node import Node
-from zsfl.weights.shelf import Packed, Shelf
+from zsfl.weights.packing import Packed
+from zsfl.weights.shelf import Shelf
 
 Outcome = Literal["enough", "idle", "deserted", "alone", "broken"]
 """How the gathering of a window ended: idle when those who are there have no steps in it (deserted where others, who

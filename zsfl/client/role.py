@@ -75,7 +75,10 @@ class ClientRole:
             cut: LocalParts(job, cuts.model(cut), device, cuts.names(cut), self._noise())
             for cut in sorted({cuts.of(shard) for shard in shards})
         }
-        weights = {cut: WeightsFollower(node, cuts.portion(cut), local.load) for cut, local in parts.items()}
+        weights = {
+            cut: WeightsFollower(node, cuts.portion(cut), local.load, differences=plan.delta)
+            for cut, local in parts.items()
+        }
         self._member = Member(node, weights.values(), spills, SpillCoder(plan.spill[0], feedback=plan.feedback))
         self._drivers = {
             cut: StepDriver(node, local, weights[cut], self._remote, self._member) for cut, local in parts.items()

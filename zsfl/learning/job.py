@@ -89,7 +89,8 @@ class Job:
     """Of initial weights, of the order of samples, and of what is random in a forward."""
     codec: str = "raw"
     """How tensors travel; `raw` changes no bit. `auto-lossless`, `auto-half`, `auto`: as is quickest on each link, by
-    what loses nothing, down to half precision, down to int8. Kinds of tensors may differ: see `CodecPlan.parse`."""
+    what loses nothing, down to half precision, down to int8. Kinds of tensors may differ, weights too: see
+    `CodecPlan.parse`."""
     mode: ModeName | Mode = "exact"
     """`exact`, `elastic` or `async`, or one of these with settings of its own: `zsfl.Elastic(quorum=0.5)`."""
     batch_norm: Literal["per-client", "merged", "frozen"] = "per-client"

@@ -57,10 +57,10 @@ class SplitServerRole:
             for cut in cuts.all
         }
         self._warnings = dict.fromkeys(warning for part in parts.values() for warning in part.warnings(job.steps))
-        self._weights: WeightsFollower[Weights] = WeightsFollower(
-            node, BODY, lambda state: {cut: part.load(state) for cut, part in parts.items()}
-        )
         plan = CodecPlan.parse(node.settings.codec or job.codec)
+        self._weights: WeightsFollower[Weights] = WeightsFollower(
+            node, BODY, lambda state: {cut: part.load(state) for cut, part in parts.items()}, differences=plan.delta
+        )
         self._member = Member(node, [self._weights], spills, SpillCoder(plan.spill[0], feedback=plan.feedback))
         self._admission = Admission(node.settings.slots)
         self._workers = {

@@ -13,7 +13,7 @@ from zsfl.errors import BadShape, NoPeer, ZsflError
 from zsfl.ids import NodeCard, Portion, Version
 from zsfl.latest import Latest
 from zsfl.node import Node
-from zsfl.tensors.codec import unpack
+from zsfl.weights.packing import Base, unpacked
 from zsfl.wire.connection import Connection
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Broadcast, FetchWeights, Weights
@@ -36,7 +36,17 @@ class WeightsFollower(Generic[_Loaded]):
     `load` turns tensors by name into what the role computes with, once a version.
     """
 
-    def __init__(self, node: Node, portion: Portion, load: Callable[[dict[str, torch.Tensor]], _Loaded]) -> None:
+    def __init__(
+        self,
+        node: Node,
+        portion: Portion,
+        load: Callable[[dict[str, torch.Tensor]], _Loaded],
+        *,
+        differences: bool = False,
+    ) -> None:
+        """`differences`: from the first version on, the tensors of the newest are kept, as the next one may say what
+        differs from them; else from when one is heard that does.
+        """
         self._node = node
         self._portion = portion
         self._load = load
@@ -46,6 +56,12 @@ class WeightsFollower(Generic[_Loaded]):
         self._arriving: Callable[[], list[Weights]] = list
         self._versions: Latest[dict[Version, asyncio.Future[_Loaded]]] = Latest({})
         self._fetching: dict[Version, asyncio.Task[asyncio.Future[_Loaded]]] = {}
+        self._keeps_base = differences
+        self._base: Base | None = None
+        self._unusable: Version | None = None
+        """The version that was broadcast last, if nothing could be made of that."""
+        self._early: list[tuple[Weights, list[Buffer]]] = []
+        """Differences from a version that is being fetched, or from one of these."""
 
     def follow(self, aggregator: NodeCard) -> None:
         """Take versions from this aggregator from now on; those of a former one are forgotten."""
@@ -64,6 +80,7 @@ class WeightsFollower(Generic[_Loaded]):
             self._listening.cancel()
         self._source = self._connection = self._listening = None
         self._fetching = {}
+        self._base, self._unusable, self._early = None, None, []
         self._versions.set({})
 
     def held(self, version: Version) -> _Loaded | None:
@@ -88,13 +105,13 @@ class WeightsFollower(Generic[_Loaded]):
         return loading.result()
 
     async def _await_broadcast(self, version: Version) -> None:
-        """Give the broadcast its grace, and all the time it needs once it has begun to arrive."""
+        """Give the broadcast its grace, and all the time it needs once it has begun to arrive, unless it is no use."""
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(GRACE_S):
-                    await self._versions.wait_for(lambda held: version in held)
+                    await self._versions.wait_for(lambda held: version in held or version == self._unusable)
                     return
-            if version not in (body.version for body in self._arriving()):
+            if not any(body.version == version and self._has_base_of(body) for body in self._arriving()):
                 return
 
     async def _fetch_once(self, version: Version) -> asyncio.Future[_Loaded]:
@@ -103,8 +120,16 @@ class WeightsFollower(Generic[_Loaded]):
             task = asyncio.create_task(self._fetch(version))
             fetching[version] = task
             task.add_done_callback(_seen)
-            task.add_done_callback(lambda _: fetching.pop(version, None))
+            task.add_done_callback(lambda _: self._fetched(fetching, version))
         return await asyncio.shield(fetching[version])
+
+    def _fetched(self, fetching: dict[Version, asyncio.Task[asyncio.Future[_Loaded]]], version: Version) -> None:
+        """What came meanwhile may be of use now; what is not will not be."""
+        del fetching[version]
+        if fetching is self._fetching:
+            early, self._early = self._early, []
+            for weights, parts in early:
+                self._heard(weights, parts)
 
     async def _fetch(self, version: Version) -> asyncio.Future[_Loaded]:
         connection = self._connection
@@ -115,24 +140,36 @@ class WeightsFollower(Generic[_Loaded]):
         if connection is not self._connection:
             raise NoPeer("the aggregator that was asked for weights is gone; ask the next one")
         weights = answer.expect(Weights)
-        if weights.version != version or weights.portion != self._portion:
+        if (weights.version, weights.portion, weights.base) != (version, self._portion, None):
+            what = "" if weights.base is None else f" as what differs from {weights.base}"
             raise BadShape(
-                f"asked for {self._portion} of version {version}, got {weights.portion} of {weights.version}"
+                f"asked for {self._portion} of version {version}, got {weights.portion} of {weights.version}{what}"
             )
         return self._take(weights, answer.parts)
 
     def _heard(self, broadcast: Broadcast, parts: list[Buffer]) -> None:
-        if isinstance(broadcast, Weights) and broadcast.portion == self._portion:
-            with suppress(ZsflError):
-                self._take(broadcast, parts)
+        if not isinstance(broadcast, Weights) or broadcast.portion != self._portion:
+            return
+        try:
+            self._take(broadcast, parts)
+        except ZsflError:  # whoever needs this version asks for it
+            self._keeps_base |= broadcast.base is not None
+            coming = {*self._fetching, *(weights.version for weights, _ in self._early)}
+            if broadcast.base in coming and len(self._early) < KEPT_VERSIONS:
+                self._early.append((broadcast, parts))
+            self._unusable = broadcast.version
+            self._versions.touch()
+
+    def _has_base_of(self, weights: Weights) -> bool:
+        return weights.base is None or (self._base is not None and weights.base == self._base[0])
 
     def _take(self, weights: Weights, parts: Sequence[Buffer]) -> asyncio.Future[_Loaded]:
         held = self._versions.value
         if weights.version in held:
             return held[weights.version]
-        if len(parts) != len(weights.tensors):
-            raise BadShape(f"{len(weights.tensors)} tensors are declared and {len(parts)} arrived")
-        state = {spec.name: unpack(spec, part) for spec, part in zip(weights.tensors, parts, strict=True)}
+        state = unpacked(weights, parts, self._base)
+        if self._keeps_base and (self._base is None or weights.version > self._base[0]):
+            self._base = weights.version, state
         loaded: asyncio.Future[_Loaded] = asyncio.get_running_loop().create_future()
         try:
             loaded.set_result(self._load(state))

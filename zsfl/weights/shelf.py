@@ -5,58 +5,71 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 
-import torch
-
 from zsfl.errors import StaleWeights
 from zsfl.ids import Portion, Version
 from zsfl.tensors.codec import Codec
-from zsfl.wire.framing import Buffer
-from zsfl.wire.messages import FetchWeights, Weights
+from zsfl.weights.packing import RAW, Base, Packed, State, pack
+from zsfl.wire.messages import FetchWeights
 
 KEPT_VERSIONS = 4
 """Kept of whatever size: a step in flight is at most a version or two behind where nobody is slow."""
 KEPT_BYTES = 1 << 30
 """More versions than that are kept, for those who are slow, only while they are not longer than this together."""
 
-Packed = tuple[Weights, list[Buffer]]
-_RAW = Codec.parse("raw")
-
-
-def pack(version: Version, portion: Portion, state: Mapping[str, torch.Tensor]) -> Packed:
-    """The message that carries `state`. Lossless: every node must hold the same weights."""
-    packed = [_RAW.pack(name, tensor) for name, tensor in state.items()]
-    specs = tuple(spec for spec, _ in packed)
-    return Weights(portion=portion, version=version, tensors=specs), [buffer for _, buffer in packed]
-
 
 class Shelf:
-    """Packed weights of the newest versions."""
+    """The newest versions, packed or to be packed when they are asked for."""
 
-    def __init__(self, portions: Mapping[Portion, Collection[str]], max_staleness: int = 0) -> None:
+    def __init__(
+        self,
+        portions: Mapping[Portion, Collection[str]],
+        max_staleness: int = 0,
+        *,
+        codec: Codec = RAW,
+        differences: bool = False,
+    ) -> None:
         """`portions` are given with the names of their tensors. Steps up to `max_staleness` versions late count, so
-        their versions had better be there.
+        their versions had better be there. With `differences` a version is published as what differs from the one
+        before; whoever asks for one gets it whole.
         """
         self._portions = portions
+        self._codec = codec
+        self._differences = differences
+        self._states: dict[Version, State] = {}
+        """Of which a portion may have to be packed yet, or from which the next version differs."""
         self._packed: dict[Version, dict[Portion, Packed]] = {}
+        """Whole ones."""
         self._most = max(KEPT_VERSIONS, max_staleness + 2)
         self._pins: Counter[Version] = Counter()
 
-    def put(self, version: Version, state: Mapping[str, torch.Tensor]) -> dict[Portion, Packed]:
+    def put(self, version: Version, state: State) -> dict[Portion, Packed]:
         """Pack a version, to be published; the oldest one makes room."""
-        packed = {
-            portion: pack(version, portion, {name: tensor for name, tensor in state.items() if name in names})
-            for portion, names in self._portions.items()
-        }
-        self._packed[version] = packed
+        before = Version(version - 1)
+        differs = self._differences and before == max(self._packed, default=None)
+        base = (before, self._states[before]) if differs else None
+        self._states[version] = state
+        published = {portion: self._pack(version, portion, base) for portion in self._portions}
+        self._packed[version] = {} if base else published
         size_bytes = sum(tensor.nbytes for tensor in state.values())
         self._keep(max(KEPT_VERSIONS, min(self._most, KEPT_BYTES // max(size_bytes, 1))))
-        return packed
+        return published
+
+    def _pack(self, version: Version, portion: Portion, base: Base | None = None) -> Packed:
+        names = self._portions[portion]
+        own = {name: tensor for name, tensor in self._states[version].items() if name in names}
+        return pack(version, portion, own, self._codec, base)
 
     def _keep(self, count: int) -> None:
-        """Let go of the oldest versions beyond `count`, other than those that are pinned."""
+        """Let go of the oldest versions beyond `count`, other than those that are pinned, and of what is packed."""
         for version in sorted(self._packed)[:-count]:
             if not self._pins[version]:
                 del self._packed[version]
+        base = max(self._packed) if self._differences else None
+        self._states = {
+            version: state
+            for version, state in self._states.items()
+            if version == base or len(self._packed.get(version, self._portions)) < len(self._portions)
+        }
 
     def pin(self, version: Version) -> None:
         """Keep a version until it is unpinned as often."""
@@ -78,4 +91,7 @@ class Shelf:
             raise StaleWeights(
                 f"there is no portion {request.portion!r} of the weights: do all nodes run the same job?"
             )
-        return self._packed[version][request.portion]
+        whole = self._packed[version]
+        if request.portion not in whole:
+            whole[request.portion] = self._pack(version, request.portion)
+        return whole[request.portion]

@@ -286,6 +286,9 @@ class Weights(Message, frozen=True, kw_only=True, tag="weights"):
 
     portion: PortionName
     version: VersionNumber
+    base: VersionNumber | None = None
+    """The version whose bits these tensors are to be combined with (XOR); None: they are the weights themselves, as
+    they always are when somebody asks."""
     tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_TENSORS)]
 
 

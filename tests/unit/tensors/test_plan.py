@@ -11,14 +11,14 @@ from zsfl.tensors.plan import AUTO, CodecPlan
 
 def said(text: str) -> dict[str, str]:
     plan = CodecPlan.parse(text)
-    kinds = ("activation", "output", "gradient", "test", "spill")
+    kinds = ("activation", "output", "gradient", "test", "spill", "weights")
     return {kind: " ".join(map(str, getattr(plan, kind))) for kind in kinds}
 
 
 def test_one_codec_is_for_what_crosses_the_cut() -> None:
     cut = dict.fromkeys(("activation", "output", "gradient", "test"), "fp16+lz4")
-    assert said("fp16+lz4") == {**cut, "spill": "raw"}
-    assert said("raw") == dict.fromkeys(cut, "raw") | {"spill": "raw"}
+    assert said("fp16+lz4") == {**cut, "spill": "raw", "weights": "raw"}
+    assert said("raw") == dict.fromkeys(cut, "raw") | {"spill": "raw", "weights": "raw"}
 
 
 def test_kinds_may_differ() -> None:
@@ -29,6 +29,7 @@ def test_kinds_may_differ() -> None:
         "gradient": "rank6",
         "test": "int8",  # tests measure the model
         "spill": "rand2",
+        "weights": "raw",
     }
     assert plan.feedback
     assert not CodecPlan.parse("int2, spill=rand2").feedback
@@ -45,6 +46,17 @@ def test_auto_is_several_to_choose_from() -> None:
     assert all(choice[0] == Codec() for choice in AUTO.values())
 
 
+@pytest.mark.parametrize("codec", ["raw", "raw+lz4", "raw+shuffle+lz4"])
+def test_weights_travel_as_one_codec_that_loses_nothing(codec: str) -> None:
+    plan = CodecPlan.parse(f"int8, weights={codec}, spill=fp16+feedback")
+    assert ([str(one) for one in plan.weights], plan.delta, plan.feedback) == ([codec], False, True)
+    if codec != "raw":
+        plan = CodecPlan.parse(f"auto, weights={codec}+delta, test=raw")
+        assert ([str(one) for one in plan.weights], plan.delta, plan.feedback) == ([codec], True, False)
+    assert not CodecPlan.parse(f"raw, weights={codec}").loses_by_chance
+    assert not CodecPlan.parse(f"raw, weights={codec}").chooses
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -52,7 +64,18 @@ def test_auto_is_several_to_choose_from() -> None:
         ("zip", "unknown codec 'zip'"),
         ("int8+feedback", "unknown codec"),
         ("int8, spill", "use activation=CODEC, output=CODEC"),
-        ("int8, weights=fp16", "use activation=CODEC"),
+        ("int8, bias=fp16", "use activation=CODEC.* weights=CODEC after"),
+        ("int8, weights=fp16", r"bit for bit; write weights= with raw or raw\+lz4 or raw\+shuffle\+lz4, then \+delta"),
+        ("int8, weights=int8+lz4+delta", "bit for bit; write"),
+        ("int8, weights=raw+shuffle", "bit for bit; write"),
+        ("int8, weights=auto-lossless", "bit for bit; write"),
+        ("int8, weights=auto+delta", "bit for bit; write"),
+        ("int8, weights=raw+delta", r"unless lz4 makes it shorter; write weights=raw\+shuffle\+lz4\+delta"),
+        ("int8, weights=+delta", "unknown codec ''"),
+        ("int8, weights=raw+delta+lz4", "unknown codec"),
+        ("int8, weights=raw+lz4+feedback", "feedback is for spills, .*, not for weights$"),
+        ("int8, spill=int8+delta", "delta is for weights, .*, not for spills"),
+        ("int8+delta", "unknown codec"),
         ("int8, spill=auto", "name one codec"),
         ("int8, gradient=int8+feedback", "feedback is for spills"),
         ("int8, spill=+feedback", "unknown codec ''"),

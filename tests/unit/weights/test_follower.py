@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import patch
 
+import msgspec
 import pytest
 import torch
-from helpers.waiting import eventually, until
+from helpers.waiting import HANG_S, eventually, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,20 +19,28 @@ from zsfl.errors import BadShape, NoPeer, StaleWeights
 from zsfl.ids import BODY, NodeCard, NodeId, Portion, Role, Version
 from zsfl.weights import follower as followers
 from zsfl.weights.follower import KEPT_VERSIONS, MOST_VERSIONS, WeightsFollower
-from zsfl.weights.shelf import Packed, pack
+from zsfl.weights.packing import Packed, pack
 from zsfl.wire.messages import FetchWeights, Goodbye, Weights
 
 CARD = NodeCard(id=NodeId("1"), name="agg", role=Role.AGGREGATOR, host="127.0.0.1", control_port=1, data_port=2)
 
 
+def state(version: int, portion: Portion = BODY) -> dict[str, torch.Tensor]:
+    return {f"{portion}.w": torch.full((2,), float(version)), f"{portion}.seen": torch.tensor(version)}
+
+
 def packed(version: int, portion: Portion = BODY) -> Packed:
-    return pack(Version(version), portion, {f"{portion}.w": torch.full((2,), float(version))})
+    return pack(Version(version), portion, state(version, portion))
+
+
+def differs(version: int, base: int) -> Packed:
+    return pack(Version(version), BODY, state(version), base=(Version(base), state(base)))
 
 
 class Following:
     """A follower, and what it meets: a node without sockets and an aggregator that answers with `answer`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, differences: bool = False) -> None:
         self.settings = SimpleNamespace(request_s=1.0)
         self.fetched: list[int | None] = []
         self.loaded: list[int] = []
@@ -41,11 +50,12 @@ class Following:
         self.may_answer = asyncio.Event()
         self.may_answer.set()
         self.answer: Callable[[int], Packed] = packed
-        self.weights = WeightsFollower(cast(Any, self), BODY, self.load)
+        self.weights = WeightsFollower(cast(Any, self), BODY, self.load, differences=differences)
         self.weights.follow(CARD)
 
     def load(self, state: dict[str, torch.Tensor]) -> int:
-        version = int(state["body.w"][0])
+        version = int(state["body.seen"])
+        assert torch.equal(state["body.w"], torch.full((2,), float(version)))
         self.loaded.append(version)
         if version == 13:
             raise ValueError("unlucky")
@@ -216,3 +226,186 @@ async def test_nothing_is_left_of_an_aggregator_that_is_gone() -> None:
     following.answer = lambda version: packed(version)
     assert await following.get(5) == 5
     assert following.fetched == [6, 5]
+
+
+# --- differences ------------------------------------------------------------------------------------------
+
+
+async def test_what_differs_from_the_newest_version_makes_the_next_one() -> None:
+    following = Following(differences=True)
+    following.heard(4)
+    for version in (5, 6, 7):
+        following.hear(*differs(version, version - 1))
+        following.hear(*differs(version, version - 1))  # twice is once
+    assert [await following.get(version) for version in (7, 6, 5, 4)] == [7, 6, 5, 4]
+    assert (following.loaded, following.fetched) == ([4, 5, 6, 7], [])
+
+
+async def test_what_was_fetched_may_be_what_the_next_version_differs_from() -> None:
+    following = Following(differences=True)
+    assert await following.get(5) == 5
+    following.hear(*differs(6, 5))
+    assert await following.get(6) == 6
+    assert await following.get(3) == 3  # an older one, which changes nothing
+    following.hear(*differs(7, 6))
+    assert await following.get(7) == 7
+    assert following.fetched == [5, 3]
+
+
+@pytest.mark.parametrize("held", [None, 3, 5, 6])
+async def test_without_the_base_the_whole_version_is_fetched_at_once(
+    held: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(followers, "GRACE_S", HANG_S)
+    following = Following(differences=True)
+    if held is not None:
+        following.heard(held)
+    following.hear(*differs(7, 4))
+    assert await following.get(7) == 7
+    following.hear(*differs(8, 7))
+    assert await following.get(8) == 8
+    assert following.fetched == [7]
+
+
+async def test_one_that_waits_for_a_broadcast_stops_when_it_is_of_no_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(followers, "GRACE_S", HANG_S)
+    following = Following(differences=True)
+    asking = asyncio.create_task(following.get(7))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert following.fetched == []
+    following.hear(*differs(7, 6))
+    assert await until(asking) == 7
+    assert following.fetched == [7]
+
+
+async def test_what_arrives_and_will_be_of_no_use_is_not_waited_for() -> None:
+    following = Following(differences=True)
+    following.heard(5)
+    following.begun = [differs(7, 6)[0]]
+    assert await following.get(7) == 7
+    following.begun = [differs(8, 7)[0]]
+    asking = asyncio.create_task(following.get(8))
+    for _ in range(50):
+        await asyncio.sleep(0)
+    following.hear(*differs(8, 7))
+    assert await until(asking) == 8
+    assert following.fetched == [7]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"body.w": torch.zeros(3)},
+        {"body.w": torch.zeros(2, 1)},
+        {"body.w": torch.zeros(2, dtype=torch.float64)},
+        {"body.other": torch.zeros(2)},
+    ],
+    ids=["longer", "of another shape", "of another dtype", "more tensors"],
+)
+async def test_a_difference_that_does_not_fit_is_no_version(change: dict[str, torch.Tensor]) -> None:
+    following = Following(differences=True)
+    following.heard(4)
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in (state(5) | change).items()}
+    following.hear(*pack(Version(5), BODY, state(5) | change, base=(Version(4), zeros)))
+    assert await following.get(5) == 5
+    assert (following.loaded, following.fetched) == ([4, 5], [5])
+
+
+@pytest.mark.parametrize("what", ["cut off", "too few", "renamed", "no lz4", "beyond bounds"])
+async def test_a_difference_that_is_damaged_is_no_version_and_spoils_none(what: str) -> None:
+    following = Following(differences=True)
+    following.heard(4)
+    weights, parts = differs(5, 4)
+    first, second = weights.tensors
+    match what:
+        case "cut off":
+            parts = [parts[0], parts[1][:-1]]
+        case "too few":
+            weights, parts = msgspec.structs.replace(weights, tensors=(first,)), parts[:1]
+        case "renamed":
+            weights = msgspec.structs.replace(weights, tensors=(first, msgspec.structs.replace(second, name="body.w")))
+        case "no lz4":
+            second = msgspec.structs.replace(second, codec="raw+lz4", nbytes=3)
+            weights, parts = msgspec.structs.replace(weights, tensors=(first, second)), [parts[0], b"\xff\xff\xff"]
+        case _:
+            first = msgspec.structs.replace(first, shape=(1 << 40,))
+            weights = msgspec.structs.replace(weights, tensors=(first, second))
+    following.hear(weights, parts)
+    assert following.loaded == [4]
+    following.hear(*differs(5, 4))  # version 4 is as it was
+    assert await following.get(5) == 5
+    assert (following.loaded, following.fetched) == ([4, 5], [])
+
+
+async def test_what_comes_while_its_base_is_fetched_is_used_when_that_is_there() -> None:
+    following = Following(differences=True)
+    following.may_answer.clear()
+    asking = asyncio.create_task(following.get(5))
+    await eventually(lambda: following.fetched)
+    for version in (6, 7, 9):
+        following.hear(*differs(version, version - 1))
+    assert following.loaded == []
+    following.may_answer.set()
+    assert await until(asking) == 5
+    await eventually(lambda: following.loaded == [5, 6, 7])
+    assert [await following.get(version) for version in (6, 7, 9)] == [6, 7, 9]
+    assert following.fetched == [5, 9]
+
+
+async def test_what_is_asked_for_is_not_taken_as_a_difference() -> None:
+    following = Following(differences=True)
+    following.heard(4)
+    following.answer = lambda version: differs(version, 4)
+    with pytest.raises(BadShape, match="got body of 5 as what differs from 4"):
+        await following.get(5)
+
+
+async def test_the_versions_of_another_aggregator_are_no_base() -> None:
+    following = Following(differences=True)
+    following.heard(5)
+    following.weights.follow(CARD)
+    following.hear(*differs(6, 5))
+    assert await following.get(6) == 6
+    assert following.fetched == [6]
+
+
+async def test_who_was_not_told_of_differences_keeps_what_they_differ_from_once_one_is_heard() -> None:
+    following = Following()
+    following.heard(5)
+    for version in (6, 7, 8):
+        following.hear(*differs(version, version - 1))
+        assert await following.get(version) == version
+    assert following.fetched == [6]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["whole", "differs", "missed", "ask", "ask an old one"]), st.booleans())))
+def test_whatever_is_missed_no_version_is_another(events: list[tuple[str, bool]]) -> None:
+    """`load` checks the tensors of each; only what was not heard, or was of no use, is fetched."""
+
+    async def follow() -> None:
+        following, version = Following(differences=True), 0
+        for what, is_twice in events:
+            version += what in ("whole", "differs", "missed")
+            for _ in range(1 + is_twice):
+                match what:
+                    case "whole":
+                        following.heard(version)
+                    case "differs":
+                        following.hear(*differs(version, version - 1))
+                    case "missed":
+                        pass
+                    case "ask":
+                        assert await following.get(version) == version
+                    case _:
+                        assert await following.get(version // 2) == version // 2
+
+    with patch.object(Following, "load", _no_bad_luck):
+        asyncio.run(follow())
+
+
+def _no_bad_luck(following: Following, state: dict[str, torch.Tensor]) -> int:
+    version = int(state["body.seen"])
+    assert torch.equal(state["body.w"], torch.full((2,), float(version)))
+    return version

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import settings
@@ -10,8 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from zsfl.errors import StaleWeights
 from zsfl.ids import BODY, Portion, Version
-from zsfl.tensors.codec import unpack
+from zsfl.tensors.bits import xor
+from zsfl.tensors.codec import Codec, unpack
 from zsfl.weights import shelf as shelves
+from zsfl.weights.packing import Packed, State
 from zsfl.weights.shelf import KEPT_VERSIONS, Shelf
 from zsfl.wire.messages import FetchWeights
 
@@ -82,6 +86,109 @@ def test_what_is_not_held_is_refused_and_it_is_said_what_is() -> None:
         StaleWeights, match="version 2 is not held, only those from 5 to 8; redo the step at the newest"
     ):
         shelf.answer(FetchWeights(portion=BODY, version=Version(2)))
+
+
+def moved(times: int) -> dict[str, torch.Tensor]:
+    """A little, from a start that is the same each time; `seen` counts."""
+    generator = torch.Generator().manual_seed(1)
+    states = {
+        "head.w": torch.randn(300, 100, generator=generator),
+        "body.0.w": torch.randn(20_000, generator=generator),
+    }
+    for _ in range(times):
+        states = {
+            name: tensor + 1e-4 * torch.randn(tensor.shape, generator=generator) for name, tensor in states.items()
+        }
+    return {**states, "body.0.seen": torch.tensor(times), "body.0.nothing": torch.empty(0, 3)}
+
+
+MOVING = {BODY: {"body.0.w", "body.0.seen", "body.0.nothing"}, CLIENT: {"head.w"}}
+PACKING = Codec.parse("raw+shuffle+lz4")
+
+
+def size(packed: Packed) -> int:
+    weights, buffers = packed
+    assert [spec.nbytes for spec in weights.tensors] == list(map(len, buffers))
+    return sum(map(len, buffers))
+
+
+def tensors(packed: Packed) -> dict[str, torch.Tensor]:
+    return {spec.name: unpack(spec, buffer) for spec, buffer in zip(packed[0].tensors, packed[1], strict=True)}
+
+
+def assert_same(mine: State, portion: Portion, state: State) -> None:
+    assert mine.keys() == MOVING[portion]
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, state[name])
+
+
+def test_what_is_published_differs_from_what_was_published_before_and_what_is_asked_for_is_whole() -> None:
+    shelf = Shelf(MOVING, codec=PACKING, differences=True)
+    for version in range(4, 9):
+        state = moved(version)
+        published = shelf.put(Version(version), state)
+        for portion, packed in published.items():
+            weights = packed[0]
+            assert (weights.portion, weights.version) == (portion, version)
+            assert weights.base == (None if version == 4 else version - 1)
+            made = tensors(packed)
+            if weights.base is not None:
+                made = {name: xor(tensor, moved(version - 1)[name]) for name, tensor in made.items()}
+            assert_same(made, portion, state)
+    for version in range(8 - KEPT_VERSIONS + 1, 9):
+        for portion in MOVING:
+            for _ in range(2):
+                whole = shelf.answer(FetchWeights(portion=portion, version=Version(version)))
+                assert (whole[0].version, whole[0].base) == (version, None)
+                assert_same(tensors(whole), portion, moved(version))
+
+
+def test_differences_are_shorter_than_whole_versions() -> None:
+    sizes: dict[str, int] = {}
+    for name, shelf in {
+        "raw": Shelf(MOVING),
+        "packed": Shelf(MOVING, codec=PACKING),
+        "differences": Shelf(MOVING, codec=PACKING, differences=True),
+    }.items():
+        shelf.put(Version(0), moved(0))
+        sizes[name] = sum(map(size, shelf.put(Version(1), moved(1)).values()))
+    assert sizes["raw"] == sum(tensor.nbytes for tensor in moved(1).values())
+    assert sizes["differences"] < 0.8 * sizes["raw"]
+    assert sizes["differences"] < 0.8 * sizes["packed"]
+
+
+def test_without_the_version_before_a_whole_one_is_published() -> None:
+    shelf = Shelf(MOVING, codec=PACKING, differences=True)
+
+    def base(version: int) -> int | None:
+        (found,) = {weights.base for weights, _ in shelf.put(Version(version), moved(version)).values()}
+        return found
+
+    # What a resumed run begins with, a version that is to be tested, and what follows the former.
+    assert [base(version) for version in (7, 3, 8, 9, 11, 12, 12)] == [None, None, 7, 8, None, 11, None]
+
+
+def test_of_what_is_packed_the_tensors_are_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelves, "KEPT_BYTES", 0)
+    packing, differing = Shelf(MOVING, codec=PACKING), Shelf(MOVING, codec=PACKING, differences=True)
+    held: dict[Shelf, list[weakref.ref[torch.Tensor]]] = {packing: [], differing: []}
+
+    def put(version: int) -> None:
+        for shelf, refs in held.items():
+            state = {**moved(version), "body.0.w": torch.zeros(20_000)}  # so that it is packed
+            refs.append(weakref.ref(state["body.0.w"]))
+            shelf.put(Version(version), state)
+
+    def alive(shelf: Shelf) -> list[int]:
+        return [version for version, ref in enumerate(held[shelf]) if ref() is not None]
+
+    for version in range(7):
+        put(version)
+    assert (alive(packing), alive(differing)) == ([], [3, 4, 5, 6])
+    for portion in MOVING:
+        differing.answer(FetchWeights(portion=portion, version=Version(5)))
+    put(7)
+    assert (alive(packing), alive(differing)) == ([], [4, 6, 7])
 
 
 class Keeping(RuleBasedStateMachine):

@@ -94,7 +94,9 @@ WORST: Sequence[AnyMessage] = [
     Spills(found=KEYS),
     CheckNeed(parts=(KEY,) * MAX_OFFERS),
     ReleaseSpills(cids=(CID,) * MAX_OFFERS),
-    Weights(portion=Portion("client/" + 40 * "x"), version=Version(MOST), tensors=(SPEC,) * MAX_TENSORS),
+    Weights(
+        portion=Portion("client/" + 40 * "x"), version=Version(MOST), base=Version(MOST), tensors=(SPEC,) * MAX_TENSORS
+    ),
     Beat(card=CARD, peers=HINTS, counters=COUNTERS, load=LOAD, offers=(OFFER,) * MAX_OFFERS, state=STATE),
     Offers(node=CARD.id, offers=(OFFER,) * MAX_OFFERS, counters=COUNTERS),
     Announcement(node=CARD.id, state=STATE, counted=(CID,) * MAX_SETTLED, dropped=(CID,) * MAX_SETTLED),
