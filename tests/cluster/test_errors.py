@@ -102,6 +102,14 @@ def test_a_shard_out_of_range(said: Said, tmp_path: Path) -> None:
     assert "shard 7 is out of range: the data has 2 shards, 0 to 1" in error
 
 
+@pytest.mark.parametrize("role", ["aggregator", "standby"])
+def test_a_lossy_codec_for_weights_is_refused_at_once(role: str, said: Said, tmp_path: Path) -> None:
+    flags = ("--codec", "raw, weights=int8", "--runs", tmp_path / "runs")
+    code, error = said("node", role, write_job(tmp_path), *flags)
+    assert code == 2
+    assert "all nodes have the same weights, bit for bit" in error
+
+
 def test_a_client_without_a_shard(said: Said, tmp_path: Path) -> None:
     assert said("node", "client", write_job(tmp_path)) == (
         2,
