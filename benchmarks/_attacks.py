@@ -24,10 +24,10 @@ def _connected(host: str, port: int, stack: ExitStack) -> socket.socket:
     return stack.enter_context(socket.create_connection((host, port), timeout=10))
 
 
-def _times(seconds: float) -> Iterator[int]:
-    """At least once."""
+def _times(seconds: float, has_struck: Callable[[], object] = lambda: True, most: int = 1) -> Iterator[int]:
+    """At least once, and over time so often at most until it has struck."""
     ends_s, number = time.monotonic() + seconds, 0
-    while number == 0 or time.monotonic() < ends_s:
+    while number == 0 or time.monotonic() < ends_s or (number < most and not has_struck()):
         yield number
         number += 1
 
@@ -36,21 +36,22 @@ def _times(seconds: float) -> Iterator[int]:
 def _dealer(host: str, port: int) -> Iterator[zmq.Socket[bytes]]:
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.linger = 0
-        dealer.sndtimeo = 5000
+        # Where it meets a socket of a kind that talks to no dealer, ZeroMQ gives up before or after the first is sent.
+        dealer.sndtimeo = 200
         dealer.connect(f"tcp://{host}:{port}")
         yield dealer
 
 
 def _send(host: str, ports: Ports, seconds: float, frames: list[bytes]) -> int:
     """The same multipart again and again, to one port after another; a peer that cuts it off is called again."""
-    count = 0
-    for number in _times(seconds):
+    struck: list[int] = []
+    for number in _times(seconds, lambda: struck, len(ports)):
         with _dealer(host, ports[number % len(ports)]) as dealer, suppress(zmq.Again):
             for _ in range(20):
                 dealer.send_multipart(frames, copy=False)
-                count += 1
+                struck.append(number)
             dealer.poll(100)
-    return count
+    return len(struck)
 
 
 def garbage(host: str, ports: Ports, seconds: float) -> int:
@@ -128,14 +129,14 @@ def headers(host: str, ports: Ports, seconds: float) -> int:
         [msgspec.msgpack.encode({"kind": "request", "id": one, "deadline_s": 3000.0, "sizes": [1 << 20], "body": body})]
         for one in range(256)
     ]
-    count = 0
-    for number in _times(seconds):
+    struck: list[int] = []
+    for number in _times(seconds, lambda: struck, len(ports)):
         with _dealer(host, ports[number % len(ports)]) as dealer, suppress(zmq.Again):
             for one in frames:
                 dealer.send_multipart(one)
-                count += 1
+                struck.append(number)
             dealer.poll(200)
-    return count
+    return len(struck)
 
 
 ATTACKS: dict[str, Attack] = {

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 from helpers.jobs import write_job
+from helpers.waiting import eventually
 
 import zsfl
 from zsfl.reports import AnyReport, Failed, Ready
@@ -65,7 +66,7 @@ async def test_training_goes_on_under_attack(tmp_path: Path, monkeypatch: pytest
             striking = asyncio.ensure_future(asyncio.to_thread(attack, "127.0.0.1", ports, SECONDS))
             assert [report.round async for report in cluster.train(1)] == [number], name
             assert await striking > 0, name
-            grown = {node: mib - before[node] for node, mib in watched.mib().items()}
-            assert max(grown.values()) < MOST_MIB, (name, grown)
+            # What came last may be in hand still, with all that it takes once it is unpacked.
+            await eventually(lambda: all(mib - before[node] < MOST_MIB for node, mib in watched.mib().items()), 30)
         assert [report.round async for report in cluster.train(1)] == [len(attacks) + 2]
     assert watched.failed == []

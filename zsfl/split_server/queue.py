@@ -174,6 +174,7 @@ class WorkQueue:
             if len(chosen) > 1:
                 self._alone.update(dict.fromkeys(chosen))
             elif not chosen[0].answer.done():
+                _let_go(error)
                 chosen[0].answer.set_exception(error)
         else:
             for one, answer in zip(chosen, answers, strict=True):
@@ -225,6 +226,14 @@ class WorkQueue:
             return found
         mates = {_cid(first), *self._pass_of(first)}
         return [one for one in found if _cid(one) in mates]
+
+
+def _let_go(error: BaseException) -> None:
+    """Forget where it was raised: those frames hold the request's tensors, and the answer with the error holds them."""
+    cause: BaseException | None = error
+    while cause is not None:
+        cause.__traceback__ = None
+        cause = cause.__cause__ or cause.__context__
 
 
 def unpacked_size(request: Asked, parts: Sequence[Buffer]) -> int:
