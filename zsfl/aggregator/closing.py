@@ -218,6 +218,7 @@ class AsyncClosing:
             self._here[step.shard] += 1
 
     def closes(self, there: Collection[int], now_s: float) -> bool:
+        """Whether a version is made now, of those who are there and what has come."""
         if not self._samples:
             return False
         due = self._due(there)

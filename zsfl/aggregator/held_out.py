@@ -63,6 +63,10 @@ class Best:
         return False
 
 
+ROUNDED = 1 + 1e-5
+"""A sum of shares in float32 may be by so much too large."""
+
+
 class HeldOut:
     """Orders tests of the clients that are there, and pools what they answer."""
 
@@ -110,8 +114,11 @@ class HeldOut:
             evaluated.shard
         ):
             return
-        if (evaluated.correct or 0.0) > evaluated.samples:
-            raise RemoteProtocolError(f"{evaluated.correct:g} of {evaluated.samples} samples cannot be right")
+        if (evaluated.correct or 0.0) > evaluated.samples * ROUNDED:
+            raise RemoteProtocolError(
+                f"{evaluated.correct:g} of {evaluated.samples} held-out samples of shard {evaluated.shard} cannot be "
+                "right: Job.metric gives the number of correct samples"
+            )
         self._silent -= {evaluated.shard}
         if evaluated.version == self._stage.state.tested and evaluated.shard in self._roster.value.tested():
             self._answers[evaluated.shard] = evaluated

@@ -132,9 +132,9 @@ def _trust(args: argparse.Namespace) -> int:
     folder = _folder(args)
     own_keys(folder)
     known = named(folder, args.key)
-    roles = (",".join(args.roles),) if args.roles else ()
+    roles = args.roles or (sorted(known[0].roles) if len(known) == 1 else [])
     try:
-        entry = read_line(" ".join((known[0].key if len(known) == 1 else args.key, args.name, *roles)))
+        entry = read_line(" ".join((known[0].key if len(known) == 1 else args.key, args.name, ",".join(roles))))
     except ValueError as error:
         raise ConfigError(f"{error}; or the name or machine id of one that is trusted") from None
     if not isinstance(entry, Trusted):

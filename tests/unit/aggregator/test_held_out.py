@@ -15,7 +15,7 @@ from zsfl import reports
 from zsfl.aggregator.held_out import MAX_WAITING, Best, HeldOut, Order
 from zsfl.aggregator.roster import Roster
 from zsfl.aggregator.stage import Stage
-from zsfl.errors import StaleWeights
+from zsfl.errors import RemoteProtocolError, StaleWeights
 from zsfl.ids import BODY, NodeId, Version
 from zsfl.latest import Latest
 from zsfl.weights.shelf import KEPT_VERSIONS, Shelf
@@ -231,6 +231,10 @@ async def test_a_result_counts_only_as_its_shards_own_client_says_it() -> None:
                     node=node, shard=0, version=Version(7), samples=samples, weight=4.0, correct=0.0, loss_sum=9.0
                 )
             )
+        for correct in (4.1, 2.0**53):
+            with pytest.raises(RemoteProtocolError, match=r"of 4 held-out samples of shard 0 cannot be right"):
+                hall.answers(0, correct=correct)
+        hall.answers(0, correct=4.00001)
         for shard in range(3):
             hall.answers(shard, correct=4.0)
         await eventually(lambda: hall.results)

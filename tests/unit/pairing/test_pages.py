@@ -43,6 +43,7 @@ def test_what_one_may_be_is_changed_by_its_key_its_name_or_its_id(
     assert "Is that the id which `zsfl keys show` says there?" in out
     for which, said, roles in (
         ("lab", ("client",), {Role.CLIENT}),
+        ("lab", (), {Role.CLIENT}),
         (machine_id(key), ("client", "split-server"), {Role.CLIENT, Role.SPLIT_SERVER}),
         (key, ("aggregator,standby",), {Role.AGGREGATOR, Role.STANDBY}),
     ):
