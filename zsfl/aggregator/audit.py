@@ -10,7 +10,7 @@ from pathlib import Path
 
 from zsfl.aggregator.commit import Record, RecordLine, read_record
 from zsfl.aggregator.journal import Journal, Kept, found_in
-from zsfl.aggregator.progress import checkpoints, place_of
+from zsfl.aggregator.progress import Place, checkpoints, place_of
 from zsfl.aggregator.replay import CannotReplay, replay, window_of
 from zsfl.aggregator.run_folder import CHECKPOINT, JOURNAL, LEDGER, whole_lines
 from zsfl.errors import BadShape, ConfigError, StorageError, ZsflError
@@ -29,6 +29,8 @@ class Audit:
     dropped: int = 0
     pending: int = 0
     """Steps that a spill is there of, and that may still be counted."""
+    void: int = 0
+    """Steps of a run that failed, beyond the last version that was any good: a resume has them made again."""
     samples: int = 0
     verified: int = 0
     """Versions of which all contributions are kept, whole and as recorded."""
@@ -51,11 +53,15 @@ def audit(folder: Path) -> Audit:
     found.counted = sum(len(record.counted) for record in records)
     found.dropped = sum(len(record.dropped) for record in records)
     places = _check_checkpoints(folder, lines, found.faults.append)
+    first = min((place.version for place in places), default=0)
     for record in records:
-        found.verified += _is_verified(record, kept, min(places, default=0), found.faults.append)
+        found.verified += _is_verified(record, kept, first, found.faults.append)
     counted = [cid for record in records for cid in record.counted if cid in settled]
     last = parse_cid(counted[-1]).run if counted else ""
     left = [cid for cid in acknowledged - settled if parse_cid(cid).run == last]
+    if places and not places[-1].run:
+        found.void = len(left)
+        return found
     found.pending, version = len(left), Version(len(records))
     found.faults += [f"{cid} is of a later version than any" for cid in left if parse_cid(cid).version > version]
     return found
@@ -132,11 +138,11 @@ def _spilled(folder: Path) -> Iterator[Cid]:
                 yield Cid(cid)
 
 
-def _check_checkpoints(folder: Path, lines: Sequence[RecordLine], fault: Callable[[str], None]) -> list[Version]:
-    """The versions of those that are kept."""
+def _check_checkpoints(folder: Path, lines: Sequence[RecordLine], fault: Callable[[str], None]) -> list[Place]:
+    """Those that are kept, oldest first."""
     weights = {line.record.version: line.record.weights for line in lines}
     digests = {line.record.version: line.digest for line in lines}
-    versions: list[Version] = []
+    places: list[Place] = []
     for path in checkpoints(folder / CHECKPOINT):
         try:
             place, digest = place_of(path), state_digest(saved_state(path))
@@ -144,12 +150,12 @@ def _check_checkpoints(folder: Path, lines: Sequence[RecordLine], fault: Callabl
             if path.exists():  # one that a run in progress has dropped meanwhile is no fault
                 fault(str(error))
             continue
-        versions.append(place.version)
+        places.append(place)
         if place.version and (weights.get(place.version), digests.get(place.version)) != (digest, place.commit):
             fault(f"the checkpoint {path.name} is not of version {place.version} as the ledger has it")
-    if lines and not versions:
+    if lines and not places:
         fault(f"there is no checkpoint in {folder / CHECKPOINT} that a resume could go on from")
-    return versions
+    return places
 
 
 def replay_versions(folder: Path, job: Job, first: int, last: int) -> Iterator[Version]:

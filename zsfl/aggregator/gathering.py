@@ -123,6 +123,11 @@ class Gathering:
         self._open = False
         self._answers.clear()
 
+    def stop(self) -> None:
+        """Nothing that comes from now on may count."""
+        self._begun = False
+        self._answers.clear()
+
     def offered(
         self, node: NodeId, offers: Iterable[SpillOffer], may_hold: Callable[[SpillOffer], bool] = lambda _: True
     ) -> Verdict:

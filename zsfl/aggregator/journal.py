@@ -10,7 +10,7 @@ format of `zsfl.spill.segments`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -102,10 +102,19 @@ class Journal:
 
     def drop_before(self, version: int) -> None:
         """Delete the files of earlier versions; what was taken from them can still be read."""
-        for before in [one for one in self._known() if one < version]:
+        self._drop([one for one in self.sizes() if one < version])
+
+    def drop_after(self, version: int) -> None:
+        """Delete the files of later versions, and keep no more."""
+        later = [one for one in self.sizes() if one > version]
+        self.close()
+        self._drop(later)
+
+    def _drop(self, versions: Sequence[Version]) -> None:
+        for version in versions:
             with self._storing():
-                self._path(before).unlink(missing_ok=True)
-            del self._known()[before]
+                self._path(version).unlink(missing_ok=True)
+            self._known().pop(version, None)
 
     def sizes(self) -> Mapping[Version, int]:
         """Bytes of the file of each version, oldest first."""

@@ -39,9 +39,10 @@ def print_audit(folder: Path, versions: str | None, job: Path | None) -> int:
 
 
 def _summary(found: Audit) -> str:
+    void = f", {found.void:,} void since the run failed" if found.void else ""
     return (
         f"{_count(found.versions, 'version')} in one unbroken chain, {_count(found.counted, 'step')} of "
-        f"{found.samples:,} samples counted, {found.dropped:,} dropped, {found.pending:,} pending"
+        f"{found.samples:,} samples counted, {found.dropped:,} dropped, {found.pending:,} pending{void}"
         if not found.faults
         else f"{_count(found.versions, 'version')}, {found.counted:,} steps counted, {found.dropped:,} dropped"
     )

@@ -33,7 +33,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     round: int
     """Rounds that are done."""
     run: str = ""
-    """Of whose steps it is."""
+    """Of whose steps it is; empty where the steps that peers may still hold are no good."""
     facts: dict[str, str]
     """Of the job, without what may change: with other ones, the same versions would be other steps."""
     samples: dict[int, int]
@@ -103,6 +103,11 @@ class Progress:
             aside.rename(path)
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error.strerror}; make room there") from error
+
+    def begin_another(self) -> None:
+        """Whoever resumes from the newest checkpoint begins another run, without the steps that peers hold."""
+        if found := self._checkpoints():
+            self.rename_run(place_of(found[-1]), "")
 
     def keep_from(self, round_: int, room_bytes: int) -> None:
         """The checkpoint of this round is good, and what is older for audits alone: of that, the newest is kept that

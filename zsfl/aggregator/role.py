@@ -131,7 +131,8 @@ class AggregatorRole:
         self._master.take_options()
         self._without = training.left = at.without
         counted = [cid for made in at.windows for cid in made.record.counted]
-        training.resume(at, "" if self._forks else parse_cid(counted[-1]).run if counted else place.run)
+        is_another = self._forks or not place.run
+        training.resume(at, "" if is_another else parse_cid(counted[-1]).run if counted else place.run)
         if place.run != self._stage.run:
             self._progress.rename_run(place, self._stage.run)
         for version, state in self._trials.resume(at, place.round):
@@ -365,7 +366,7 @@ class AggregatorRole:
             self._progress.keep_model(state)
             is_kept = True
             self._progress.keep_to(version)
-            self._training.ledger.cut_after(version)
+            self._training.cut_after(version, self._progress.begin_another)
             self._folder.write_plot()
         self._stage.place(reason=fit_to_say(error))
         if is_kept:

@@ -122,6 +122,14 @@ class Training:
                 self._stage.settle(records[-1].counted, records[-1].dropped)
         self.begin_at(at.version, at.round)
 
+    def cut_after(self, version: Version, begin_another: Callable[[], object]) -> None:
+        """Later versions are no good; blocking. `begin_another` has a resume take no steps of them from peers."""
+        self._gathering.stop()
+        if self.ledger.has_after(version):
+            begin_another()
+            self.journal.drop_after(version)
+            self.ledger.cut_after(version)
+
     @property
     def is_in_round(self) -> bool:
         """Whether a former process has begun the round that comes next."""
@@ -222,13 +230,12 @@ class Training:
         there = self._roster.value.taking_part(time.monotonic())
         if not there:
             return "alone"
-        for message, level in self._attendance.now(there, self._roster.value.label):
-            self._node.note(message, level)
+        for said in self._attendance.now(there, self._roster.value.label):
+            self._node.note(*said)
         self._attempt, self._place = attempt, self.version + self.rules.skipped if self.rules.is_async else window
         slices = self._pace(there)
-        self._sizes = {shard: [size] * self._job.steps for shard, (_, size) in slices.items()} or plan.sizes(
-            self._roster.value.samples(there), self._place % plan.windows
-        )
+        sizes = plan.sizes(self._roster.value.samples(there), self._place % plan.windows)
+        self._sizes = {shard: [size] * self._job.steps for shard, (_, size) in slices.items()} or sizes
         if not self._participants(there):
             return "idle"
         self.rules.there(self._roster.value.samples(there))
@@ -343,8 +350,8 @@ class Training:
 
     def _missing(self) -> str:
         """Who holds up the window, for people."""
-        there = self._roster.value.taking_part(time.monotonic())
-        return self._roster.value.names(self._closing.missing(there)) or "any client"
+        roster = self._roster.value
+        return roster.names(self._closing.missing(roster.taking_part(time.monotonic()))) or "any client"
 
     # --- versions ---------------------------------------------------------------------------------------
 
@@ -371,7 +378,6 @@ class Training:
         record = record_of(self.version, window, dropped, self._master.digest())
         how = {"clipped": sifted.clipped, "chosen": chosen, "refused": sifted.refused}
         record = msgspec.structs.replace(record, epoch=state.epoch, **place, **how)
-
         await self._node.persistently(self.journal.sync)
         await self._reign.record(lambda: self.ledger.commit(record))
         self._take_state(Version(self.version + 1))

@@ -200,6 +200,8 @@ def is_gone(server: Server, routing_id: bytes) -> bool:
         return False
     except zmq.ZMQError as error:
         return error.errno == zmq.EHOSTUNREACH
+    finally:
+        server._pump.touched()  # pyright: ignore[reportPrivateUsage] - what arrived meanwhile is told of no more
     return False
 
 
