@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -17,6 +16,7 @@ import zmq.asyncio
 
 from zsfl.errors import Rejected, ZsflError
 from zsfl.ids import Address, NodeCard, NodeId, Role
+from zsfl.keys.nodes import new_node_id
 from zsfl.lane import soon_in_lane, to_lane
 from zsfl.lifetime import Lifetime
 from zsfl.metrics import Counters
@@ -101,7 +101,7 @@ class Front:
             note=lambda message: self.note(message, "warning"),
         )
         self.card = NodeCard(
-            id=NodeId(secrets.token_hex(6)),
+            id=new_node_id(self._door.key),
             name=name,
             role=role,
             host=host,

@@ -19,6 +19,7 @@ from zsfl.spill.store import SpillStore
 from zsfl.weights.follower import WeightsFollower
 from zsfl.wire.fields import MAX_CARRIED_BYTES, MAX_OFFERS
 from zsfl.wire.framing import Buffer
+from zsfl.wire.holding import Holder, WhoHolds
 from zsfl.wire.messages import (
     Announcement,
     Beat,
@@ -246,6 +247,14 @@ class Member:
             wanted: set[tuple[str, str]] = set(answer.expect(Spills).found)
             found += [one for one in parts[first : first + MAX_OFFERS] if one in wanted]
         return found
+
+    async def holder_of(self, shard: int) -> str:
+        """The key of the machine that holds a shard, empty where none does; Unavailable when nobody can say."""
+        aggregator = self.aggregator.value
+        if aggregator is None:
+            raise NoPeer(f"there is no aggregator to ask who holds shard {shard}")
+        link, deadline_s = self._node.link(aggregator), self._node.settings.request_s
+        return (await link.request(WhoHolds(shard=shard), deadline_s=deadline_s)).expect(Holder).key
 
     async def has_handed_over(self) -> bool:
         """Whether nothing is held here that an aggregator who is there has not got, and may still count."""

@@ -28,7 +28,7 @@ from zsfl.wire.fields import Load
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Announcement, Broadcast, Committed, Offers, Reply, Request, RunState, SpillOffer
 from zsfl.wire.pubsub import Heard, Publisher, Subscriber, in_pieces
-from zsfl.wire.server import Handler, Server
+from zsfl.wire.server import Handler, Permit, Server
 
 _Result = TypeVar("_Result")
 STATE_TOPIC = b"state"
@@ -148,10 +148,10 @@ class Node:
 
     # --- sockets ----------------------------------------------------------------------------------------
 
-    def serve(self, handler: Handler) -> Server:
-        """A new socket that answers requests; the caller runs it."""
+    def serve(self, handler: Handler, permit: Permit | None = None) -> Server:
+        """A new socket that answers requests, those that the `permit` lets pass; the caller runs it."""
         wired = {"limits": self.limits, "counters": self.counters, "door": self._door}
-        server = Server(self._context, self.settings.host, 0, handler, **wired)
+        server = Server(self._context, self.settings.host, 0, handler, permit=permit, **wired)
         self._servers.add(server)
         return server
 

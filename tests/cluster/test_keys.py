@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,8 +23,12 @@ from helpers.waiting import HANG_S, eventually
 from safetensors.torch import load_file
 
 import zsfl
-from zsfl.ids import Role
+from zsfl.errors import Unauthorised
+from zsfl.ids import PROTOCOL, NodeCard, Role, RunId, Version, step_cid
+from zsfl.keys.nodes import new_node_id
+from zsfl.tensors.spec import TensorSpec
 from zsfl.testing import check_equal_weights, check_history
+from zsfl.wire.messages import Forward, Hello, Welcome
 
 WINDOW = 48
 """Bytes of a tensor that are looked for in a row."""
@@ -214,3 +219,43 @@ async def test_nodes_with_and_without_keys_say_why_they_do_not_talk(tmp_path: Pa
             await eventually(lambda: any("uses no keys tried to connect" in note for note in nodes.notes))
     finally:
         await nodes.close()
+
+
+async def test_nobody_makes_the_steps_of_another_machines_shard(tmp_path: Path) -> None:
+    """bob's machine, which has a client of its own in the run, asks for steps of anna's."""
+    anna, bob = Machine(tmp_path, "anna"), Machine(tmp_path, "bob")
+    anna.trusts(bob, frozenset({Role.CLIENT}))
+    bob.trusts(anna)
+    job = zsfl.load_job(write_job(tmp_path, rounds=100_000))
+    nodes, bobs = Nodes(job, tmp_path / "runs"), Nodes(job, tmp_path / "bobs")
+    at_annas, at_bobs = {"keys": str(anna.folder)}, {"keys": str(bob.folder)}
+    try:
+        seed = await nodes.start("aggregator", Role.AGGREGATOR, **at_annas)
+        server = await nodes.start("server", Role.SPLIT_SERVER, peers=(seed,), **at_annas)
+        await nodes.start("client-0", Role.CLIENT, peers=(seed,), shards="0", **at_annas)
+        await bobs.start("client-1", Role.CLIENT, peers=(seed,), shards="1", **at_bobs)
+        await eventually(lambda: nodes.rounds)
+
+        own_id = new_node_id(bob.key)
+        card = NodeCard(id=own_id, name="more", role=Role.CLIENT, host="127.0.0.1", control_port=1, key=bob.key)
+        hello = Hello(protocol=PROTOCOL, facts=job.facts(job.build_cuts()) | {"cluster": ""}, card=card, codecs=())
+        asking = bob.dial(server, anna.key, own_id)
+        welcome = (await asking.request(hello, deadline_s=HANG_S)).expect(Welcome).card
+        asking = bob.dial(welcome.endpoint(welcome.data_port).removeprefix("tcp://"), anna.key, own_id)
+        first = (tmp_path / "runs/nodes/ledger.jsonl").read_text(encoding="utf-8").partition("\n")[0]
+        run = RunId(json.loads(first)["counted"][0][:6])
+        spec = TensorSpec(name="input", dtype="float64", shape=(1, 8), codec="raw", nbytes=64)
+        for version in range(3):
+            cid = step_cid(run, 0, Version(version))
+            request = Forward(cid=cid, version=Version(version), seed=0, input=spec)
+            with pytest.raises(Unauthorised, match="the steps of shard 0 are another machine's to make"):
+                await asking.request(request, [bytes(64)], deadline_s=HANG_S)
+        assert sum("a request was turned away: the steps of shard 0" in note for note in nodes.notes) == 1
+        rounds = len(nodes.rounds)
+        await eventually(lambda: len(nodes.rounds) > rounds + 1)
+    finally:
+        await bobs.close()
+        await nodes.close()
+        for machine in (anna, bob):
+            await machine.close()
+    check_history(tmp_path / "runs/nodes", may_be_pending=True)

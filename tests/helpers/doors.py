@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ import zmq.asyncio
 from helpers.wires import HOST, echo
 
 from zsfl.ids import PublicKey, Role
+from zsfl.keys.nodes import new_node_id
 from zsfl.keys.secret import own_keys
 from zsfl.keys.trusted import EVERY_ROLE, Trusted, TrustFile, revoke, trust
 from zsfl.metrics import Counters
@@ -64,12 +64,16 @@ class Machine:
 
     def connect(self, server: Server, key: str, *, own_id: str = "", **more: Any) -> Connection:
         """A connection to a server of the machine with that key."""
+        return self.dial(f"{HOST}:{server.port}", key, own_id, **more)
+
+    def dial(self, address: str, key: str, own_id: str = "", **more: Any) -> Connection:
+        """A connection to what listens at `host:port`, on the machine with that key."""
         wired: dict[str, Any] = {"limits": self.limits, "counters": self.counters, "door": self.door} | more
         connection = Connection(
             self.context,
-            f"tcp://{HOST}:{server.port}",
+            f"tcp://{address}",
             peer="them",
-            own_id=own_id or os.urandom(4).hex(),
+            own_id=own_id or new_node_id(self.key),
             key=key,
             **wired,
         )

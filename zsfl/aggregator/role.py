@@ -34,6 +34,7 @@ from zsfl.tensors.plan import CodecPlan
 from zsfl.weights.shelf import Shelf
 from zsfl.wire.fields import fit_to_say
 from zsfl.wire.framing import Buffer
+from zsfl.wire.holding import Holder, WhoHolds
 from zsfl.wire.messages import (
     SAID_GOODBYE,
     Beat,
@@ -155,6 +156,10 @@ class AggregatorRole:
                 self._held_out.heard(request)
             case CheckNeed():
                 return self._training.collector.answer(request)
+            case WhoHolds():
+                holder = self._roster.value.node_of(request.shard)
+                card = None if holder is None else self._node.peer(holder)
+                return Holder(key="" if card is None else card.key)
             case Train():
                 if not self._node.settings.hold:
                     raise ConfigError("this aggregator trains by itself; start it with --hold to give it orders")

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import zmq
 
 from zsfl.errors import ConfigError, DeadlineExceeded, NoPeer, RemoteProtocolError, ZsflError
-from zsfl.ids import PROTOCOL, Address, NodeCard, NodeId, Role, Version
+from zsfl.ids import PROTOCOL, Address, NodeCard, Role, Version
+from zsfl.keys.nodes import new_node_id
 from zsfl.metrics import Counters
 from zsfl.settings import NodeSettings, WireLimits
 from zsfl.tensors.spec import TensorSpec
@@ -201,4 +202,4 @@ async def _keep_asking(ask: Callable[[], Awaitable[float]], seconds: float) -> l
 
 
 def _card(host: str) -> NodeCard:
-    return NodeCard(id=NodeId(os.urandom(6).hex()), name="bench", role=Role.OBSERVER, host=host, control_port=0)
+    return NodeCard(id=new_node_id(), name="bench", role=Role.OBSERVER, host=host, control_port=0)

@@ -81,11 +81,13 @@ class LocalParts:
         self._head = part(model.head, "head")
         self._tail = None if model.tail is None else part(model.tail, "tail")
         self.want_grad = bool(self._head.trainable)
-        if job.protect is not None and job.protect.epsilon is not None and self._head.couples:
+        self._proves = job.protect is not None and job.protect.epsilon is not None
+        if self._proves and self._head.couples:
             raise ConfigError(
                 "protect states what is private of each sample, and batch norm in the head tells of the others of its "
                 "batch: use batch_norm='frozen' or group norm there"
             )
+        self._rows_checked = False
         self.step_bytes = 0
         """Of the activations of the last step that was begun."""
 
@@ -111,9 +113,13 @@ class LocalParts:
         y: torch.Tensor,
         shift: torch.Tensor | None = None,
     ) -> StepInHand:
-        """Head forward; `x` may be spoiled by it."""
+        """Head forward; `x` may be spoiled by it. ConfigError when it breaks what the job states of its protection."""
         seed = step_seed(self._job, cid)
+        if self._proves and not self._rows_checked and len(x) > 1:
+            self._check_rows(weights, x, seed)
         head = self._head.forward(weights.head, x, seed=seed, train=True, need_input_grad=False, spare=True)
+        if self._proves:
+            self._check_buffers(weights, head)
         if self._noise is not None:
             head = replace(head, output=self._noise.on(head.output, cid, seed, len(y)))
         self.step_bytes = head.output.nbytes
@@ -128,6 +134,30 @@ class LocalParts:
             activations=head.output.detach(),
             shift=shift,
         )
+
+    def _check_rows(self, weights: ClientWeights, x: torch.Tensor, seed: int) -> None:
+        """Another last sample must leave the outputs of the others what they are; looked at in the first step."""
+        with torch.no_grad():
+            one, other = (
+                self._head.forward(weights.head, given, seed=seed, train=True, need_input_grad=False, spare=True).output
+                for given in (x.clone(), torch.cat([x[:-1], x[:1]]))
+            )
+        if not torch.allclose(one[:-1], other[:-1], rtol=1e-4, atol=1e-6, equal_nan=True):
+            raise ConfigError(
+                "protect states what is private of each sample, and in the head of this job the output of a sample "
+                "depends on the others of its batch: use layers there that take each sample by itself"
+            )
+        self._rows_checked = True
+
+    def _check_buffers(self, weights: ClientWeights, head: Forward) -> None:
+        """Buffers travel as they are, without noise."""
+        for name, before in weights.head.buffers.items():
+            after = head.buffers.get(full := self._head.full_name(name))
+            if after is not None and not torch.equal(before, after):
+                raise ConfigError(
+                    f"protect states what is private of each sample, and a training pass writes to {full}, which is "
+                    "sent without noise: keep such statistics out of the head, or in a buffer that is not persistent"
+                )
 
     def _weight(self, y: torch.Tensor) -> float:
         """What a batch weighs; ConfigError when the job's function gives what is no weight."""

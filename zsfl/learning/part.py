@@ -104,16 +104,16 @@ class Part:
     @property
     def trainable(self) -> tuple[str, ...]:
         """Full names of the parameters that get a gradient; empty for a frozen part."""
-        return tuple(self._full(name) for name, param in self._params.items() if param.requires_grad)
+        return tuple(self.full_name(name) for name, param in self._params.items() if param.requires_grad)
 
     def load(self, state: Mapping[str, Tensor]) -> PartWeights:
         """This part's entries of a model's state, copied to the device; `BadShape` when they do not fit."""
         if self._names is None:  # else the state holds what belongs to other cuts, too
-            known = {self._full(name) for name in self._known}
+            known = {self.full_name(name) for name in self._known}
             if unknown := {name for name in state if name.startswith(f"{self.prefix}.")} - known:
                 raise BadShape(f"the model has no {min(unknown)}: do all nodes run the same job file?")
         held = (name for name in (*self._params, *self._buffers) if name in self._known)
-        own = {name: state[full] for name in held if (full := self._full(name)) in state}
+        own = {name: state[full] for name in held if (full := self.full_name(name)) in state}
         params = {
             name: self._fitting(name, own, param).requires_grad_(param.requires_grad)
             for name, param in self._params.items()
@@ -150,8 +150,8 @@ class Part:
             # A copy of the leaf, since a module that works in place fails on one, or would spoil the caller's tensor.
             output = self._module(given if leaf is None else leaf.clone())
         # Read anew: a buffer may have been replaced rather than written to.
-        after = {self._full(name): after_pass[name].detach() for name in buffers if train and name in self._known}
-        after |= {self._full(f"{name}.{VALUES}"): torch.tensor(count) for name, count in self._seen.items()}
+        after = {self.full_name(name): after_pass[name].detach() for name in buffers if train and name in self._known}
+        after |= {self.full_name(f"{name}.{VALUES}"): torch.tensor(count) for name, count in self._seen.items()}
         return Forward(output=output, input=leaf, buffers=MappingProxyType(after))
 
     def backward(self, weights: PartWeights, forward: Forward, grad_output: Tensor | None = None) -> Backward:
@@ -164,7 +164,7 @@ class Part:
                     f"the gradient for the output of the {self.prefix} is {_describe(grad_output)}, "
                     f"the output is {_describe(output)}: send the gradient of this very step"
                 )
-        wanted = {self._full(name): param for name, param in weights.params.items() if param.requires_grad}
+        wanted = {self.full_name(name): param for name, param in weights.params.items() if param.requires_grad}
         leaves = [*wanted.values(), *([] if forward.input is None else [forward.input])]
         if leaves and output.requires_grad:
             found = torch.autograd.grad(output, leaves, grad_output, materialize_grads=True)
@@ -178,7 +178,7 @@ class Part:
 
     def moved(self, weights: PartWeights, grads: Mapping[str, Tensor], rate: float) -> PartWeights:
         """These weights less `rate` times the gradients (by full name) of those that have one; buffers as they are."""
-        full = {name: self._full(name) for name in weights.params}
+        full = {name: self.full_name(name) for name in weights.params}
         params = {
             name: (param.detach() - rate * grads[full[name]]).requires_grad_() if full[name] in grads else param
             for name, param in weights.params.items()
@@ -262,7 +262,8 @@ class Part:
             f"data: {', '.join(coupled)}; {', '.join(instead[:-1])}{' or ' * (len(instead) > 1)}{instead[-1]} would not"
         ]
 
-    def _full(self, name: str) -> str:
+    def full_name(self, name: str) -> str:
+        """What a tensor of this part is called in the model."""
         own = f"{self.prefix}.{name}"
         return own if self._names is None else self._names[own]
 
@@ -270,10 +271,10 @@ class Part:
         """A copy of `given[name]` on the device, once it is known to be what the module has there."""
         tensor = given.get(name)
         if tensor is None:
-            raise BadShape(f"{self._full(name)} is missing from the weights: do all nodes run the same job file?")
+            raise BadShape(f"{self.full_name(name)} is missing from the weights: do all nodes run the same job file?")
         if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
             raise BadShape(
-                f"{self._full(name)} is {_describe(tensor)} in the weights and {_describe(like)} in the "
+                f"{self.full_name(name)} is {_describe(tensor)} in the weights and {_describe(like)} in the "
                 "model: do all nodes run the same job file?"
             )
         return tensor.detach().to(self.device, copy=True)

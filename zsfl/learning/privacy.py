@@ -18,6 +18,9 @@ It covers the inputs of the samples that a client trains on, as far as activatio
   activations and the labels, and so is covered;
 - held-out samples, whose activations are sent as they are.
 
+A head in which samples depend on one another, or that keeps statistics of them in buffers which are sent, is refused by
+the client in its first step.
+
 Numbers are rounded as floating point does: Mironov 2012 shows what an attacker could read from the last bits of noise
 that is made so. The tails are cut off at 8.5 s, which adds less than 1e-16 to delta for each number.
 """

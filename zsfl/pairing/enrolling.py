@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from zmq.utils import z85
 from zsfl.errors import ConfigError, NoPeer, RemoteProtocolError, Unauthorised, Unavailable
 from zsfl.ids import PublicKey
 from zsfl.keys.machine import machine_id
+from zsfl.keys.nodes import new_node_id
 from zsfl.keys.secret import own_keys
 from zsfl.keys.tokens import MOST_ADDRESSES, SECRET_BYTES, Invitation, from_token, to_token
 from zsfl.keys.trusted import Trusted, trust
@@ -171,7 +171,7 @@ async def _reach(context: zmq.asyncio.Context, invitation: Invitation, door: Doo
             context,
             f"tcp://{address}",
             peer="the machine that invites",
-            own_id=f"join-{os.urandom(4).hex()}",
+            own_id=new_node_id(door.key),
             key=invitation.key,
             **wired,
         )

@@ -22,6 +22,7 @@ from zsfl.node import BeatExtras, Node
 from zsfl.spill.coded import SpillCoder
 from zsfl.split_server.admission import Admission
 from zsfl.split_server.body import BodyWorker, Done
+from zsfl.split_server.holders import Holders
 from zsfl.split_server.meeting import RETRY_AFTER_S, Meetings
 from zsfl.split_server.merging import MergePolicy
 from zsfl.split_server.queue import Answer, Waiting, Weights, WorkQueue, unpacked_size
@@ -87,7 +88,7 @@ class SplitServerRole:
         self._steps = Meetings(self._merge_steps)
         self._news = Latest(None)
         """Touched whenever a drain may have come to its end."""
-        self._server = node.serve(self._answer)
+        self._server = node.serve(self._answer, Holders(self._member.holder_of).permit)
         self.hears = frozenset({Role.AGGREGATOR})
 
     @property

@@ -8,13 +8,14 @@ from threading import Lock
 
 from zsfl.errors import Unauthorised
 from zsfl.ids import NodeCard, NodeId, Role
+from zsfl.keys.nodes import is_of
 from zsfl.keys.trusted import EVERY_ROLE
 from zsfl.wire.messages import Evaluated, Hello, Join, Request
 from zsfl.wire.permits import MAY_SEND
 from zsfl.wire.succession import Follow
 
 MAX_BOUND = 1024
-"""Node ids remembered of one key; of more the one of that key that was silent for longest is forgotten."""
+"""Nodes of one key whose roles are remembered; of more the one that was silent for longest is forgotten."""
 _NOBODY: frozenset[Role] = frozenset()
 
 
@@ -25,18 +26,17 @@ def node_of(routing_id: bytes) -> NodeId:
 
 
 class Guard:
-    """Binds node ids to keys and roles, and lets each say what its role may.
+    """Binds nodes to roles, and lets each say what its role may.
 
-    The first key that a node id is said by has it for good. May be asked from any thread.
+    Where keys are used, only the machine that made a node id speaks as that node. May be asked from any thread.
     """
 
     def __init__(self, name: str, roles_of: Callable[[str], frozenset[Role]] | None = None) -> None:
         """`roles_of` says what the nodes of a key may be; without keys everybody may be anything, one thing each."""
         self._name = name
         self._roles_of = roles_of
-        self._bound: dict[NodeId, tuple[str, Role | None]] = {}
-        self._by_key: defaultdict[str, OrderedDict[NodeId, None]] = defaultdict(OrderedDict[NodeId, None])
-        """The ids of each key, the youngest last: nobody can have those of another key forgotten."""
+        self._roles: defaultdict[str, OrderedDict[NodeId, Role]] = defaultdict(OrderedDict[NodeId, Role])
+        """Of the nodes of each key, the youngest last: nobody can have those of another key forgotten."""
         self._lock = Lock()
 
     @property
@@ -47,7 +47,8 @@ class Guard:
     def check(self, routing_id: bytes, key: str, body: Request) -> None:
         """Unauthorised unless this request may come from there."""
         node = node_of(routing_id)
-        role = self._bind(node, key, None) if self._roles_of is not None else self._role_of(node)
+        self._check_id(node, key)
+        role = self._role_of(node, key)
         allowed = EVERY_ROLE if self._roles_of is None else self._roles_of(key)
         if not allowed:
             raise Unauthorised(f"{self._name} does not trust the key of this machine any more")
@@ -88,23 +89,27 @@ class Guard:
             )
         self._bind(node, key, card.role)
 
-    def _role_of(self, node: NodeId) -> Role | None:
-        return self._bound.get(node, ("", None))[1]
+    def _check_id(self, node: NodeId, key: str) -> None:
+        if self._roles_of is not None and node and not is_of(node, key):
+            raise Unauthorised(f"node id {node} is that of another machine")
 
-    def _bind(self, node: NodeId, key: str, role: Role | None) -> Role | None:
-        """Its role, as far as that is known; Unauthorised when it is another key's, or another role's."""
-        if not node:
-            return None
+    def _role_of(self, node: NodeId, key: str) -> Role | None:
         with self._lock:
-            held_key, held = self._bound.get(node, (key, role))
-            if held_key != key:
-                raise Unauthorised(f"node id {node} is that of another machine")
-            if held is not None and role is not None and held is not role:
+            nodes = self._roles[key]
+            if node in nodes:
+                nodes.move_to_end(node)
+            return nodes.get(node)
+
+    def _bind(self, node: NodeId, key: str, role: Role) -> None:
+        """Unauthorised when it has another role already."""
+        self._check_id(node, key)
+        if not node:
+            return
+        with self._lock:
+            nodes = self._roles[key]
+            held = nodes.setdefault(node, role)
+            if held is not role:
                 raise Unauthorised(f"node {node} was a {held} and says that it is a {role}")
-            self._bound[node] = key, held or role
-            ids = self._by_key[key]
-            ids[node] = None
-            ids.move_to_end(node)
-            while len(ids) > MAX_BOUND:
-                del self._bound[ids.popitem(last=False)[0]]
-            return held or role
+            nodes.move_to_end(node)
+            if len(nodes) > MAX_BOUND:
+                nodes.popitem(last=False)

@@ -1,5 +1,5 @@
-"""Every message that travels between nodes, but for those about who aggregates (`succession.py`) and pairing
-(`enrolment.py`).
+"""Every message that travels between nodes, but for those about who aggregates (`succession.py`), pairing
+(`enrolment.py`), and whose steps are whose (`holding.py`).
 
 A message is a small header (one of the structs below, in msgpack) and parts (raw tensor or file bytes).
 Requests and their replies stand together; what is broadcast stands last.
@@ -42,6 +42,7 @@ from zsfl.wire.fields import (
     VersionNumber,
     Weight,
 )  # fmt: skip
+from zsfl.wire.holding import Holder, WhoHolds
 from zsfl.wire.succession import FetchPiece, Follow, Following, Grant, Granted, Piece
 
 Phase = Literal["waiting", "training", "idle", "finished", "failed"]
@@ -387,8 +388,11 @@ class Goodbye(Message, frozen=True, kw_only=True, tag="goodbye"):
 
 Request = (
     Hello | Join | Evaluated | Train | Drain | CheckNeed | Forward | Infer | Backward | Step
-    | FetchSpills | Recheck | Remake | ReleaseSpills | FetchWeights | Grant | Follow | FetchPiece | Enrol
+    | FetchSpills | Recheck | Remake | ReleaseSpills | FetchWeights | Grant | Follow | FetchPiece | Enrol | WhoHolds
 )  # fmt: skip
-Reply = Welcome | Draining | Ok | Refusal | Output | Spilled | Spills | Weights | Granted | Following | Piece | Enrolled
+Reply = (
+    Welcome | Draining | Ok | Refusal | Output | Spilled | Spills | Weights | Granted | Following | Piece | Enrolled
+    | Holder
+)  # fmt: skip
 Broadcast = Beat | Offers | Announcement | Committed | Goodbye | Weights
 AnyMessage = Request | Reply | Broadcast

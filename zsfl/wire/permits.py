@@ -9,6 +9,7 @@ from zsfl.ids import Role
 from zsfl.wire import messages as m
 from zsfl.wire.enrolment import Enrol, Enrolled
 from zsfl.wire.fields import Message
+from zsfl.wire.holding import Holder, WhoHolds
 from zsfl.wire.succession import FetchPiece, Follow, Following, Grant, Granted, Piece
 
 _CLIENT = frozenset({Role.CLIENT})
@@ -26,6 +27,7 @@ MAY_SEND: dict[type[Message], frozenset[Role]] = {
     m.Join: _CLIENT,
     m.Evaluated: _CLIENT,
     m.CheckNeed: _MEMBERS,
+    WhoHolds: _SERVER,
     m.Train: _OPERATOR,
     m.Drain: _OPERATOR,
     Grant: _AGGREGATOR | _STANDBY,
@@ -55,6 +57,7 @@ MAY_SEND: dict[type[Message], frozenset[Role]] = {
     Following: _AGGREGATOR,
     Piece: _AGGREGATOR,
     Enrolled: _NOBODY,
+    Holder: _AGGREGATOR,
     # Broadcasts.
     m.Beat: _NODES,
     m.Goodbye: _NODES,

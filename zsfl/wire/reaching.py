@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from zsfl.errors import ConfigError, NoPeer
 from zsfl.ids import Address
+from zsfl.keys.nodes import new_node_id
 from zsfl.keys.secret import KEY_FILE, keys_folder, own_keys
 from zsfl.keys.trusted import TrustFile
 from zsfl.metrics import Counters
@@ -19,7 +19,6 @@ from zsfl.wire.door import Door, is_loopback
 from zsfl.wire.greeting import mechanism_at
 from zsfl.wire.sockets import open_context
 
-OPERATOR = "operator"
 GREETING_S = 10.0
 """What somebody who listens may take to say whether it uses keys."""
 KEYS_AT_ONCE = 32
@@ -36,7 +35,7 @@ async def connected(address: Address, peer: str, settings: NodeSettings) -> Asyn
     """
     door = await _door_to(address, peer, settings)
     context = open_context()
-    own_id = f"{OPERATOR}-{os.urandom(4).hex()}"
+    own_id = new_node_id(door.key)
 
     def connect(key: str) -> Connection:
         wired: dict[str, Any] = {"limits": WireLimits(), "counters": Counters(), "door": door, "watch": True}

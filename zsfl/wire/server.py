@@ -29,11 +29,15 @@ RETRY_SEND_S = 0.002
 LAST_REPLY_S = 1.0
 """What replies that were sent last may take to leave when the server ends."""
 SWEEP_S = 5.0
-"""How often to look for half-finished messages of peers that gave up or vanished."""
+"""How often to look for half-finished messages, and unread replies, of peers that gave up or vanished."""
+UNREAD_S = 60.0
+"""A peer that took none of its replies for so long gets none of them any more: they would fill the room of all."""
 
 Answered = tuple[Reply, Sequence[Buffer]]
 Handler = Callable[[Request, Sequence[Buffer]], Answered | Awaitable[Answered]]
 """Gives the reply and its parts, or a future of them, or what has to be awaited and is worth a task."""
+Permit = Callable[[Request, str], Callable[[], Awaitable[None]] | None]
+"""Gives what raises Unauthorised unless this request may come by this key (empty where none are used); None: it may."""
 
 
 class _Caller:
@@ -50,6 +54,8 @@ class _Caller:
         self.due_s: dict[int, float] = {}
         """Of those that are no tasks, when their asker has given up."""
         self.outbox: deque[list[Buffer]] = deque()
+        self.read_s = 0.0
+        """When it took a reply from the outbox, or the first was put there."""
 
     @property
     def idle(self) -> bool:
@@ -80,8 +86,9 @@ class Server:
         limits: WireLimits,
         counters: Counters,
         door: Door | None = None,
+        permit: Permit | None = None,
     ) -> None:
-        """With a `door` only who it lets in is heard, and may only say what its guard allows."""
+        """With a `door` only who it lets in is heard, and may only say what its guard allows, and the `permit`."""
         self._handler = handler
         self._limits = limits
         self._counters = counters
@@ -99,6 +106,7 @@ class Server:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._context = context
         self._door = door
+        self._permit = permit
         if door is not None:
             door.lock(self._socket)
         self.port = bind(self._socket, host, port)
@@ -181,9 +189,12 @@ class Server:
 
     def _forget(self, identity: bytes) -> None:
         caller = self._callers.pop(identity)
+        self._empty(caller)
+        caller.end()
+
+    def _empty(self, caller: _Caller) -> None:
         self._outbox_bytes -= sum(map(_size, caller.outbox))
         caller.outbox.clear()
-        caller.end()
 
     async def _sweep(self) -> None:
         while True:
@@ -191,6 +202,9 @@ class Server:
             now_s = asyncio.get_running_loop().time()
             for caller in list(self._callers.values()):
                 caller.assembler.forget_overdue()
+                if caller.outbox and now_s >= caller.read_s + UNREAD_S:
+                    self._counters.add("replies_dropped", len(caller.outbox))
+                    self._empty(caller)
                 for request_id in [request_id for request_id, due_s in caller.due_s.items() if due_s < now_s]:
                     if not (answer := caller.tasks[request_id]).done():
                         answer.set_exception(DeadlineExceeded("it took longer than its deadline"))
@@ -218,12 +232,11 @@ class Server:
             try:
                 self._door.guard.check(identity, caller.key, body)
             except Unauthorised as error:
-                self._counters.add("unauthorised")
-                self._door.tell_once((caller.key, type(body)), f"a request was turned away: {error}")
+                self._turned_away(caller.key, body, error)
                 self._send(identity, caller, self._encoded(arrived.id, refusal(error)))
                 return
         try:
-            answer = self._handler(body, arrived.parts)
+            answer = self._answer(caller.key, body, arrived.parts)
             if isinstance(answer, asyncio.Future):
                 self._await(identity, caller, arrived, answer)
                 return
@@ -240,6 +253,27 @@ class Server:
             self._counters.add("refused")
             frames = self._encoded(arrived.id, refusal(error))
         self._reply(identity, caller, arrived.id, frames)
+
+    def _turned_away(self, key: str, body: Request, error: Unauthorised) -> None:
+        self._counters.add("unauthorised")
+        if self._door is not None:
+            self._door.tell_once((key, type(body)), f"a request was turned away: {error}")
+
+    def _answer(self, key: str, body: Request, parts: Sequence[Buffer]) -> Answered | Awaitable[Answered]:
+        if self._permit is not None and (ask := self._permit(body, key)) is not None:
+            return self._answer_once(ask, key, body, parts)
+        return self._handler(body, parts)
+
+    async def _answer_once(
+        self, permitted: Callable[[], Awaitable[None]], key: str, body: Request, parts: Sequence[Buffer]
+    ) -> Answered:
+        try:
+            await permitted()
+        except Unauthorised as error:
+            self._turned_away(key, body, error)
+            raise
+        answer = self._handler(body, parts)
+        return answer if isinstance(answer, tuple) else await answer
 
     def _await(self, identity: bytes, caller: _Caller, arrived: Arrived, answer: asyncio.Future[Answered]) -> None:
         """Reply when the answer is there: for that alone no task is needed."""
@@ -309,6 +343,8 @@ class Server:
             self._counters.add("replies_dropped")
             return False
         if rest:
+            if not caller.outbox:
+                caller.read_s = asyncio.get_running_loop().time()
             caller.outbox.extend(rest)
             self._outbox_bytes += size
             self._full.add(identity)
@@ -343,6 +379,7 @@ class Server:
             for identity in list(self._full):
                 caller = self._callers.get(identity)
                 while caller and caller.outbox and self._sent(caller.outbox[0]):
+                    caller.read_s = asyncio.get_running_loop().time()
                     self._outbox_bytes -= _size(caller.outbox.popleft())
                 if caller is None or not caller.outbox:
                     self._full.discard(identity)

@@ -124,3 +124,56 @@ def test_what_is_stated_of_each_sample_does_not_go_with_a_head_that_couples_them
         LocalParts(coupled := job(head, protect=private), coupled.build(), CPU)
     LocalParts(frozen := job(head, protect=private, batch_norm="frozen"), frozen.build(), CPU)
     LocalParts(noisy := job(head, protect=SECRET), noisy.build(), CPU)  # of which nothing is stated
+
+
+class _Mean(nn.Module):
+    """Keeps a running mean of what it sees."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.float64), persistent=persistent)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x
+
+
+class _Centred(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(0)
+
+
+def begin(head: nn.Module, protection: zsfl.Protection, x: torch.Tensor = X) -> None:
+    made = job(head.requires_grad_(False), protect=protection)
+    model = made.build()
+    local = LocalParts(made, model, CPU, None, Noise(protection, b"k" * 32))
+    weights, y = local.load(model.state_dict()), torch.zeros(len(x), dtype=torch.long)
+    for k in range(2):
+        local.begin(weights, cid(k=k), Version(0), x.clone(), y)
+
+
+def test_what_a_pass_writes_down_of_its_samples_is_not_sent_beside_private_activations() -> None:
+    private = private_activations(clip=1.0, epsilon=1.0, delta=1e-5)
+    for head, name in (
+        (nn.Sequential(_Mean(persistent=True), nn.Linear(3, 3).double()), r"head\.0\.mean"),
+        (
+            nn.Sequential(
+                nn.Unflatten(1, (1, 3)), nn.InstanceNorm1d(1, track_running_stats=True).double(), nn.Flatten()
+            ),
+            r"head\.1\.running_mean",
+        ),
+    ):
+        for x in (X, X[:1]):
+            with pytest.raises(ConfigError, match=f"a training pass writes to {name}, which is sent without noise"):
+                begin(head, private, x)
+        begin(head, SECRET)  # of which nothing is stated
+    begin(nn.Sequential(_Mean(persistent=False), nn.Linear(3, 3).double()), private)
+
+
+def test_a_head_of_private_activations_takes_each_sample_by_itself() -> None:
+    private = private_activations(clip=1.0, epsilon=1.0, delta=1e-5)
+    with pytest.raises(ConfigError, match="depends on the others of its batch: use layers there"):
+        begin(nn.Sequential(nn.Linear(3, 3).double(), _Centred()), private)
+    begin(nn.Sequential(nn.Linear(3, 3).double(), nn.LayerNorm(3).double(), nn.Dropout(0.5)), private)
+    begin(nn.Sequential(nn.Linear(3, 3).double(), _Centred()), SECRET)

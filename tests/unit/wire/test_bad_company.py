@@ -166,21 +166,26 @@ async def test_half_a_message_of_a_caller_that_vanished_is_forgotten(monkeypatch
         await still_serves(w, server)
 
 
+async def never_read(w: Wires, server: Server, limits: WireLimits) -> None:
+    """Somebody asks until replies are dropped, as none is ever read."""
+    deaf = w.context.socket(zmq.DEALER)
+    deaf.linger = 0
+    deaf.set_hwm(1)
+    deaf.setsockopt(zmq.RCVBUF, 4096)
+    deaf.connect(f"tcp://{HOST}:{server.port}")
+    for message_id in range(600):
+        header = Header(kind="request", id=message_id, body=ASK)
+        await deaf.send_multipart(next(encode(header, [bytes(60_000)], limits)))
+        if w.served.snapshot().get("replies_dropped"):
+            break
+    await eventually(lambda: w.served.snapshot().get("replies_dropped"))
+
+
 async def test_a_caller_that_never_reads_holds_up_nobody_and_fills_no_more_than_its_outbox() -> None:
     limits = WireLimits(frame_bytes=65536, max_outbox_bytes=1 << 20)
     async with wires() as w:
         server = w.serve(limits=limits)
-        deaf = w.context.socket(zmq.DEALER)
-        deaf.linger = 0
-        deaf.set_hwm(1)
-        deaf.setsockopt(zmq.RCVBUF, 4096)
-        deaf.connect(f"tcp://{HOST}:{server.port}")
-        for message_id in range(600):
-            header = Header(kind="request", id=message_id, body=ASK)
-            await deaf.send_multipart(next(encode(header, [bytes(60_000)], limits)))
-            if w.served.snapshot().get("replies_dropped"):
-                break
-        await eventually(lambda: w.served.snapshot().get("replies_dropped"))
+        await never_read(w, server, limits)
         (caller,) = server._callers.values()  # pyright: ignore[reportPrivateUsage]
 
         def counted() -> bool:  # also what is still collected for one multipart
@@ -189,6 +194,17 @@ async def test_a_caller_that_never_reads_holds_up_nobody_and_fills_no_more_than_
             return waiting == sum(len(frame) for multipart in caller.outbox for frame in multipart[1:])
 
         await eventually(counted)
+        await still_serves(w, server)
+
+
+async def test_what_a_caller_never_reads_is_dropped_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "SWEEP_S", 0.02)
+    monkeypatch.setattr(server_module, "UNREAD_S", 0.1)
+    limits = WireLimits(frame_bytes=65536, max_outbox_bytes=1 << 20)
+    async with wires() as w:
+        server = w.serve(limits=limits)
+        await never_read(w, server, limits)
+        await eventually(lambda: not server.has_unsent)
         await still_serves(w, server)
 
 

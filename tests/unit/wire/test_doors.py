@@ -16,6 +16,7 @@ from helpers.wires import HOST
 from zsfl.errors import ConfigError, DeadlineExceeded, NoPeer, Unauthorised
 from zsfl.ids import BODY, PROTOCOL, Address, NodeCard, NodeId, PublicKey, Role, RunId, Version
 from zsfl.keys.machine import machine_id
+from zsfl.keys.nodes import new_node_id
 from zsfl.metrics import Counters
 from zsfl.settings import NodeSettings
 from zsfl.wire.connection import Connection
@@ -164,10 +165,11 @@ async def test_the_right_key_in_the_wrong_role_is_refused(tmp_path: Path) -> Non
 
     async with machines(tmp_path, "anna", "bob") as (anna, bob):
         anna.trusts(bob, frozenset({Role.CLIENT}))
-        connection = bob.connect(anna.serve(welcoming), anna.key, own_id="b1")
+        node = new_node_id(bob.key)
+        connection = bob.connect(anna.serve(welcoming), anna.key, own_id=node)
         with pytest.raises(Unauthorised, match="as client, and not as aggregator"):
-            await connection.request(hello(bob, "b1", Role.AGGREGATOR), deadline_s=HANG_S)
-        await connection.request(hello(bob, "b1", Role.CLIENT), deadline_s=HANG_S)
+            await connection.request(hello(bob, node, Role.AGGREGATOR), deadline_s=HANG_S)
+        await connection.request(hello(bob, node, Role.CLIENT), deadline_s=HANG_S)
         for _ in range(3):
             with pytest.raises(Unauthorised, match="ReleaseSpills is not for a client to say to anna"):
                 await connection.request(ReleaseSpills(cids=()), deadline_s=HANG_S)
@@ -180,12 +182,12 @@ async def test_a_stolen_routing_id_is_refused(tmp_path: Path) -> None:
     async with machines(tmp_path, "anna", "bob", "eve") as (anna, bob, eve):
         anna.trusts(bob)
         anna.trusts(eve)
-        server = anna.serve()
-        honest = bob.connect(server, anna.key, own_id="b1")
+        server, b1 = anna.serve(), new_node_id(bob.key)
+        honest = bob.connect(server, anna.key, own_id=b1)
         await honest.request(WEIGHTS, deadline_s=HANG_S)
-        thief = eve.connect(server, anna.key, own_id="b1")
+        thief = eve.connect(server, anna.key, own_id=b1)
         for _ in range(2):
-            with pytest.raises(Unauthorised, match="node id b1 is that of another machine"):
+            with pytest.raises(Unauthorised, match=f"node id {b1} is that of another machine"):
                 await thief.request(WEIGHTS, deadline_s=HANG_S)
         assert (await honest.request(WEIGHTS, deadline_s=HANG_S)).body == Ok()
         assert count(anna.counters, "unauthorised") == 2

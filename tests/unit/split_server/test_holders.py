@@ -1,0 +1,121 @@
+"""The steps of a shard are those of the machine that holds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.doors import machines
+from helpers.waiting import HANG_S
+
+from zsfl.errors import NoPeer, Unauthorised, Unavailable
+from zsfl.ids import RunId, Version, step_cid
+from zsfl.split_server.holders import Holders
+from zsfl.tensors.spec import TensorSpec
+from zsfl.wire.messages import Backward, Forward, Infer, Ok
+
+RUN = RunId("abc123")
+SPEC = TensorSpec(name="x", dtype="float32", shape=(1,), codec="raw", nbytes=4)
+INFER = Infer(shard=1, version=Version(0), input=SPEC)
+
+
+def forward(shard: int) -> Forward:
+    cid = step_cid(RUN, shard, Version(0))
+    return Forward(cid=cid, version=Version(0), seed=0, input=SPEC)
+
+
+def backward(shard: int) -> Backward:
+    cid = step_cid(RUN, shard, Version(0))
+    return Backward(
+        cid=cid,
+        version=Version(0),
+        seed=0,
+        n=1.0,
+        samples=1,
+        grad=SPEC,
+        input=None,
+        want_grad=False,
+        provenance="somebody",
+    )
+
+
+class Seats:
+    """What an aggregator knows, and how often it was asked."""
+
+    def __init__(self, **keys: str) -> None:
+        self.keys = {int(shard[1:]): key for shard, key in keys.items()}
+        self.asked: list[int] = []
+
+    async def ask(self, shard: int) -> str:
+        self.asked.append(shard)
+        return self.keys.get(shard, "")
+
+
+async def permitted(holders: Holders, request: Forward | Backward | Infer, key: str) -> None:
+    if (ask := holders.permit(request, key)) is not None:
+        await ask()
+
+
+async def test_whose_a_step_is_is_asked_once() -> None:
+    seats = Seats(s1="A", s2="B")
+    holders = Holders(seats.ask)
+    for _ in range(3):
+        await permitted(holders, forward(1), "A")
+        await permitted(holders, backward(1), "A")
+    await permitted(holders, forward(2), "B")
+    assert seats.asked == [1, 2]
+
+
+async def test_a_step_of_another_machine_is_refused_whoever_comes_first() -> None:
+    holders = Holders(Seats(s1="A").ask)
+    for request in (forward(1), backward(1)):
+        with pytest.raises(Unauthorised, match="steps of shard 1 are another machine's to make"):
+            await permitted(holders, request, "B")
+    await permitted(holders, forward(1), "A")
+    with pytest.raises(Unauthorised):
+        await permitted(holders, backward(1), "B")
+    await permitted(holders, backward(1), "A")
+    await permitted(holders, INFER, "B")  # makes no step
+
+
+async def test_a_shard_that_is_given_to_another_machine_is_that_ones() -> None:
+    seats = Seats(s1="A")
+    holders = Holders(seats.ask)
+    await permitted(holders, forward(1), "A")
+    seats.keys[1] = "B"
+    await permitted(holders, forward(1), "B")
+    with pytest.raises(Unauthorised):
+        await permitted(holders, forward(1), "A")
+
+
+async def test_a_step_of_nobody_may_be_tried_again() -> None:
+    with pytest.raises(Unavailable, match="no client holds shard 7 now"):
+        await permitted(Holders(Seats().ask), forward(7), "A")
+
+    async def nobody_to_ask(_: int) -> str:
+        raise NoPeer("there is no aggregator")
+
+    with pytest.raises(NoPeer):
+        await permitted(Holders(nobody_to_ask), forward(7), "A")
+
+
+async def test_without_keys_steps_are_anybodys() -> None:
+    seats = Seats()
+    assert Holders(seats.ask).permit(forward(1), "") is None
+    assert seats.asked == []
+
+
+async def test_a_server_asks_before_it_answers(tmp_path: Path) -> None:
+    """Also whether the one who asks is told, counted and named once."""
+    async with machines(tmp_path, "anna", "bob", "eve") as (anna, bob, eve):
+        anna.trusts(bob)
+        anna.trusts(eve)
+        seats = Seats(s1=bob.key)
+        server = anna.serve(permit=Holders(seats.ask).permit)
+        for _ in range(2):
+            with pytest.raises(Unauthorised, match="another machine's"):
+                await eve.connect(server, anna.key).request(forward(1), [bytes(4)], deadline_s=HANG_S)
+        assert (await bob.connect(server, anna.key).request(forward(1), [bytes(4)], deadline_s=HANG_S)).body == Ok()
+        assert anna.counters.snapshot()["unauthorised"] == 2
+        assert [note for note in anna.notes if "steps of shard 1" in note] == anna.notes
+        assert len(anna.notes) == 1
