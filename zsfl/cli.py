@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zsfl.dashboard import commands as looking
 from zsfl.errors import ConfigError, ZsflError
 from zsfl.ids import Role
 from zsfl.pairing.pages import add_commands
@@ -23,6 +24,7 @@ examples:
   zsfl baseline fedavg mnist.py                    what a well-known algorithm makes of the same job
   zsfl bench mnist.py                              what its body costs on this machine
   zsfl audit runs/mnist                            was every step counted once?
+  zsfl ls                                          who is there, and what they do
   zsfl drain 192.168.1.20:7700                     have a node finish what it has in hand and leave
   zsfl invite                                      pair this machine with another, once: then they trust each other
 
@@ -177,6 +179,7 @@ def parser() -> argparse.ArgumentParser:
     add_flags(drain, ("keys", "insecure"))
     drain.set_defaults(run_command=_drain)
 
+    looking.add_commands(commands, _parser)
     add_commands(commands, _parser)
 
     bench = _parser(commands.add_parser, "bench", help="measure this machine or the network", epilog=BENCH_EXAMPLES)

@@ -383,7 +383,10 @@ class Peers:
                 f"{name} speaks version {PROTOCOL} of the protocol and {hello.card.name} version "
                 f"{hello.protocol}: install the same zsfl on both"
             )
-        difference = disagreement(self._facts, hello.facts)
+        mine = self._facts
+        if hello.card.role is Role.OBSERVER:  # which needs no job to look, and may not know it
+            mine = {fact: value for fact, value in mine.items() if fact in hello.facts}
+        difference = disagreement(mine, hello.facts)
         return f"{name} runs another job than {hello.card.name}: {difference}" if difference else ""
 
 

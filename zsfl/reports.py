@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+ADDRESS = "address"
+"""File in a run's folder that says where its aggregator is, or was last."""
+
 
 class Report(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
     """Base of every report; `node` is the name of the node that speaks."""

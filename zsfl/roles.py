@@ -181,6 +181,7 @@ async def _aggregate(
                 aggregator = AggregatorRole(node, job, cuts, folder, elected)
                 aggregator.prepare()
                 folder.write_settings(describe(job, settings, node.facts))
+                folder.write_address(node.card.address)
                 return aggregator
 
             try:

@@ -10,6 +10,7 @@ runs/NAME/
 ├── best.safetensors    those of the version that was best in its held-out test
 ├── load_model.py       the lines that load them into ordinary PyTorch
 ├── checkpoint/         what --resume goes on from
+├── address             where its aggregator is, or was last
 └── succession.json     who aggregates, where others stand by
 """
 
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from zsfl.errors import ConfigError, StorageError
 from zsfl.locks import LOCK, lock_folder
-from zsfl.reports import AnyReport, RoundReport, Tested, WindowReport, from_line, to_line
+from zsfl.reports import ADDRESS, AnyReport, RoundReport, Tested, WindowReport, from_line, to_line
 from zsfl.settings import BESIDE_RUNS
 
 if TYPE_CHECKING:
@@ -115,6 +116,11 @@ class RunFolder:
         text = json.dumps(settings, indent=2, default=str) + "\n"
         with _replacing(self.path / "settings.json") as file:
             file.write_text(text, encoding="utf-8")
+
+    def write_address(self, address: str) -> None:
+        """Where to ask how the run goes."""
+        with _replacing(self.path / ADDRESS) as file:
+            file.write_text(address + "\n", encoding="utf-8")
 
     def append_metrics(self, report: RoundReport | WindowReport | Tested) -> None:
         """One more line of metrics.jsonl."""

@@ -1,0 +1,63 @@
+"""Whoever looks at a run sees who is there, without the job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.jobs import write_job
+from helpers.nodes import Nodes
+from helpers.processes import finished
+from helpers.waiting import eventually
+
+import zsfl
+from zsfl.ids import Role
+
+
+async def listed(folder: Path, *flags: str) -> tuple[int, dict[str, Any], str]:
+    code, said = await finished("ls", "--json", *flags, cwd=folder)
+    return code, json.loads("".join(said.out) or "{}"), "".join(said.err)
+
+
+async def test_ls_finds_all_nodes_of_the_newest_run_or_of_one_that_is_named(tmp_path: Path) -> None:
+    nodes = Nodes(zsfl.load_job(write_job(tmp_path, rounds=100_000)), tmp_path / "runs")
+    try:
+        seed = await nodes.start("aggregator", Role.AGGREGATOR)
+        await nodes.start("server", Role.SPLIT_SERVER, peers=(seed,))
+        for shard in ("0", "1"):
+            await nodes.start(f"client-{shard}", Role.CLIENT, peers=(seed,), shards=shard)
+        await eventually(lambda: nodes.rounds)
+        everybody = ["aggregator", "server", "client-0", "client-1"]
+        for flags in ((), ("runs/nodes",), ("nodes",), ("--peer", seed), ("tiny", "--peer", seed)):
+            code, found, said = await listed(tmp_path, "--wait-s", "60", *flags)
+            assert (code, [node["name"] for node in found.get("nodes", ())]) == (0, everybody), (flags, said)
+            assert found["run"]["phase"] == "training"
+        assert all(node["presence"] == "there" for node in found["nodes"])
+        code, said = await finished("ls", "--wait-s", "60", cwd=tmp_path)
+        text = "".join(said.out)
+        assert text.startswith("training: round ")
+        assert all(name in text for name in (*everybody, seed))
+        code, _, said = await listed(tmp_path, "other", "--peer", seed)
+        assert code == 2
+        assert "runs another job than observer: name is tiny there and other here" in said
+    finally:
+        await nodes.close()
+    code, found, said = await listed(tmp_path, "--wait-s", "0.5")
+    assert (code, found["nodes"]) == (1, []), said
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ((), "there is no run in runs: name the job whose nodes to look for"),
+        (("job.py",), "job.py is no folder of a run; name one"),
+        (("nothing-of-the-sort", "--no-mdns", "--wait-s", "0.1"), "nobody of nothing-of-the-sort answers"),
+    ],
+)
+async def test_ls_says_what_to_name(tmp_path: Path, args: tuple[str, ...], said: str) -> None:
+    (tmp_path / "job.py").touch()
+    code, printed = await finished("ls", *args, cwd=tmp_path)
+    assert code in (1, 2)
+    assert said in "".join(printed.err)

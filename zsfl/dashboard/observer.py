@@ -1,0 +1,106 @@
+"""A node that only looks: it finds the others as all nodes do, hears their heartbeats, and tells a `Watch`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from zsfl.dashboard.watch import Watch
+from zsfl.errors import RemoteProtocolError
+from zsfl.front import Front, root_cause
+from zsfl.ids import NodeCard, Role
+from zsfl.node import BeatExtras, Node, RoleShell
+from zsfl.reports import AnyReport, Note
+from zsfl.settings import NodeSettings
+from zsfl.wire.door import door_for
+from zsfl.wire.gatekeeper import kept
+from zsfl.wire.messages import Beat, Broadcast, Reply, Request
+from zsfl.wire.sockets import open_context
+
+
+class ObserverRole:
+    """Hears everybody, answers nobody."""
+
+    data_port = 0
+
+    def __init__(self, node: Node, watch: Watch, tell: Callable[[Callable[[float], None]], None]) -> None:
+        """`tell` calls, where the watch is used, what it is given with the time."""
+        self._node = node
+        self._watch = watch
+        self._tell = tell
+        self.hears = frozenset(Role)
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        await asyncio.get_running_loop().create_future()
+
+    async def drain(self, timeout_s: float) -> None:
+        """There is nothing to finish."""
+
+    async def control(self, request: Request) -> Reply:
+        """An observer answers nothing but HELLO."""
+        raise RemoteProtocolError(f"{self._node.name} only looks, and does not answer {type(request).__name__}")
+
+    def joined(self, card: NodeCard) -> None:
+        """A peer is there."""
+        self._tell(lambda now_s: self._watch.joined(card, now_s))
+
+    def lost(self, card: NodeCard, reason: str) -> None:
+        """A peer is gone."""
+        self._tell(lambda now_s: self._watch.lost(card, reason, now_s))
+
+    def heard(self, broadcast: Broadcast) -> None:
+        """A peer said something."""
+        if isinstance(broadcast, Beat):
+            self._tell(lambda now_s: self._watch.said(broadcast, now_s))
+
+    def beat(self) -> BeatExtras:
+        """It has nothing to add."""
+        return BeatExtras()
+
+
+@asynccontextmanager
+async def observing(
+    settings: NodeSettings, facts: Mapping[str, str], note: Callable[[str], None], is_new: Callable[[], None]
+) -> AsyncGenerator[Watch, None]:
+    """What is seen, from now on; `is_new` is called whenever that changes.
+
+    Of the job only those `facts` have to agree that are given: its `name`, without which mDNS finds nobody.
+    """
+    watch, loop = Watch(settings.beat_s), asyncio.get_running_loop()
+    settings = replace(settings, mdns=settings.mdns and "name" in facts)
+
+    def report(said: AnyReport) -> None:
+        if isinstance(said, Note):
+            note(said.message)
+
+    def tell(of: Callable[[float], None]) -> None:
+        def told() -> None:
+            of(time.monotonic())
+            is_new()
+
+        loop.call_soon_threadsafe(told)
+
+    door = door_for(settings, "observer", note)
+    context = open_context(settings.io_threads)
+    with kept(context, door):
+        front = Front(
+            Role.OBSERVER, name=settings.name or "observer", settings=settings, facts=facts, codecs=(), report=report,
+            context=context, door=door,
+        )  # fmt: skip
+
+        async def make(node: Node) -> RoleShell:
+            return ObserverRole(node, watch, tell)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                looking = tasks.create_task(front.run(make))
+                yield watch
+                looking.cancel()
+        except BaseExceptionGroup as group:
+            raise root_cause(group) from group
+        finally:
+            context.destroy(linger=0)

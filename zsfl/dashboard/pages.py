@@ -1,0 +1,150 @@
+"""What the commands that look at a run print: `zsfl ls`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from zsfl.dashboard.observer import observing
+from zsfl.dashboard.watch import Participant, Snapshot
+from zsfl.errors import ConfigError, NoPeer
+from zsfl.reports import ADDRESS
+from zsfl.settings import NodeSettings
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+QUIET_S = 0.8
+"""Once everybody who is known was heard, and nobody came for so long, all are there that can be found."""
+
+
+def where(run: str | None, settings: NodeSettings) -> tuple[NodeSettings, Mapping[str, str]]:
+    """How to find the nodes of a run: by the folder of one, by addresses, or by mDNS and the name of a job.
+
+    With nothing named it is the newest run beside this folder; ConfigError says what else to name where there is none.
+    """
+    if settings.peers:
+        return settings, {} if run is None else {"name": run}
+    if run is None:
+        found = sorted(settings.runs.glob(f"*/{ADDRESS}"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise ConfigError(
+                f"there is no run in {settings.runs}: name the job whose nodes to look for, such as mnist, the folder "
+                "of a run, or a node with --peer HOST:PORT"
+            )
+        return replace(settings, peers=(_address(found[-1]),)), {}
+    for folder in (Path(run), settings.runs / run):
+        if (folder / ADDRESS).is_file():
+            return replace(settings, peers=(_address(folder / ADDRESS),)), {}
+    if Path(run).exists():
+        raise ConfigError(f"{run} is no folder of a run; name one, such as runs/mnist, or the job by its name")
+    return settings, {"name": run}
+
+
+def _address(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip()
+
+
+def print_nodes(run: str | None, settings: NodeSettings, wait_s: float, *, as_json: bool) -> int:
+    """List who is there; 1 when nobody is."""
+    found = asyncio.run(_looked_around(run, settings, wait_s))
+    if as_json:
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n")
+        return 0 if found.nodes else 1
+    if not found.nodes:
+        raise NoPeer(_nobody(run, settings))
+    from rich.console import Console
+
+    console = Console()
+    if found.run is not None:
+        console.print(_run_line(found), highlight=False)
+    console.print(nodes_table(found.nodes))
+    return 0
+
+
+def _nobody(run: str | None, settings: NodeSettings) -> str:
+    named = run or ", ".join(settings.peers) or "the newest run here"
+    return f"nobody of {named} answers: is it on still? `zsfl status` shows what it left"
+
+
+async def _looked_around(run: str | None, settings: NodeSettings, wait_s: float) -> Snapshot:
+    settings, facts = where(run, settings)
+    loop, news = asyncio.get_running_loop(), asyncio.Event()
+    async with observing(settings, facts, lambda said: print(said, file=sys.stderr), news.set) as watch:
+        ends_s, quiet_s = loop.time() + wait_s, 0.0
+        known: frozenset[str] = frozenset()
+        while loop.time() < ends_s:
+            now = watch.snapshot(loop.time())
+            if (ids := _heard(now)) != known or not ids:
+                known, quiet_s = ids, loop.time() + QUIET_S
+            elif loop.time() >= quiet_s and len(ids) == len(now.nodes):
+                break
+            await _changed_within(news, min(ends_s, quiet_s) - loop.time())
+        return watch.snapshot(loop.time())
+
+
+def _heard(now: Snapshot) -> frozenset[str]:
+    return frozenset(node.id for node in now.nodes if node.counters)
+
+
+async def _changed_within(news: asyncio.Event, seconds: float) -> None:
+    news.clear()
+    try:
+        async with asyncio.timeout(max(0.0, seconds)):
+            await news.wait()
+    except TimeoutError:
+        pass
+
+
+def _run_line(found: Snapshot) -> str:
+    run = found.run or {}
+    if run["phase"] != "training":
+        return f"the run is {run['phase']}, at version {run['version']}{': ' if run['reason'] else ''}{run['reason']}"
+    return f"training: round {run['round']} of {run['rounds']}, version {run['version']}"
+
+
+def nodes_table(nodes: Sequence[Participant]) -> Table:
+    """Who is there, one line each."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("node", "role", "address"):
+        table.add_column(title, no_wrap=True, overflow="fold", min_width=max(map(len, (title, *_texts(nodes, title)))))
+    table.add_column("state")
+    for title in ("heard", "steps/s", "busy", "sent", "received"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for node in nodes:
+        state = {"there": "there", "late": "late", "gone": f"gone: {node.reason}"}[node.presence]
+        style = {"there": "", "late": "yellow", "gone": "red"}[node.presence]
+        table.add_row(
+            node.name,
+            node.role,
+            node.address,
+            state,
+            f"{node.heard_s:.1f} s",
+            f"{node.rates['steps']:.1f}" if "steps" in node.rates else "",
+            "" if node.slots is None else f"{node.busy}/{node.slots}",
+            in_bytes(node.counters.get("bytes_sent", 0.0)),
+            in_bytes(node.counters.get("bytes_received", 0.0)),
+            style=style,
+        )
+    return table
+
+
+def _texts(nodes: Sequence[Participant], title: str) -> list[str]:
+    return [{"node": node.name, "role": node.role, "address": node.address}[title] for node in nodes]
+
+
+def in_bytes(count: float) -> str:
+    """`1.4 MB`, for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
