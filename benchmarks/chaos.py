@@ -75,8 +75,8 @@ class Wrecked:
     waiting: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
     """Role and moment of kills since the last version was heard of."""
     leader: str = "aggregator"
-    died_s: float = 0.0
-    """When that one did."""
+    died_s: float | None = None
+    """When that one did; None while it leads."""
 
     def on(self, report: AnyReport) -> None:
         """For `LocalCluster(on_report=...)`."""
@@ -90,9 +90,9 @@ class Wrecked:
                 if report.node == self.leader:
                     self.died_s = time.perf_counter()
             case Ready() if report.role == Role.AGGREGATOR:
-                if report.node != self.leader:
+                if report.node != self.leader and self.died_s is not None:
                     self.takeovers_s.append(time.perf_counter() - self.died_s)
-                self.leader = report.node
+                self.leader, self.died_s = report.node, None
             case WindowReport() | RoundReport():
                 now_s = time.perf_counter()
                 for role, killed_s in self.waiting:

@@ -29,7 +29,7 @@ from zsfl.learning.job import Job
 from zsfl.learning.master import Master
 from zsfl.learning.modes import Exact, max_staleness
 from zsfl.node import OFFERS_TOPIC, BeatExtras, Node
-from zsfl.reports import Assembled, Finished, RoundReport
+from zsfl.reports import Assembled, Failed, Finished, RoundReport
 from zsfl.tensors.plan import CodecPlan
 from zsfl.weights.shelf import Shelf
 from zsfl.wire.fields import fit_to_say
@@ -321,6 +321,7 @@ class AggregatorRole:
             best_version=best.version if best else None,
             early=self._training.round < total,
         )
+        await self._node.persistently(lambda: self._folder.append_metrics(finished))
         self._node.report(finished)
 
     async def _train_round(self, total: int) -> None:
@@ -372,6 +373,7 @@ class AggregatorRole:
             is_kept = True
             self._progress.keep_to(version)
             self._training.cut_after(version, self._progress.begin_another)
+            self._folder.append_metrics(Failed(node=self._node.name, kind=type(error).__name__, message=str(error)))
             self._folder.write_plot()
         self._stage.place(reason=fit_to_say(error))
         if is_kept:

@@ -2,7 +2,7 @@
 
 runs/NAME/
 ├── settings.json       the job, the aggregator's settings and the versions the run was started with
-├── metrics.jsonl       one report a line, as in zsfl.reports: a RoundReport a round, WindowReports between them
+├── metrics.jsonl       one report a line, as in zsfl.reports: a round, windows between them, how it ended
 ├── ledger.jsonl        one commit record a line
 ├── journal/            the contributions that were counted, as far back as the settings keep them
 ├── plot.png            loss and accuracy by round
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from zsfl.errors import ConfigError, StorageError
 from zsfl.locks import LOCK, lock_folder
-from zsfl.reports import ADDRESS, AnyReport, RoundReport, Tested, WindowReport, from_line, to_line
+from zsfl.reports import ADDRESS, AnyReport, Failed, Finished, RoundReport, Tested, WindowReport, from_line, to_line
 from zsfl.settings import BESIDE_RUNS
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class RunFolder:
         with _replacing(self.path / ADDRESS) as file:
             file.write_text(address + "\n", encoding="utf-8")
 
-    def append_metrics(self, report: RoundReport | WindowReport | Tested) -> None:
+    def append_metrics(self, report: RoundReport | WindowReport | Tested | Finished | Failed) -> None:
         """One more line of metrics.jsonl."""
         self._append(METRICS, to_line(report))
 

@@ -18,8 +18,10 @@ from zsfl.reports import ADDRESS
 from zsfl.settings import NodeSettings
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
+PIPE_COLUMNS = 160
 QUIET_S = 0.8
 """Once everybody who is known was heard, and nobody came for so long, all are there that can be found."""
 
@@ -59,12 +61,9 @@ def print_nodes(run: str | None, settings: NodeSettings, wait_s: float, *, as_js
         return 0 if found.nodes else 1
     if not found.nodes:
         raise NoPeer(_nobody(run, settings))
-    from rich.console import Console
-
-    console = Console()
     if found.run is not None:
-        console.print(_run_line(found), highlight=False)
-    console.print(nodes_table(found.nodes))
+        print(_run_line(found))
+    console().print(nodes_table(found.nodes))
     return 0
 
 
@@ -107,6 +106,14 @@ def _run_line(found: Snapshot) -> str:
     if run["phase"] != "training":
         return f"the run is {run['phase']}, at version {run['version']}{': ' if run['reason'] else ''}{run['reason']}"
     return f"training: round {run['round']} of {run['rounds']}, version {run['version']}"
+
+
+def console() -> Console:
+    """Where to print tables: as wide as the terminal, or as they need in a file or a pipe."""
+    from rich.console import Console
+
+    usual = Console()
+    return usual if usual.is_terminal else Console(width=PIPE_COLUMNS)
 
 
 def nodes_table(nodes: Sequence[Participant]) -> Table:

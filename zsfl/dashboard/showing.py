@@ -1,0 +1,323 @@
+"""What `zsfl runs`, `zsfl status` and `zsfl report` make of the folders of runs."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import msgspec
+
+from zsfl.dashboard.pages import console, in_bytes
+from zsfl.dashboard.runs import LEDGER, Run, all_runs, find_run, read_run
+from zsfl.errors import ConfigError, StorageError
+from zsfl.reports import Failed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = ("#1f6fb4", "#d1661a", "#2c8c3c", "#8a56b4", "#b4342d", "#0f8f97", "#7f7f7f", "#a08a12")
+MOST_DRAWN = 16
+"""Runs in one plot."""
+
+
+def print_runs(named: Sequence[str], runs: Path, plot: Path | None, *, as_json: bool) -> int:
+    """List runs, or compare those that are named; ConfigError when there are none."""
+    found = [read_run(find_run(name, runs)) for name in named] if named else all_runs(runs)
+    if not found:
+        raise ConfigError(f"there is no run in {runs}: `zsfl demo` makes one")
+    if plot is not None:
+        draw_runs(found, plot)
+    if as_json:
+        _print_json([in_short(run) for run in found])
+        return 0
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("run", "job"):
+        table.add_column(title, overflow="fold")
+    for title in ("mode", "state"):
+        table.add_column(title, no_wrap=True)
+    for title in ("rounds", "accuracy", "best", "time", "sent"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for run in found:
+        best = run.best
+        table.add_row(
+            run.name,
+            str(run.job.get("name", "")),
+            _mode(run),
+            run.state,
+            f"{len(run.rounds)}/{run.planned}",
+            _percent(run.accuracy),
+            _percent(best.accuracy if best else None),
+            in_time(run.seconds),
+            in_bytes(run.bytes_sent),
+        )
+    console().print(table)
+    if plot is not None:
+        print(f"the curves are in {plot}")
+    return 0
+
+
+def in_short(run: Run) -> dict[str, Any]:
+    """A run in numbers, for programs."""
+    last, best = run.rounds[-1] if run.rounds else None, run.best
+    return {
+        "run": run.name,
+        "folder": str(run.folder),
+        "job": run.job.get("name", ""),
+        "mode": _mode(run),
+        "state": run.state,
+        "rounds": len(run.rounds),
+        "planned": run.planned,
+        "versions": run.versions,
+        "accuracy": run.accuracy,
+        "loss": last.loss if last else None,
+        "best_accuracy": best.accuracy if best else None,
+        "best_version": best.version if best else None,
+        "seconds": run.seconds,
+        "steps": run.steps,
+        "bytes_sent": run.bytes_sent,
+        "ended": msgspec.to_builtins(run.end) if run.end else None,
+    }
+
+
+def print_status(named: str | None, runs: Path, *, as_json: bool) -> int:
+    """How one run stands; 1 when it failed."""
+    run = read_run(find_run(named, runs))
+    if as_json:
+        _print_json(in_short(run))
+        return int(run.state == "failed")
+    last, best = run.rounds[-1] if run.rounds else None, run.best
+    print(f"{run.folder}: {run.state}, {len(run.rounds)} of {run.planned} rounds, {run.versions:,} versions")
+    print(
+        f"job {run.job.get('name', '')}, {_mode(run)}, {run.job.get('shards', '?')} shards, {run.job.get('optimizer')}"
+    )
+    if last is not None:
+        tested = f", held-out loss {last.loss:.4f}" if last.loss is not None else ""
+        tested += f", accuracy {last.accuracy:.2%}" if last.accuracy is not None else ""
+        print(f"round {last.round}: training loss {last.train_loss:.4f}{tested}")
+        print(f"{run.steps:,} steps in {in_time(run.seconds)}, {in_bytes(run.bytes_sent)} sent")
+    if best is not None:
+        print(f"best: {_percent(best.accuracy)} at version {best.version} (best.safetensors)")
+    if last is not None and last.without:
+        print(f"without {', '.join(last.without)}")
+    if isinstance(run.end, Failed):
+        print(f"it failed: {run.end.message}")
+    match run.state:
+        case "running":
+            print("watch it: zsfl dash" + ("" if named is None else f" {named}"))
+        case "stopped" | "failed" if run.rounds:
+            print(f"go on with: --run {run.name} --resume")
+        case _:
+            pass
+    return int(run.state == "failed")
+
+
+def write_report(named: str | None, runs: Path, to: Path | None) -> int:
+    """Write one HTML file about a run that needs no other; by default into its folder."""
+    run = read_run(find_run(named, runs))
+    path = to or run.folder / "report.html"
+    try:
+        path.write_text(report_page(run), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}; name another place with --to") from error
+    print(f"the report is in {path}")
+    return 0
+
+
+def report_page(run: Run) -> str:
+    """The page: what came out, curves, who did what, what the ledger counts, and all settings."""
+    best, end = run.best, run.end
+    facts = {
+        "state": run.state,
+        "rounds": f"{len(run.rounds)} of {run.planned}",
+        "held-out accuracy": _percent(run.accuracy) or "not measured",
+        "best": f"{_percent(best.accuracy)} at version {best.version}" if best else "not measured",
+        "training time": in_time(run.seconds),
+        "steps": f"{run.steps:,}",
+        "sent": in_bytes(run.bytes_sent),
+        "versions": f"{run.versions:,}",
+    }
+    if isinstance(end, Failed):
+        facts["why it failed"] = end.message
+    parts = [_facts_table(facts)]
+    if run.rounds:
+        parts += ["<h2>Curves</h2>", curves([run])]
+        parts += [
+            "<h2>Who did what</h2>",
+            _table(("node", "steps", "sent", "received", "told busy", "retries"), _peers(run)),
+        ]
+    parts += ["<h2>Ledger</h2>", _ledger(run.folder / LEDGER)]
+    for name in ("job", "node", "versions"):
+        if isinstance(settings := run.settings.get(name), dict):
+            held = cast("dict[str, Any]", settings)
+            parts += [f"<h2>Settings: {name}</h2>", _facts_table({key: str(value) for key, value in held.items()})]
+    return _PAGE.format(title=html.escape(f"{run.name} ({run.job.get('name', '')})"), body="\n".join(parts))
+
+
+def _peers(run: Run) -> list[tuple[str, ...]]:
+    sums: dict[str, Counter[str]] = {}
+    for one in run.rounds:
+        for node, counters in one.peers.items():
+            sums.setdefault(node, Counter()).update({name: int(value) for name, value in counters.items()})
+    return [
+        (
+            node,
+            f"{of['steps']:,}" if of["steps"] else "",
+            in_bytes(of["bytes_sent"]),
+            in_bytes(of["bytes_received"]),
+            f"{of['busy']:,}",
+            f"{of['retries']:,}",
+        )
+        for node, of in sorted(sums.items())
+    ]
+
+
+def _ledger(path: Path) -> str:
+    counted, samples, reasons, late = 0, 0, Counter[str](), 0
+    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
+        try:
+            record = json.loads(line)
+            counted += len(record["counted"])
+            samples += int(record["samples"])
+            reasons.update(str(reason) for reason in record["dropped"].values())
+            late += sum(int(cid.split("-v")[1].split("-")[0]) < record["version"] - 1 for cid in record["counted"])
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return f"<p>It cannot be read: <code>zsfl audit {html.escape(str(path.parent))}</code> says where.</p>"
+    facts = {"steps counted": f"{counted:,}", "samples counted": f"{samples:,}", "of those late": f"{late:,}"}
+    facts |= {f"dropped: {reason}": f"{times:,}" for reason, times in reasons.most_common(20)}
+    proof = f"<p><code>zsfl audit {html.escape(str(path.parent))}</code> proves it.</p>"
+    return _facts_table(facts) + proof
+
+
+def _facts_table(facts: Mapping[str, str]) -> str:
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in facts.items()
+    )
+    return f"<div class=wide><table>{rows}</table></div>"
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
+
+
+def curves(runs: Sequence[Run]) -> str:
+    """The plot as an SVG element."""
+    drawn = io.StringIO()
+    _figure(runs).savefig(drawn, format="svg", metadata={"Date": None})
+    text = drawn.getvalue()
+    return text[text.index("<svg") :]
+
+
+def draw_runs(runs: Sequence[Run], path: Path) -> None:
+    """Loss and accuracy of several runs by round and by time, into a file whose ending says its kind."""
+    if len(runs) > MOST_DRAWN:
+        raise ConfigError(f"{len(runs)} runs are too many for one plot: name up to {MOST_DRAWN}")
+    try:
+        _figure(runs).savefig(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot draw into {path}: {error}") from error
+
+
+def _figure(runs: Sequence[Run]) -> Any:
+    # The object interface, since pyplot keeps global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    (loss, accuracy), (loss_s, accuracy_s) = figure.subplots(2, 2)
+    for run, colour in zip(runs, COLOURS * (1 + len(runs) // len(COLOURS)), strict=False):
+        times = list(_times(run))
+        several = len(runs) > 1
+
+        def label(what: str, run: Run = run, several: bool = several) -> str:
+            return f"{run.name}: {what}" if several else what
+
+        for axes, at in ((loss, [float(one.round) for one in run.rounds]), (loss_s, times)):
+            _curve(axes, at, [one.train_loss for one in run.rounds], label("training"), colour, "--")
+            _curve(axes, at, [one.loss for one in run.rounds], label("held out"), colour, "-")
+        for axes, at in ((accuracy, [float(one.round) for one in run.rounds]), (accuracy_s, times)):
+            percent = [None if one.accuracy is None else 100 * one.accuracy for one in run.rounds]
+            _curve(axes, at, percent, label("held out"), colour, "-")
+    for axes, title, across in (
+        (loss, "Loss, mean over samples", "round"),
+        (accuracy, "Accuracy, % of held-out samples", "round"),
+        (loss_s, "Loss, mean over samples", "seconds of training"),
+        (accuracy_s, "Accuracy, % of held-out samples", "seconds of training"),
+    ):
+        axes.set_title(title, loc="left", fontsize="medium")
+        axes.set_xlabel(across)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize="small")
+        else:
+            axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
+    return figure
+
+
+def _times(run: Run) -> list[float]:
+    seconds, so_far = 0.0, list[float]()
+    for one in run.rounds:
+        seconds += one.seconds
+        so_far.append(seconds)
+    return so_far
+
+
+def _curve(
+    axes: Axes, across: Sequence[float], up: Sequence[float | None], label: str, colour: str, style: Literal["-", "--"]
+) -> None:
+    points = [(x, y) for x, y in zip(across, up, strict=True) if y is not None]
+    if points:
+        marker = "." if len(points) <= 40 else ""
+        style_of: dict[str, Any] = {"linewidth": 1.6, "linestyle": style, "color": colour, "label": label}
+        cast("Any", axes).plot(*zip(*points, strict=True), marker=marker, **style_of)
+
+
+def _mode(run: Run) -> str:
+    return str(run.job.get("mode", "")).partition("(")[0].lower()
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
+
+
+def in_time(seconds: float) -> str:
+    """`1 h 02 min`, for people."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _print_json(found: object) -> None:
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(found).decode(), indent=2) + "\n")
+
+
+_PAGE = """<!doctype html>
+<html lang=en>
+<meta charset=utf-8>
+<meta name=viewport content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid #8884; vertical-align: top; }}
+svg {{ width: 100%; height: auto; background: #fff; border-radius: .5rem; }}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""
