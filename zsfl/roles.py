@@ -20,10 +20,11 @@ from typing import Any
 import torch
 import zmq.asyncio
 
-from zsfl.aggregator.mirror import Mirror, Standing
+from zsfl.aggregator.mirror import Mirror
 from zsfl.aggregator.role import AggregatorRole
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.aggregator.standby import Elected, StandbyRole
+from zsfl.aggregator.standing import Standing
 from zsfl.client.role import ClientRole
 from zsfl.dashboard.progress import plain_line
 from zsfl.errors import ConfigError, Fenced, StorageError, ZsflError

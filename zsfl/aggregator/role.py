@@ -151,7 +151,7 @@ class AggregatorRole:
         """Answer a client or an observer."""
         match request:
             case Join():
-                self._join(request)
+                await self._join(request)
             case Evaluated():
                 self._held_out.heard(request)
             case CheckNeed():
@@ -168,12 +168,13 @@ class AggregatorRole:
                 raise RemoteProtocolError(f"an aggregator does not answer {type(request).__name__} here")
         return Ok()
 
-    def _join(self, request: Join) -> None:
+    async def _join(self, request: Join) -> None:
         card = self._node.peer(request.node)
         if card is None or card.role is not Role.CLIENT:
             raise NoPeer("only a client joins, and after its HELLO")
         self._roster.value.join(card.id, card.name, request.shards)
         self._roster.touch()
+        await self._reign.joined(card, [info.shard for info in request.shards])
 
     def joined(self, card: NodeCard) -> None:
         """A peer is there."""
