@@ -36,8 +36,9 @@ from zsfl.learning.job import Job, load_job
 from zsfl.learning.modes import max_staleness, mode_name
 from zsfl.locks import LOCK, lock_folder
 from zsfl.node import Node, RoleShell
+from zsfl.ranges import parse_shards
 from zsfl.reports import AnyReport, Failed, Note, Ready, to_line
-from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings, parse_shards
+from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings
 from zsfl.split_server.role import SplitServerRole
 from zsfl.tensors.codec import SUPPORTED
 from zsfl.tensors.plan import CodecPlan

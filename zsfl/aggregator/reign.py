@@ -20,6 +20,7 @@ from zsfl.ids import NodeCard, NodeId, Role, Version
 from zsfl.latest import Latest
 from zsfl.lease import Lease, clock_s, most_of
 from zsfl.node import Node
+from zsfl.ranges import parse_shards
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Beat, Committed, Reply, Request
 from zsfl.wire.succession import FetchPiece, Follow, Grant, Granted
@@ -42,8 +43,14 @@ class Reign:
         self._shards = shards
         self._standing = Standing.of(folder)
         self._source = Source(folder, bound)
-        self._holders = Holders(self._standing.holders, keyed=bool(node.card.key))
-        self._consent = Consent(node, self._holders)
+        self.holders = Holders(
+            self._standing.holders,
+            keyed=bool(node.card.key),
+            most=node.settings.clients_per_key,
+            reassign=parse_shards(node.settings.reassign, shards) if node.settings.reassign else (),
+            trusts=lambda key: node.trusts(key, Role.CLIENT),
+        )
+        self._consent = Consent(node, self.holders)
         self._lease = Lease(shards)
         self._is_alone = node.settings.takeover == "always"
         """Nobody's consent is needed: a later epoch is all that ends an earlier one."""
@@ -185,8 +192,8 @@ class Reign:
 
     async def joined(self, card: NodeCard, shards: Sequence[int]) -> None:
         """A client has these shards from now on, and speaks for them; returns when that is kept."""
-        if self._holders.take(card.key, shards):
-            await self._node.persistently(lambda: self._keep(holders=self._holders.by_key()))
+        if self.holders.take(card.key, shards):
+            await self._node.persistently(lambda: self._keep(holders=self.holders.by_key()))
 
     def answer(self, request: Request) -> tuple[Reply, Sequence[Buffer]] | None:
         """Answer somebody who stands by; None: it was not asked by one."""

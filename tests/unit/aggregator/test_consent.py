@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import pytest
 
-from zsfl.aggregator.holders import Holders
 from zsfl.aggregator.mirror import Mirror
 from zsfl.aggregator.reign import Reign
 from zsfl.aggregator.stage import Stage
@@ -86,6 +85,9 @@ class FakeNode:
 
     def publish(self, broadcast: object) -> None:
         pass
+
+    def trusts(self, key: str, role: Role) -> bool:
+        return True
 
     async def persistently(self, write: Any) -> Any:
         return write()
@@ -205,19 +207,3 @@ async def test_one_that_holds_a_shard_names_no_epoch_to_a_standby(tmp_path: Path
     role = standby(tmp_path, FakeNode(clients(honest=1) | {"1": says(1), "2": says(2)}))
     assert not await role._asked()
     assert role._epoch == NEVER + 1, "most of them do"
-
-
-def test_without_keys_everybody_speaks_for_what_it_says() -> None:
-    holders = Holders({}, keyed=False)
-    assert not holders.take("", [0])
-    assert holders.believed(card("0"), (0, 7)) == (0, 7)
-    assert holders.by_key() == {}
-
-
-def test_a_shard_is_of_the_machine_that_joined_with_it_last() -> None:
-    holders = Holders({"key-0": (0, 2)}, keyed=True)
-    assert holders.believed(card("0"), (0, 1, 2)) == (0, 2)
-    assert holders.take("key-1", [1, 2])
-    assert not holders.take("key-1", [2])
-    assert holders.believed(card("0"), (0, 1, 2)) == (0,)
-    assert holders.by_key() == {"key-0": (0,), "key-1": (1, 2)}
