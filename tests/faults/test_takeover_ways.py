@@ -197,6 +197,7 @@ async def test_where_keys_are_used_whoever_stands_by_knows_whose_shards_are_whos
     seen = Seen()
     async with asyncio.timeout(2 * HANG_S), cluster(tmp_path, seen, keys=str(tmp_path / "keys")) as nodes:
         await seen.wait_for(says(READY))
+        await trained(nodes, 1)
         await nodes.kill("aggregator")
         await seen.wait_for(says("taking over"))
         await trained(nodes, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+from zsfl.aggregator.faults import Faults
 from zsfl.aggregator.gathering import Gathering
 from zsfl.aggregator.roster import Roster
 from zsfl.errors import RunFailed
@@ -31,6 +32,7 @@ class Refusals:
         self._shards: dict[int, str] = {}
         """Shards whose last step was given up, and why."""
         self._ruin: str = ""
+        self._faults = Faults()
 
     @property
     def most_bytes(self) -> int:
@@ -44,7 +46,10 @@ class Refusals:
         """
         if self._is_exact and one.loss_sum is not None and not math.isfinite(one.loss_sum):
             return ""
-        return self._master.objection(one, self._gathering.beside(one), finite=not self._is_exact)
+        try:
+            return self._master.objection(one, self._gathering.beside(one), finite=not self._is_exact)
+        except Exception as error:
+            return f"{one.cid} of {one.whose} cannot be judged: {self._faults.said(error)}"
 
     def give_up(self, one: Contribution, why: str) -> None:
         """It was made again in vain."""

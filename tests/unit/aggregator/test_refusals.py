@@ -12,7 +12,7 @@ from torch import nn
 from zsfl.aggregator.gathering import Gathering
 from zsfl.aggregator.refusals import Refusals
 from zsfl.aggregator.roster import Roster
-from zsfl.errors import RunFailed
+from zsfl.errors import BadShape, RunFailed, StorageError
 from zsfl.ids import NodeId, PartName, RunId, Version, parse_cid, step_cid
 from zsfl.latest import Latest
 from zsfl.learning.averaging import Contribution
@@ -78,6 +78,38 @@ def test_parts_of_one_step_are_of_one_batch() -> None:
 def test_what_is_not_finite_is_left_out_unless_nothing_goes_on_without_it(changes: dict[str, Any]) -> None:
     assert Case(exact=True).refusals.objection(Case(exact=True).step(0, **changes)) == ""
     assert Case(exact=False).refusals.objection(Case(exact=False).step(0, **changes))
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("a"), ValueError("a"), OverflowError("a"), RuntimeError("a"), BadShape("a")]
+)
+def test_whatever_goes_wrong_while_it_is_judged_is_an_objection_and_told_of_once(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case = Case(exact=False)
+
+    def objection(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(case.refusals._master, "objection", objection)
+    for _ in range(3):
+        said = case.refusals.objection(case.step(0, client="client-0"))
+        assert said.startswith(f"{CIDS[0]} of node for client-0 cannot be judged: ")
+    assert capfd.readouterr().err.count("Traceback") == (not isinstance(error, BadShape))
+
+
+@pytest.mark.parametrize("error", [StorageError("full"), MemoryError()])
+def test_a_disk_or_a_memory_that_is_full_is_nobodys_contributions_fault(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(exact=False)
+
+    def objection(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(case.refusals._master, "objection", objection)
+    with pytest.raises(type(error)):
+        case.refusals.objection(case.step(0))
 
 
 def test_exact_mode_ends_with_the_name_of_whose_step_it_is() -> None:
