@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from zsfl.aggregator.faults import Faults
 from zsfl.aggregator.gathering import Gathering
@@ -23,12 +23,21 @@ class Refusals:
     modes leave the step out, with the reason in the next record, as long as anybody's can be counted.
     """
 
-    def __init__(self, gathering: Gathering, master: Master, roster: Latest[Roster], *, is_exact: bool) -> None:
-        """`roster` is touched when a step is given up."""
+    def __init__(
+        self,
+        gathering: Gathering,
+        master: Master,
+        roster: Latest[Roster],
+        weighs: Callable[[float, int], str] = lambda n, samples: "",
+        *,
+        is_exact: bool,
+    ) -> None:
+        """`roster` is touched when a step is given up; `weighs` says why so many samples cannot weigh so much."""
         self._gathering = gathering
         self._master = master
         self._roster = roster
         self._is_exact = is_exact
+        self._weighs = weighs
         self._shards: dict[int, str] = {}
         """Shards whose last step was given up, and why."""
         self._ruin: str = ""
@@ -46,7 +55,11 @@ class Refusals:
         """
         if self._is_exact and one.loss_sum is not None and not math.isfinite(one.loss_sum):
             return ""
+        steps = [(step.n, step.samples, step.client) for step in one.members] or [(one.n, one.samples, one.client)]
         try:
+            for n, samples, client in steps:
+                if why := self._weighs(n, samples):
+                    return f"{one.cid} of {client or one.whose}: {why}"
             return self._master.objection(one, self._gathering.beside(one), finite=not self._is_exact)
         except Exception as error:
             return f"{one.cid} of {one.whose} cannot be judged: {self._faults.said(error)}"

@@ -103,8 +103,8 @@ class Sieve:
     def _measure(self, cid: Cid, parts: Sequence[Contribution]) -> tuple[float, str]:
         self._check(parts)
         n, samples = parts[0].n, parts[0].samples
-        if self._job.loss_weight is None and n != samples:
-            return 0.0, f"it weighs n={n:g} for {samples} samples"
+        if why := self._job.objection_to(n, samples):
+            return 0.0, why
         asked = self._asked(cid)
         if asked is not None and samples not in asked:
             return 0.0, f"it is of {samples} samples where {asked.stop - 1} were asked for"

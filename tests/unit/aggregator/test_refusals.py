@@ -15,10 +15,11 @@ from zsfl.aggregator.roster import Roster
 from zsfl.errors import BadShape, RunFailed, StorageError
 from zsfl.ids import NodeId, PartName, RunId, Version, parse_cid, step_cid
 from zsfl.latest import Latest
-from zsfl.learning.averaging import Contribution
+from zsfl.learning.averaging import Contribution, StepShare
 from zsfl.learning.master import Master
 from zsfl.learning.model import SplitModel
 from zsfl.learning.optim import OptimizerSpec
+from zsfl.learning.weighting import MOST_WEIGHT, weight_objection
 from zsfl.wire.fields import ShardInfo
 
 RUN = RunId("3fa9c1")
@@ -63,6 +64,38 @@ def test_what_does_not_fit_is_objected_to_when_it_comes(changes: dict[str, Any],
     case = Case(exact=exact)
     assert case.refusals.objection(case.step(0)) == ""
     assert CIDS[0] in case.refusals.objection(case.step(0, **changes))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("part", ["client", "body"])
+@pytest.mark.parametrize("n", [0.0, 2.9, 3.1, 1e300, math.inf, math.nan])
+def test_without_weights_a_batch_weighs_its_samples(n: float, part: PartName, exact: bool) -> None:
+    case = Case(exact=exact)
+    case.refusals._weighs = lambda n, samples: weight_objection(n, samples, None)
+    assert case.refusals.objection(case.step(0, part)) == ""
+    said = case.refusals.objection(case.step(0, part, n=n, client="client-0"))
+    assert said == f"{CIDS[0]} of client-0: it weighs n={n:g} for 3 samples, and the job has no loss_weight"
+
+
+def test_with_weights_no_sample_outweighs_all_others() -> None:
+    case = Case(exact=True)
+    case.refusals._weighs = lambda n, samples: weight_objection(n, samples, MOST_WEIGHT)
+    for n in (0.0, 0.1, 3 * MOST_WEIGHT):
+        assert case.refusals.objection(case.step(0, n=n)) == ""
+    for n in (3.01 * MOST_WEIGHT, 1e300, math.inf, math.nan, -1.0):
+        said = case.refusals.objection(case.step(0, n=n, client="client-0"))
+        assert (
+            said
+            == f"{CIDS[0]} of client-0: it weighs n={n:g} for 3 samples, and most_weight of the job is 100 for each"
+        )
+
+
+def test_of_what_is_merged_each_step_weighs_what_it_may() -> None:
+    case = Case(exact=True)
+    case.refusals._weighs = lambda n, samples: weight_objection(n, samples, None)
+    members = [StepShare(cid=cid, n=n, samples=3, client=f"c{n}") for cid, n in zip(CIDS, (1.0, 5.0), strict=True)]
+    merged = case.step(0, "body", n=6.0, samples=6, members=tuple(members))
+    assert "c1.0: it weighs n=1 for 3 samples" in case.refusals.objection(merged)
 
 
 def test_parts_of_one_step_are_of_one_batch() -> None:
