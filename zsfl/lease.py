@@ -118,33 +118,50 @@ class Answer(Protocol):
         """For how long it did."""
         ...
 
+    @property
+    def epoch(self) -> int:
+        """The highest that it knows."""
+        ...
+
 
 class Lease:
-    """The promises that an aggregator holds, or somebody who wants to be one."""
+    """The promises that an aggregator holds, or somebody who wants to be one.
+
+    What clients say of other epochs is decided by the most of them: one alone may be wrong, or lie.
+    """
 
     def __init__(self, shards: int) -> None:
         self._shards = shards
         self._until_s: dict[int, float] = {}
+        self._refused: dict[int, tuple[int, float]] = {}
+        """Of shards whose clients promised nothing when asked last: the epoch that they know, and when it was."""
 
     def promised(self, shards: Collection[int], asked_s: float, lease_s: float) -> None:
         """The client of these shards agreed to what it was asked at `asked_s`."""
         for shard in shards:
             if 0 <= shard < self._shards:
                 self._until_s[shard] = asked_s + MARGIN * min(lease_s, MAX_LEASE_S)
+                self._refused.pop(shard, None)
 
     def answered(self, answers: Iterable[Answer], asked_s: float) -> None:
-        """What all who were asked at `asked_s` said, as far as they did.
+        """What those who were asked at `asked_s` said, as far as they did; more may be said by others afterwards.
 
         A shard has one voice: where two processes hold it, and one of them refuses, it has promised nothing. Of two on
         different sides of a network that is cut, nobody hears both: a shard is to be held by one machine.
         """
         known = list(answers)
-        refused = {shard for answer in known if answer.refused for shard in answer.shards}
+        refused: dict[int, int] = {}
+        for answer in known:
+            if answer.refused:
+                refused |= {shard: max(answer.epoch, refused.get(shard, 0)) for shard in answer.shards}
+        against = refused.keys() | {shard for shard, (_, then_s) in self._refused.items() if then_s >= asked_s}
         for answer in known:
             if not answer.refused:
-                self.promised([shard for shard in answer.shards if shard not in refused], asked_s, answer.lease_s)
-        for shard in refused:
+                self.promised([shard for shard in answer.shards if shard not in against], asked_s, answer.lease_s)
+        for shard, epoch in refused.items():
             self._until_s.pop(shard, None)
+            if 0 <= shard < self._shards:
+                self._refused[shard] = epoch, asked_s
 
     def held_of(self, now_s: float) -> int:
         """How many shards' promises hold now."""
@@ -153,3 +170,37 @@ class Lease:
     def is_held(self, now_s: float) -> bool:
         """Whether nobody else can lead now."""
         return self.held_of(now_s) >= most_of(self._shards)
+
+    def lasts_s(self, now_s: float) -> float:
+        """For how long it is held from now on, if nobody promises more; 0 when it is not."""
+        until_s = sorted(self._until_s.values(), reverse=True)[most_of(self._shards) - 1 :]
+        return max(0.0, until_s[0] - now_s) if until_s else 0.0
+
+    def is_contested(self, asked_s: float, now_s: float) -> bool:
+        """Whether as many shards as promised, or more, refused what their clients were asked at `asked_s`."""
+        refused = sum(then_s >= asked_s for _, then_s in self._refused.values())
+        return refused > 0 and refused >= self.held_of(now_s)
+
+    def is_succeeded(self, epoch: int, now_s: float, *, alone: bool = False) -> bool:
+        """Whether it is not held for the sole reason that clients say that a later epoch has begun.
+
+        `alone`: nobody's consent is needed, and half of those who answer have to say so.
+        """
+        later, held = sum(known > epoch for known, _ in self._refused.values()), self.held_of(now_s)
+        if alone:
+            return later > 0 and 2 * later >= len(self._refused) + held
+        return held < most_of(self._shards) <= held + later
+
+    def next_epoch(self, epoch: int) -> int:
+        """In which to stand on where another stands in this one, or a later one; the same where nobody does.
+
+        As far as one client alone says so it is the next: else it could name the last that there is.
+        """
+        if not any(known >= epoch for known, _ in self._refused.values()):
+            return epoch
+        return max(epoch, self._epoch_of(most_of(self._shards))) + 1
+
+    def _epoch_of(self, shards: int) -> int:
+        """The highest that the clients of so many shards, when they refused, knew of; 0 where fewer did."""
+        known = sorted((epoch for epoch, _ in self._refused.values()), reverse=True)
+        return known[shards - 1] if 0 < shards <= len(known) else 0

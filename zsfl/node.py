@@ -199,6 +199,11 @@ class Node:
 
     # --- what roles use ---------------------------------------------------------------------------------
 
+    def trusts(self, key: str, role: Role) -> bool:
+        """Whether nodes with this key may have that role; where no keys are used all may."""
+        trust = self._door.trust
+        return trust is None or role in trust.roles_of(key)
+
     def peers(self, role: Role) -> list[NodeCard]:
         """Live peers of one role, by name."""
         return sorted((card for card in self._peers.values() if card.role is role), key=lambda card: card.name)

@@ -101,6 +101,8 @@ class Tested(Report, frozen=True, kw_only=True, tag="tested"):
     """When the version was made: seconds since this process began to train."""
     ends_round: bool = True
     """Whether it is the test at the end of a round, which the round's report repeats."""
+    left_out: tuple[str, ...] = ()
+    """Clients whose own loss was no finite number, unlike that of others: not in `loss` and `accuracy`."""
 
 
 class Finished(Report, frozen=True, kw_only=True, tag="finished"):

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 import zmq.asyncio
 
-from zsfl.aggregator.mirror import Mirror, Standing
+from zsfl.aggregator.mirror import Mirror
 from zsfl.aggregator.role import AggregatorRole
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.aggregator.standby import Elected, StandbyRole
+from zsfl.aggregator.standing import Standing
 from zsfl.client.role import ClientRole
 from zsfl.dashboard.progress import plain_line
 from zsfl.errors import ConfigError, Fenced, StorageError, ZsflError
@@ -35,8 +36,9 @@ from zsfl.learning.job import Job, load_job
 from zsfl.learning.modes import max_staleness, mode_name
 from zsfl.locks import LOCK, lock_folder
 from zsfl.node import Node, RoleShell
+from zsfl.ranges import parse_shards
 from zsfl.reports import AnyReport, Failed, Note, Ready, to_line
-from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings, parse_shards
+from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings
 from zsfl.split_server.role import SplitServerRole
 from zsfl.tensors.codec import SUPPORTED
 from zsfl.tensors.plan import CodecPlan

@@ -16,6 +16,7 @@ import msgspec
 
 from zsfl.errors import ConfigError
 from zsfl.ids import Role
+from zsfl.ranges import shard_ranges
 
 CONFIG_FILE = Path("zsfl.toml")
 """Read from the working directory when neither the caller nor ZSFL_CONFIG names another file."""
@@ -116,6 +117,13 @@ class NodeSettings:
     start_with: int = field(
         default=0, metadata=_doc("clients' shards that must be there before training begins; default: all of them")
     )
+    clients_per_key: int = field(
+        default=256, metadata=_doc("shards that the clients with one key may hold, where keys are used")
+    )
+    reassign: str = field(
+        default="",
+        metadata=_doc("shards, such as 3 or 1,4-6, that another machine may take from one that is still trusted, once"),
+    )
     mode: str = field(default="", metadata=_doc("exact, elastic or async; default: what the job says"))
     hold: bool = field(default=False, metadata=_doc("the aggregator waits for an order to train"))
     join_s: float = field(
@@ -162,8 +170,19 @@ _COMMON = (
 NODE_FLAGS: dict[Role, tuple[str, ...]] = {
     Role.CLIENT: ("shards", "device", "spill_mib", *_COMMON),
     Role.SPLIT_SERVER: ("device", "slots", "spill_mib", *_COMMON),
-    Role.AGGREGATOR: ("rounds", "start_with", "resume", "hold", "durability", "keep_mib", "takeover", *_COMMON),
-    Role.STANDBY: ("rounds", "durability", "keep_mib", "takeover", *_COMMON),
+    Role.AGGREGATOR: (
+        "rounds",
+        "start_with",
+        "resume",
+        "hold",
+        "durability",
+        "keep_mib",
+        "takeover",
+        "clients_per_key",
+        "reassign",
+        *_COMMON,
+    ),
+    Role.STANDBY: ("rounds", "durability", "keep_mib", "takeover", "clients_per_key", *_COMMON),
 }
 """Settings that make sense for a role on the command line."""
 
@@ -196,32 +215,6 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
         if kind == "tuple[str, ...]":
             options["action"] = "append"
         parser.add_argument(*_flags(name), **options)
-
-
-def parse_shards(text: str, total: int) -> tuple[int, ...]:
-    """Shards in `text` ("3", "0-19" or "1,4-6"), sorted, each once; `ConfigError` unless below `total`."""
-    try:
-        ranges = _shard_ranges(text)
-    except ValueError as err:
-        raise ConfigError(f"shards are {text!r}: expected {err}") from None
-    beyond = [last for _, last in ranges if last >= total]
-    if beyond:
-        raise ConfigError(
-            f"shard {max(beyond)} is out of range: the data has {total} shards, 0 to {total - 1}; "
-            f"shards were given as {text!r}"
-        )
-    return tuple(sorted({shard for first, last in ranges for shard in range(first, last + 1)}))
-
-
-def _shard_ranges(text: str) -> list[tuple[int, int]]:
-    ranges: list[tuple[int, int]] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*([0-9]{1,9})(?:\s*-\s*([0-9]{1,9}))?\s*", part)
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if first > last:
-            raise ValueError("shard numbers and rising ranges, such as 3, 0-19 or 1,4-6")
-        ranges.append((first, last))
-    return ranges
 
 
 def _from_toml(path: Path | None, env: Mapping[str, str]) -> dict[str, Any]:
@@ -302,7 +295,7 @@ def _check_peers(peers: tuple[str, ...]) -> None:
 
 def _check_shards(text: str) -> None:
     if text:
-        _shard_ranges(text)
+        shard_ranges(text)
 
 
 def _at_least(low: int, high: float = math.inf) -> Callable[[int | None], None]:
@@ -389,6 +382,8 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "keep_mib": _at_least(0, 1 << 30),
     "spill_mib": _at_least(0, 1 << 30),
     "shards": _check_shards,
+    "reassign": _check_shards,
+    "clients_per_key": _at_least(1),
     "rounds": _at_least(1, 1 << 31),
     "join_s": _positive,
     "patience_s": _positive,

@@ -23,7 +23,7 @@ from helpers.waiting import HANG_S, eventually
 from safetensors.torch import load_file
 
 import zsfl
-from zsfl.errors import Unauthorised
+from zsfl.errors import ConfigError, Unauthorised
 from zsfl.ids import PROTOCOL, NodeCard, Role, RunId, Version, step_cid
 from zsfl.keys.nodes import new_node_id
 from zsfl.tensors.spec import TensorSpec
@@ -259,3 +259,50 @@ async def test_nobody_makes_the_steps_of_another_machines_shard(tmp_path: Path) 
         for machine in (anna, bob):
             await machine.close()
     check_history(tmp_path / "runs/nodes", may_be_pending=True)
+
+
+async def test_a_shard_stays_with_the_machine_that_joined_with_it_also_when_the_run_is_resumed(tmp_path: Path) -> None:
+    anna, bob, eve = (Machine(tmp_path, name) for name in ("anna", "bob", "eve"))
+    for one in (anna, bob, eve):
+        for other in (anna, bob, eve):
+            if one is not other:
+                one.trusts(other)
+    nodes = Nodes(zsfl.load_job(write_job(tmp_path, rounds=100_000, shards=2)), tmp_path / "runs")
+    quick: dict[str, Any] = {"beat_s": 0.2, "lost_after_s": 3.0, "patience_s": 100.0, "mode": "elastic"}
+
+    async def start(name: str, role: Role, machine: Machine, **flags: Any) -> str:
+        return await nodes.start(name, role, keys=str(machine.folder), **quick, **flags)
+
+    async def refused(name: str, machine: Machine, shards: str) -> str:
+        await start(name, Role.CLIENT, machine, peers=(seed,), shards=shards)
+        async with asyncio.timeout(HANG_S):
+            with pytest.raises(ConfigError) as raised:
+                await nodes.tasks[name]
+        return str(raised.value)
+
+    async def lost(*names: str) -> None:
+        for name in names:
+            nodes.tasks[name].cancel()
+        await asyncio.gather(*(nodes.tasks[name] for name in names), return_exceptions=True)
+
+    try:
+        seed = await start("aggregator", Role.AGGREGATOR, anna, clients_per_key=1)
+        await start("server", Role.SPLIT_SERVER, anna, peers=(seed,))
+        await start("bob-0", Role.CLIENT, bob, peers=(seed,), shards="0")
+        said = await refused("eve-both", eve, "0-1")
+        assert "shard 0 is already held" in said or "shard 0 is of the machine" in said or "would hold 2" in said
+        await start("eve-1", Role.CLIENT, eve, peers=(seed,), shards="1")
+        await eventually(lambda: nodes.rounds)
+        await lost("bob-0", "aggregator", "server", "eve-1")
+        seed = await start("aggregator", Role.AGGREGATOR, anna, resume=True)
+        assert "shard 0 is of the machine" in await refused("eve-0", eve, "0")
+        await lost("aggregator")
+        seed = await start("aggregator", Role.AGGREGATOR, anna, resume=True, reassign="0")
+        before = len(nodes.rounds)
+        await start("server", Role.SPLIT_SERVER, anna, peers=(seed,))
+        await start("eve-all", Role.CLIENT, eve, peers=(seed,), shards="0-1")
+        await eventually(lambda: len(nodes.rounds) > before)
+    finally:
+        await nodes.close()
+        for machine in (anna, bob, eve):
+            machine.context.destroy(linger=0)

@@ -12,7 +12,7 @@ from helpers.rounds import Rounds
 from helpers.takeover import READY, Seen, assert_undisturbed, cluster, led_by, says
 from helpers.waiting import HANG_S, eventually
 
-from zsfl.aggregator.mirror import Standing
+from zsfl.aggregator.standing import Standing
 
 
 async def test_of_two_that_stand_by_one_leads_and_the_other_takes_over_from_it(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from helpers.processes import Command, command
 from helpers.waiting import HANG_S, eventually
 
 from zsfl.aggregator.audit import audit
-from zsfl.aggregator.mirror import Standing
+from zsfl.aggregator.standing import Standing
 from zsfl.cluster.nodes import rounds_in
 from zsfl.ids import Role
 from zsfl.reports import Finished

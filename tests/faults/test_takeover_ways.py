@@ -30,6 +30,7 @@ from helpers.waiting import HANG_S, eventually
 
 import zsfl
 from zsfl.aggregator.audit import audit
+from zsfl.aggregator.standing import Standing
 from zsfl.ids import Role
 from zsfl.learning.job import load_job
 from zsfl.reports import RoundReport
@@ -190,3 +191,17 @@ async def test_an_aggregator_whose_disk_stays_bad_leaves_the_run_to_another(tmp_
     assert failed is not None
     assert (failed.kind, "Another aggregator stands by" in failed.message) == ("StorageError", True)
     await assert_undisturbed(tmp_path / COPY, tmp_path)
+
+
+async def test_where_keys_are_used_whoever_stands_by_knows_whose_shards_are_whose(tmp_path: Path) -> None:
+    seen = Seen()
+    async with asyncio.timeout(2 * HANG_S), cluster(tmp_path, seen, keys=str(tmp_path / "keys")) as nodes:
+        await seen.wait_for(says(READY))
+        await trained(nodes, 1)
+        await nodes.kill("aggregator")
+        await seen.wait_for(says("taking over"))
+        await trained(nodes, 2)
+        last = folder_of(nodes)
+    (shards,) = Standing.of(last).holders.values()
+    assert shards == tuple(range(len(CASE.sizes)))
+    assert audit(last).faults == []

@@ -78,15 +78,17 @@ FLAGS = {
     "node aggregator": {
         *COMMON,
         "JOB",
+        "--clients-per-key",
         "--durability",
         "--hold",
         "--keep-mib",
         "--no-hold",
+        "--reassign",
         *RESUMING,
         "--start-with",
         "--takeover",
     },
-    "node standby": {*COMMON, "JOB", "--durability", "--keep-mib", "--rounds", "--takeover"},
+    "node standby": {*COMMON, "JOB", "--clients-per-key", "--durability", "--keep-mib", "--rounds", "--takeover"},
 }
 """Every flag of every command. A change here is a change that people notice."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
@@ -24,8 +24,8 @@ def candidate(holder: str, epoch: int, version: int = 0, known: int = 0) -> Cand
 class Aggregating:
     """Somebody who leads or would: what it asks for, and the promises that it holds."""
 
-    def __init__(self, holder: str) -> None:
-        self.holder, self.epoch, self.lease = holder, 1, Lease(SHARDS)
+    def __init__(self, holder: str, shards: int = SHARDS) -> None:
+        self.holder, self.epoch, self.lease = holder, 1, Lease(shards)
 
 
 class OneLeads(RuleBasedStateMachine):
@@ -81,6 +81,52 @@ class OneLeads(RuleBasedStateMachine):
         assert sum(one.lease.is_held(self.now_s) for one in self.all) <= 1
 
 
+class OneLies(RuleBasedStateMachine):
+    """All as above, through `answered`, but one client says what it likes: promises to everybody, and epochs that never
+    were. Of an even number of shards two majorities have two in common, so that it alone cannot belong to both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s, self.shards = 100.0, 6
+        self.voters = [Promise(0.0, LEASE_S) for _ in range(self.shards - 1)]
+        self.all = [Aggregating(f"holder-{number}", self.shards) for number in range(CANDIDATES)]
+
+    @rule(seconds=st.floats(0.05, 1.5))
+    def wait(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    @rule(
+        who=st.integers(0, CANDIDATES - 1),
+        shards=st.sets(st.integers(0, 4)),
+        lie=st.tuples(st.booleans(), st.floats(0.0, 1000.0), st.integers(0, 1 << 53)),
+    )
+    def ask(self, who: int, shards: set[int], lie: tuple[bool, float, int]) -> None:
+        one, answers = self.all[who], list[Granted]()
+        for shard in shards:
+            refused = self.voters[shard].ask(candidate(one.holder, one.epoch), LEASE_S, self.now_s)
+            answers.append(said(shard, refused=refused, epoch=self.voters[shard].epoch))
+        answers.append(said(5, refused="no" if lie[0] else "", lease_s=lie[1], epoch=lie[2]))
+        one.lease.answered(answers, self.now_s)
+        honest = max((voter.epoch for voter in self.voters), default=0)
+        later = one.lease.next_epoch(one.epoch)
+        assert later <= max(honest, one.epoch) + 1, "it alone names no epoch"
+        assert not (one.lease.is_held(self.now_s) and one.lease.is_succeeded(one.epoch, self.now_s))
+        if later > one.epoch:
+            one.epoch, one.lease = later, Lease(self.shards)
+
+    @rule(shard=st.integers(0, 4))
+    def voter_starts_again(self, shard: int) -> None:
+        self.voters[shard] = Promise(self.now_s, LEASE_S)
+
+    @rule(who=st.integers(0, CANDIDATES - 1))
+    def candidate_starts_again(self, who: int) -> None:
+        self.all[who].lease = Lease(self.shards)
+
+    @invariant()
+    def at_most_one_leads(self) -> None:
+        assert sum(one.lease.is_held(self.now_s) for one in self.all) <= 1
+
+
 class Forgetful(OneLeads):
     """Broken on purpose: who starts again believes that it promised nothing."""
 
@@ -104,6 +150,66 @@ RUNS = settings(max_examples=300, stateful_step_count=40, deadline=None)
 
 def test_nobody_leads_beside_another() -> None:
     run_state_machine_as_test(OneLeads, settings=RUNS)
+
+
+def test_nobody_leads_beside_another_where_a_client_lies() -> None:
+    run_state_machine_as_test(OneLies, settings=RUNS)
+
+
+@given(
+    honest=st.integers(1, 8),
+    lies=st.lists(st.tuples(st.booleans(), st.floats(0.0, 1000.0), st.integers(0, 1 << 53)), max_size=7),
+    epoch=st.integers(1, 5),
+    is_late=st.booleans(),
+)
+def test_fewer_clients_that_lie_than_others_keep_nobody_from_leading(
+    honest: int, lies: list[tuple[bool, float, int]], epoch: int, is_late: bool
+) -> None:
+    lies = lies[: honest - 1]
+    shards = honest + len(lies)
+    lease = Lease(shards)
+    voters = [Promise(0.0, LEASE_S) for _ in range(honest)]
+    answers = [said(shard, refused=one.ask(candidate("a", epoch), LEASE_S, 10.0)) for shard, one in enumerate(voters)]
+    others = [
+        said(honest + number, refused="no" if refuses else "", lease_s=lease_s, epoch=known)
+        for number, (refuses, lease_s, known) in enumerate(lies)
+    ]
+    if is_late:
+        lease.answered(others, 10.0)
+        lease.answered(answers, 10.0)
+    else:
+        lease.answered([*answers, *others], 10.0)
+    for alone in (False, True):
+        assert not lease.is_succeeded(epoch, 10.1, alone=alone)
+    assert lease.is_held(10.1)
+    assert lease.lasts_s(10.0) >= 0.99 * MARGIN * LEASE_S
+    assert not lease.is_contested(10.0, 10.1)
+    assert lease.next_epoch(epoch) <= epoch + 1
+
+
+def test_that_another_leads_is_for_those_to_say_whose_promises_would_be_needed() -> None:
+    lease = Lease(5)
+    lease.answered([said(0), said(1, refused="epoch 9 has begun", epoch=9)], 0.0)
+    assert not lease.is_succeeded(1, 0.1), "with it there would be no majority either"
+    assert lease.is_succeeded(1, 0.1, alone=True), "with nobody's consent half of those who answer are enough"
+    assert lease.next_epoch(1) == 2
+    lease.answered([said(2, refused="epoch 3 has begun", epoch=3)], 0.1)
+    assert lease.is_succeeded(1, 0.2)
+    assert not lease.is_succeeded(3, 0.2)
+    lease.answered([said(3), said(4)], 0.2)
+    assert not lease.is_succeeded(1, 0.3), "most have promised all the same"
+    refused = said(3, 4, refused="epoch 3 has begun", epoch=3)
+    lease.answered([refused], 0.3)
+    assert (lease.next_epoch(1), lease.next_epoch(9), lease.next_epoch(10)) == (4, 10, 10)
+
+
+def test_a_refusal_counts_beside_a_promise_of_the_same_shard_that_comes_later() -> None:
+    lease = Lease(1)
+    lease.answered([said(0, refused="promised to another")], 0.0)
+    lease.answered([said(0)], 0.0)
+    assert not lease.is_held(0.0)
+    lease.answered([said(0)], 0.1)
+    assert lease.is_held(0.1)
 
 
 @pytest.mark.parametrize("broken", [Forgetful, Unfenced])
@@ -184,8 +290,8 @@ def test_what_was_said_in_an_earlier_epoch_is_not_taken_in() -> None:
     assert (voter.epoch, voter.newest) == (2, (2, 5))
 
 
-def said(*shards: int, refused: str = "") -> Granted:
-    return Granted(shards=shards, refused=refused, lease_s=LEASE_S, epoch=1, newest=(0, Version(0)))
+def said(*shards: int, refused: str = "", lease_s: float = LEASE_S, epoch: int = 1) -> Granted:
+    return Granted(shards=shards, refused=refused, lease_s=lease_s, epoch=epoch, newest=(0, Version(0)))
 
 
 def test_a_shard_that_two_processes_hold_has_one_voice() -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from zsfl.errors import ConfigError
 from zsfl.ids import Role
 from zsfl.learning.modes import ModeName
-from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings, parse_shards
+from zsfl.ranges import parse_shards
+from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings
 
 ALL = tuple(NodeSettings.__dataclass_fields__)
 

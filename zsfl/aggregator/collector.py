@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from zsfl.aggregator.faults import Faults
 from zsfl.aggregator.gathering import Gathering, Key
 from zsfl.aggregator.journal import Journal
 from zsfl.aggregator.refusals import Refusals
@@ -90,6 +91,7 @@ class Collector:
         self._remaking: asyncio.Task[None] | None = None
         self._minding: asyncio.Task[None] | None = None
         self._is_full = False
+        self._faults = Faults()
 
     def joined(self, card: NodeCard) -> None:
         """A peer that may hold spills is there."""
@@ -257,11 +259,12 @@ class Collector:
             offered = offer.members if offer is not None else holder.members.get(found.cid, ())
             if found.members and tuple(member.cid for member in found.members) != offered:
                 raise SpillCorrupt(f"the steps of {key[1]} {key[0]} are others than were offered")
-        except SpillCorrupt as error:
+        except Exception as error:
+            said = self._faults.said(error)
             self._node.counters.add("spills_corrupt")
             if key not in holder.complained:
                 holder.complained.add(key)
-                self._node.note(f"{holder.name} handed over a corrupt spill: {error}", "warning")
+                self._node.note(f"{holder.name} handed over a corrupt spill of {key[0]}: {said}", "warning")
             return False
         try:
             if self._gathering.takes(found):

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from zsfl.aggregator.roster import Roster
+from zsfl.aggregator.roster import MOST_NAMED, Roster
 from zsfl.aggregator.stage import Stage
-from zsfl.aggregator.tally import pooled
+from zsfl.aggregator.tally import outliers, pooled
 from zsfl.errors import RemoteProtocolError
 from zsfl.ids import Version
 from zsfl.latest import Latest
@@ -82,6 +82,9 @@ class HeldOut:
         self._silent: frozenset[int] = frozenset()
         """Shards that did not answer the test before: nobody waits for them until they are heard again."""
 
+        self._strange: frozenset[int] = frozenset()
+        """Shards whose test was left out at some version: it was said."""
+
     async def order(self, order: Order) -> None:
         """Have a version tested, as soon as those ordered before are."""
         if self._waits:
@@ -144,7 +147,16 @@ class HeldOut:
         return self._tested(order, self._answers)
 
     def _tested(self, order: Order, answers: Mapping[int, Evaluated]) -> Tested:
-        loss, accuracy = pooled(answers)
+        strange = outliers(answers)
+        if new := strange - self._strange:
+            names = ", ".join(self._roster.value.label(shard) for shard in sorted(new)[:MOST_NAMED])
+            self._node.note(
+                f"the held-out loss of {names} was no finite number at version {order.version}, unlike that of others: "
+                "such tests are left out; look for bad samples there",
+                "warning",
+            )
+        self._strange |= strange
+        loss, accuracy = pooled({shard: one for shard, one in answers.items() if shard not in strange})
         return Tested(
             node=self._node.name,
             round=order.round,
@@ -152,7 +164,11 @@ class HeldOut:
             seconds=order.seconds,
             loss=loss,
             accuracy=accuracy,
-            clients={self._roster.value.label(shard): _accuracy(one) for shard, one in sorted(answers.items())},
+            clients={
+                self._roster.value.label(shard): None if shard in strange else _accuracy(one)
+                for shard, one in sorted(answers.items())
+            },
+            left_out=tuple(self._roster.value.label(shard) for shard in sorted(strange)[:MOST_NAMED]),
         )
 
     async def _until_answered(self) -> None:

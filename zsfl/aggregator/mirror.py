@@ -10,19 +10,16 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BufferedRandom, BufferedWriter
 from pathlib import Path
 
-import msgspec
-
 from zsfl.aggregator.commit import read_chain, read_record
 from zsfl.aggregator.journal import file_name
 from zsfl.aggregator.progress import checkpoints, place_of
-from zsfl.aggregator.run_folder import CHECKPOINT, JOURNAL, LEDGER, METRICS, STANDING, to_disk
+from zsfl.aggregator.run_folder import CHECKPOINT, JOURNAL, LEDGER, METRICS, to_disk
 from zsfl.errors import RemoteProtocolError, StorageError
 from zsfl.ids import NodeId, Version
 from zsfl.spill.segments import SUFFIX
@@ -41,46 +38,6 @@ MOST_LEDGER_BYTES = 1 << 30
 """Fetched at once."""
 _TAIL_BYTES = 1 << 16
 """Of a ledger, read at once to find its last record."""
-
-
-class Standing(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run folder remembers of who aggregates."""
-
-    holder: str
-    """Identity of this folder."""
-    origin: str = ""
-    """Of the folder in which the run began."""
-    epoch: int = 0
-    """The last that it heard of."""
-    led: bool = False
-    """Whether the run was made here in that epoch."""
-    shared: bool = False
-    """Whether another may have taken over by now: there was one who stood by."""
-    rounds: int = 0
-    """How many the run was to have, as whoever was followed said; 0: not known."""
-
-    @classmethod
-    def of(cls, folder: Path) -> Standing:
-        """What was remembered, or a new identity. `StorageError` when it cannot be read."""
-        try:
-            return msgspec.json.decode((folder / STANDING).read_bytes(), type=cls)
-        except FileNotFoundError:
-            return cls(holder=secrets.token_hex(6))
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise StorageError(f"{folder / STANDING} cannot be read: {error}; restore it, or start anew") from error
-
-    def keep(self, folder: Path) -> None:
-        """Remember it, also over a loss of power: two aggregators of one epoch would make two histories."""
-        aside = folder / f".{STANDING}.tmp"
-        try:
-            with aside.open("wb") as file:
-                file.write(msgspec.json.encode(self))
-                file.flush()
-                os.fsync(file.fileno())
-            aside.rename(folder / STANDING)
-            to_disk(folder)
-        except OSError as error:
-            raise StorageError(f"cannot write {folder / STANDING}: {error.strerror}; make room there") from error
 
 
 # --- where the run is made -----------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
+from zsfl.aggregator.faults import Faults
 from zsfl.aggregator.gathering import Gathering
 from zsfl.aggregator.roster import Roster
 from zsfl.errors import RunFailed
@@ -22,15 +23,25 @@ class Refusals:
     modes leave the step out, with the reason in the next record, as long as anybody's can be counted.
     """
 
-    def __init__(self, gathering: Gathering, master: Master, roster: Latest[Roster], *, is_exact: bool) -> None:
-        """`roster` is touched when a step is given up."""
+    def __init__(
+        self,
+        gathering: Gathering,
+        master: Master,
+        roster: Latest[Roster],
+        weighs: Callable[[float, int], str] = lambda n, samples: "",
+        *,
+        is_exact: bool,
+    ) -> None:
+        """`roster` is touched when a step is given up; `weighs` says why so many samples cannot weigh so much."""
         self._gathering = gathering
         self._master = master
         self._roster = roster
         self._is_exact = is_exact
+        self._weighs = weighs
         self._shards: dict[int, str] = {}
         """Shards whose last step was given up, and why."""
         self._ruin: str = ""
+        self._faults = Faults()
 
     @property
     def most_bytes(self) -> int:
@@ -44,7 +55,14 @@ class Refusals:
         """
         if self._is_exact and one.loss_sum is not None and not math.isfinite(one.loss_sum):
             return ""
-        return self._master.objection(one, self._gathering.beside(one), finite=not self._is_exact)
+        steps = [(step.n, step.samples, step.client) for step in one.members] or [(one.n, one.samples, one.client)]
+        try:
+            for n, samples, client in steps:
+                if why := self._weighs(n, samples):
+                    return f"{one.cid} of {client or one.whose}: {why}"
+            return self._master.objection(one, self._gathering.beside(one), finite=not self._is_exact)
+        except Exception as error:
+            return f"{one.cid} of {one.whose} cannot be judged: {self._faults.said(error)}"
 
     def give_up(self, one: Contribution, why: str) -> None:
         """It was made again in vain."""

@@ -10,13 +10,17 @@ from pathlib import Path
 
 import msgspec
 
-from zsfl.aggregator.mirror import Source, Standing
+from zsfl.aggregator.consent import Consent
+from zsfl.aggregator.holders import Holders
+from zsfl.aggregator.mirror import Source
 from zsfl.aggregator.stage import Stage
-from zsfl.errors import ConfigError, Fenced, RunFailed, StorageError, ZsflError
+from zsfl.aggregator.standing import Standing
+from zsfl.errors import ConfigError, Fenced, RunFailed, StorageError
 from zsfl.ids import NodeCard, NodeId, Role, Version
 from zsfl.latest import Latest
 from zsfl.lease import Lease, clock_s, most_of
 from zsfl.node import Node
+from zsfl.ranges import parse_shards
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Beat, Committed, Reply, Request
 from zsfl.wire.succession import FetchPiece, Follow, Grant, Granted
@@ -39,9 +43,15 @@ class Reign:
         self._shards = shards
         self._standing = Standing.of(folder)
         self._source = Source(folder, bound)
+        self.holders = Holders(
+            self._standing.holders,
+            keyed=bool(node.card.key),
+            most=node.settings.clients_per_key,
+            reassign=parse_shards(node.settings.reassign, shards) if node.settings.reassign else (),
+            trusts=lambda key: node.trusts(key, Role.CLIENT),
+        )
+        self._consent = Consent(node, self.holders)
         self._lease = Lease(shards)
-        self._shortest_s = node.settings.lost_after_s
-        """Of what clients promise."""
         self._is_alone = node.settings.takeover == "always"
         """Nobody's consent is needed: a later epoch is all that ends an earlier one."""
         self._followers: Latest[dict[NodeId, Version]] = Latest({})
@@ -77,7 +87,8 @@ class Reign:
             if not self._standing.shared and self._lease.is_held(clock_s()):
                 await self._node.persistently(lambda: self._keep(shared=True))
                 self._node.note("another aggregator stands by, and may take over from now on")
-            await asyncio.sleep(max(MIN_RENEWAL_S, self._shortest_s / RENEWALS))
+            lasts_s = self._lease.lasts_s(clock_s()) or self._node.settings.lost_after_s
+            await asyncio.sleep(max(MIN_RENEWAL_S, min(lasts_s, self._node.settings.lost_after_s) / RENEWALS))
 
     def _grant(self, lease_s: float) -> Grant:
         return Grant(
@@ -90,14 +101,15 @@ class Reign:
         )
 
     async def _renew(self) -> None:
-        lease_s = self._node.settings.lost_after_s
-        asked_s, grant = clock_s(), self._grant(lease_s)
-        answers = await asked_of_all(self._node, grant, lease_s)
-        if any(granted.refused and granted.epoch > self._standing.epoch for granted in answers):
+        asked_s = clock_s()
+
+        def took(answers: Sequence[Granted]) -> None:
+            self._lease.answered(answers, asked_s)
+            self._promised.touch()
+
+        await self._consent.ask(self._grant(self._node.settings.lost_after_s), took)
+        if self._lease.is_succeeded(self._standing.epoch, clock_s(), alone=self._is_alone):
             self._fenced()
-        self._lease.answered(answers, asked_s)
-        self._shortest_s = min([self._shortest_s, *(granted.lease_s for granted in answers if not granted.refused)])
-        self._promised.touch()
 
     def _fenced(self) -> None:
         with suppress(StorageError):  # whoever leads is found out from the clients anyway
@@ -158,7 +170,7 @@ class Reign:
                 await self._followers.wait_for(lambda now: not now or max(now.values()) >= self._version)
         if not self._followers.value:
             return False
-        await asked_of_all(self._node, self._grant(0.0), self._node.settings.lost_after_s)
+        await self._consent.ask(self._grant(0.0), lambda _: None)
         there = max(self._followers.value.values(), default=0)
         self._node.note(f"leaving the run to whoever stands by, at version {there}")
         return True
@@ -178,6 +190,11 @@ class Reign:
 
     # --- those who stand by -----------------------------------------------------------------------------
 
+    async def joined(self, card: NodeCard, shards: Sequence[int]) -> None:
+        """A client has these shards from now on, and speaks for them; returns when that is kept."""
+        if self.holders.take(card.key, shards):
+            await self._node.persistently(lambda: self._keep(holders=self.holders.by_key()))
+
     def answer(self, request: Request) -> tuple[Reply, Sequence[Buffer]] | None:
         """Answer somebody who stands by; None: it was not asked by one."""
         match request:
@@ -185,7 +202,9 @@ class Reign:
                 self._copied_s = clock_s()
                 epoch = self._standing.epoch if self._standing.shared else 0
                 following = self._source.follow(request, self._version)
-                following = msgspec.structs.replace(following, origin=self._standing.origin, epoch=epoch)
+                following = msgspec.structs.replace(
+                    following, origin=self._standing.origin, epoch=epoch, holders=self._standing.holders
+                )
                 if following.agrees and self._node.peer(request.node):
                     self._followers.value[request.node] = request.version
                     self._followers.touch()
@@ -231,15 +250,3 @@ class Reign:
                 f"for {patience_s:g} s no aggregator that stands by had version {version}, and durability is replica: "
                 "start one with zsfl node standby JOB, or use --durability power; then go on with --resume"
             ) from None
-
-
-async def asked_of_all(node: Node, grant: Grant, deadline_s: float) -> list[Granted]:
-    """What the clients that are there answer in time."""
-
-    async def ask(card: NodeCard) -> Granted | None:
-        with suppress(ZsflError):
-            return (await node.link(card).request(grant, deadline_s=deadline_s)).expect(Granted)
-        return None
-
-    answers = await asyncio.gather(*(ask(card) for card in node.peers(Role.CLIENT)))
-    return [answer for answer in answers if answer is not None]

@@ -151,7 +151,7 @@ class AggregatorRole:
         """Answer a client or an observer."""
         match request:
             case Join():
-                self._join(request)
+                await self._join(request)
             case Evaluated():
                 self._held_out.heard(request)
             case CheckNeed():
@@ -168,12 +168,15 @@ class AggregatorRole:
                 raise RemoteProtocolError(f"an aggregator does not answer {type(request).__name__} here")
         return Ok()
 
-    def _join(self, request: Join) -> None:
+    async def _join(self, request: Join) -> None:
         card = self._node.peer(request.node)
         if card is None or card.role is not Role.CLIENT:
             raise NoPeer("only a client joins, and after its HELLO")
+        shards = [info.shard for info in request.shards]
+        self._reign.holders.check(card, shards)
         self._roster.value.join(card.id, card.name, request.shards)
         self._roster.touch()
+        await self._reign.joined(card, shards)
 
     def joined(self, card: NodeCard) -> None:
         """A peer is there."""
@@ -275,6 +278,13 @@ class AggregatorRole:
             raise ConfigError("the shards have other sizes than when the run began; resume it with the same data")
         if self._resumed is None:
             self._keep_first()
+        machine, held = self._reign.holders.largest()
+        if self._job.average != "mean" and 2 * held >= self._job.shards:
+            self._node.note(
+                f"the machine {machine} holds {held} of {self._job.shards} shards, and with them what "
+                f"{self._job.average} says; --clients-per-key bounds that",
+                "warning",
+            )
         clients, servers = (len(self._node.peers(role)) for role in (Role.CLIENT, Role.SPLIT_SERVER))
         folder, rounds, name = str(self._folder.path), self._training.round, self._node.name
         self._node.report(Assembled(node=name, clients=clients, split_servers=servers, folder=folder, rounds=rounds))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from zsfl.aggregator.commit import Clipped
-from zsfl.errors import RunFailed
+from zsfl.aggregator.faults import Faults
 from zsfl.ids import Cid, Version, parse_cid
 from zsfl.learning.averaging import Contribution
 from zsfl.learning.flat import FlatTensors
@@ -57,6 +57,7 @@ class Sieve:
         """What was asked of the clients at the versions whose steps may still count, as far as that is known."""
         self._refusals: Counter[int] = Counter()
         self._is_short = False
+        self._faults = Faults()
 
     def sift(
         self, gathered: Sequence[Contribution], dropped: Mapping[Cid, str], version: Version, sizes: Sizes
@@ -95,12 +96,15 @@ class Sieve:
     def _look_at(self, cid: Cid, parts: Sequence[Contribution]) -> tuple[float, str]:
         """Norm of the mean gradient of a step over all parameters, and why it cannot be used, if so."""
         try:
-            self._check(parts)
-        except RunFailed as error:
-            return 0.0, str(error)
+            return self._measure(cid, parts)
+        except Exception as error:
+            return 0.0, self._faults.said(error)
+
+    def _measure(self, cid: Cid, parts: Sequence[Contribution]) -> tuple[float, str]:
+        self._check(parts)
         n, samples = parts[0].n, parts[0].samples
-        if self._job.loss_weight is None and n != samples:
-            return 0.0, f"it weighs n={n:g} for {samples} samples"
+        if why := self._job.objection_to(n, samples):
+            return 0.0, why
         asked = self._asked(cid)
         if asked is not None and samples not in asked:
             return 0.0, f"it is of {samples} samples where {asked.stop - 1} were asked for"

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
 
-from zsfl.aggregator.mirror import Mirror, Standing
-from zsfl.aggregator.reign import asked_of_all
+from zsfl.aggregator.consent import Consent
+from zsfl.aggregator.holders import Holders
+from zsfl.aggregator.mirror import Mirror
+from zsfl.aggregator.standing import Standing
 from zsfl.errors import (
     ConfigError,
     NoPeer,
@@ -29,7 +31,7 @@ from zsfl.node import STATE_TOPIC, BeatExtras, Node
 from zsfl.wire.connection import Connection
 from zsfl.wire.framing import nbytes
 from zsfl.wire.messages import Announcement, Beat, Broadcast, Committed, Reply, Request, RunState
-from zsfl.wire.succession import MAX_FILES, PIECE_BYTES, FetchPiece, FileInfo, Following, Grant, Piece
+from zsfl.wire.succession import MAX_FILES, PIECE_BYTES, FetchPiece, FileInfo, Following, Grant, Granted, Piece
 
 RIVAL_LEASES = (0.5, 3.0)
 """How long whoever finds another standing too asks nobody, in leases: the promises that each has run out meanwhile."""
@@ -253,7 +255,7 @@ class StandbyRole:
             for info in wanted:
                 await self._fetch(connection, info)
             if len(following.files) < MAX_FILES:  # else the ledger may be among what was not named
-                self._learn(following.epoch)
+                self._learn(following)
             if not wanted:
                 return
 
@@ -267,8 +269,11 @@ class StandbyRole:
                 "name with --name"
             )
 
-    def _learn(self, epoch: int) -> None:
+    def _learn(self, following: Following) -> None:
         """Of whom we follow, once its history is here; from then on a takeover is possible."""
+        epoch = following.epoch
+        if following.holders != self._standing.holders:
+            self._keep(holders=following.holders)
         if epoch and (epoch > self._standing.epoch or self._standing.led or not self._standing.shared):
             self._keep(epoch=epoch, led=False, shared=True)
             self._epoch = epoch + 1
@@ -359,14 +364,19 @@ class StandbyRole:
             version=self._mirror.version,
             lease_s=lease_s,
         )
-        asked_s = clock_s()
-        answers = await asked_of_all(self._node, grant, self._node.settings.lost_after_s)
-        self._lease.answered(answers, asked_s)
-        self._known = max(self._known, *(granted.newest for granted in answers), (0, 0))
-        refused = [granted.epoch for granted in answers if granted.refused]
-        if self._lease.is_held(clock_s()) or (self._node.settings.takeover == "always" and not refused):
+        consent = Consent(self._node, Holders(self._standing.holders, keyed=bool(self._node.card.key)))
+        lease, asked_s = self._lease, clock_s()
+
+        def took(answers: Sequence[Granted]) -> None:
+            lease.answered(answers, asked_s)
+            self._known = max(self._known, *(granted.newest for granted in answers), (0, 0))
+
+        await consent.ask(grant, took)
+        now_s, epoch = clock_s(), lease.next_epoch(self._epoch)
+        is_alone = self._node.settings.takeover == "always" and not lease.is_contested(asked_s, now_s)
+        if lease.is_held(now_s) or is_alone:
             return True
-        self._has_rival = bool(refused) and max(refused) >= self._epoch
+        self._has_rival = epoch > self._epoch
         if self._has_rival:
-            self._epoch, self._lease = max(refused) + 1, Lease(self._shards)
+            self._epoch, self._lease = epoch, Lease(self._shards)
         return False

@@ -107,6 +107,17 @@ class Tally:
         )
 
 
+ABSURD = 1e300
+"""A held-out loss beyond it is as good as infinite: of all shards it cannot be summed up."""
+
+
+def outliers(evaluated: Mapping[int, Evaluated]) -> frozenset[int]:
+    """Shards whose loss is no finite number, unless that is so of most who answered: then it is the model."""
+    results = {shard: result for shard, result in evaluated.items() if result.samples}
+    strange = {shard for shard, result in results.items() if not abs(result.loss_sum) <= ABSURD}
+    return frozenset(strange) if 2 * len(strange) <= len(results) else frozenset()
+
+
 def pooled(evaluated: Mapping[int, Evaluated]) -> tuple[float | None, float | None]:
     """Loss and accuracy over all held-out samples of all shards; None where there is nothing to pool."""
     results = [result for result in evaluated.values() if result.samples]

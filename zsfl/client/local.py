@@ -164,6 +164,10 @@ class LocalParts:
         n = float(len(y)) if self._job.loss_weight is None else float(self._job.loss_weight(y))
         if not 0 <= n < math.inf:
             raise ConfigError(f"loss_weight gives {n} for a batch: it must be a number of 0 or more")
+        if why := self._job.objection_to(n, len(y)):
+            raise ConfigError(
+                f"a batch cannot be used: {why}. State a larger most_weight in the job, or scale its weights"
+            )
         return n
 
     def turn(self, weights: ClientWeights, step: StepInHand, output: torch.Tensor) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from zsfl.learning.weighting import MOST_WEIGHT
+
 if TYPE_CHECKING:
     from zsfl.learning.cuts import Cuts
     from zsfl.learning.job import Job
@@ -42,6 +44,7 @@ def facts_of(job: Job, cuts: Cuts) -> dict[str, str]:
     # Only where they are stated, so that a run of before can be resumed.
     facts |= {} if job.average == "mean" else {"average": repr(job.average)}
     facts |= {} if job.bound is None else {"norm_bound": repr(job.bound)}
+    facts |= {} if job.most_weight == MOST_WEIGHT else {"most_weight": repr(job.most_weight)}
     facts |= {} if job.protect is None else {"protect": repr(job.protect)}
     return {name: _shortened(fact) for name, fact in facts.items()}
 

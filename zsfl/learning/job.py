@@ -7,7 +7,6 @@ import importlib.util
 import math
 import re
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,14 @@ from torch.utils.data import Dataset
 
 from zsfl.errors import ConfigError
 from zsfl.learning.batches import BySpeed, batch_place, is_number
+from zsfl.learning.blame import line_of, said_of
 from zsfl.learning.model import JOB_MODULE_PREFIX
 from zsfl.learning.modes import Async, Elastic, Exact, Mode, ModeName, mode_named
 from zsfl.learning.norms import tracked_norms
 from zsfl.learning.optim import OptimizerSpec
 from zsfl.learning.privacy import Protection
 from zsfl.learning.robust import Average, Krum, Median, NormBound, TrimmedMean
+from zsfl.learning.weighting import MOST_WEIGHT, weight_objection
 from zsfl.tensors.plan import CodecPlan
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ class Job:
     """Of output and target: the number of correct samples in the batch; None to report the loss only."""
     loss_weight: Callable[[Tensor], float] | None = None
     """Of the target: a batch's weight sum, when the loss is a weighted mean; None for its sample count."""
+    most_weight: float = MOST_WEIGHT
+    """With `loss_weight`, the most that a sample may weigh: a batch that weighs more is refused, whoever it is of."""
     cut: Callable[[int], str] | None = None
     """Of a shard: the name of the cut that its client uses; needed where `model` gives several."""
 
@@ -155,6 +158,8 @@ class Job:
             if type(value) is not int or not least <= value <= most:
                 to = f"from {least} {f'to {most}' if field == 'steps' else 'up'}"
                 raise self._wrong(f"{field} is {value!r}: use a whole number {to}")
+        if not (is_number(self.most_weight) and 0 < self.most_weight < math.inf):
+            raise self._wrong(f"most_weight is {self.most_weight!r}: use a number above 0")
         self._check_choices()
         self._check_defences()
 
@@ -225,6 +230,10 @@ class Job:
         """How long gradients may be."""
         given = self.norm_bound
         return given if given is None or isinstance(given, NormBound) else NormBound(given)
+
+    def objection_to(self, n: float, samples: int) -> str:
+        """Why a batch of so many samples cannot weigh `n`; empty when it can."""
+        return weight_objection(n, samples, None if self.loss_weight is None else self.most_weight)
 
     @property
     def how(self) -> Mode:
@@ -298,7 +307,7 @@ class Job:
         try:
             return function()
         except Exception as error:
-            where = f"{_said(error)}{_line(error, None)}"
+            where = f"{said_of(error)}{line_of(error, None)}"
             raise self._wrong(f"{call} failed: {where}; correct the {call.partition('(')[0]}'s function") from error
 
     def tests(self, version: int) -> bool:
@@ -357,7 +366,9 @@ def load_job(path: Path) -> Job:
         found = _job_in(name, path)
     except (Exception, SystemExit) as error:
         sys.modules.pop(name, None)
-        raise ConfigError(f"job file {path} cannot be imported: {_said(error)}{_line(error, path.parent)}") from error
+        raise ConfigError(
+            f"job file {path} cannot be imported: {said_of(error)}{line_of(error, path.parent)}"
+        ) from error
     finally:
         sys.path.remove(str(path.parent))
     if found is None:
@@ -380,19 +391,3 @@ def _job_in(name: str, path: Path) -> object:
     loader.exec_module(module)
     found: object = getattr(module, "job", None)
     return found() if callable(found) and not isinstance(found, type) else found
-
-
-def _said(error: BaseException) -> str:
-    """An error as the person reads it: its own words when it is ours, else with its class."""
-    if isinstance(error, ConfigError):
-        return str(error)
-    return f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
-
-
-def _line(error: BaseException, folder: Path | None) -> str:
-    """` (job.py, line 3)`: where it went wrong, the last place in `folder` (None: anywhere)."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f" ({error.filename}, line {error.lineno})"
-    frames = traceback.extract_tb(error.__traceback__)
-    places = [frame for frame in frames if folder is None or Path(frame.filename).parent == folder]
-    return f" ({places[-1].filename}, line {places[-1].lineno})" if places else ""

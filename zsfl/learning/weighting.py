@@ -15,6 +15,18 @@ from typing import Any
 HORIZON = 32.0
 """Versions after which a half is forgotten of what a client moved: several times as long as a slow client's step."""
 
+MOST_WEIGHT = 100.0
+"""Of a sample in a weighted loss, unless the job states another bound: one client cannot outweigh all others."""
+
+
+def weight_objection(n: float, samples: int, most: float | None) -> str:
+    """Why a batch of so many samples cannot weigh `n`; `most`: what one may weigh, None where each weighs 1."""
+    if most is None:
+        return "" if n == samples else f"it weighs n={n:g} for {samples} samples, and the job has no loss_weight"
+    if 0 <= n <= most * samples:
+        return ""
+    return f"it weighs n={n:g} for {samples} samples, and most_weight of the job is {most:g} for each"
+
 
 def staleness_weight(staleness: int) -> float:
     """How much of a gradient counts that is so many versions old."""

@@ -7,6 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from zsfl.ids import KEY_PATTERN
 from zsfl.wire.fields import MAX_SHARDS, Count, Message, NodeIdText, Seconds, ShortText, VersionNumber
 
 MAX_FILES = 4096
@@ -22,6 +23,7 @@ FILE_PATTERN = (
     r"^(ledger\.jsonl|metrics\.jsonl|model\.safetensors|best\.safetensors|load_model\.py"
     r"|journal/v[0-9]{12}\.spills|checkpoint/round-[0-9]{6}/(place\.json|master\.safetensors))\Z"
 )
+KeyText = Annotated[str, Meta(pattern=KEY_PATTERN)]
 FileName = Annotated[str, Meta(max_length=100, pattern=FILE_PATTERN)]
 """Of a run, below its folder: no other file is ever named, read or written."""
 
@@ -87,6 +89,10 @@ class Following(Message, frozen=True, kw_only=True, tag="following"):
     """Which run it is, by the folder in which it began."""
     epoch: Count = 0
     """0: no takeover is possible yet."""
+    holders: Annotated[
+        dict[KeyText, Annotated[tuple[Count, ...], Meta(max_length=MAX_SHARDS)]], Meta(max_length=MAX_SHARDS)
+    ] = msgspec.field(default_factory=dict[str, tuple[int, ...]])
+    """Shards, by the key of the machine whose client holds them; none where no keys are used."""
     files: Annotated[tuple[FileInfo, ...], Meta(max_length=MAX_FILES)] = ()
 
 

@@ -344,3 +344,23 @@ async def test_what_cannot_be_counted_is_made_again_and_then_given_up(tmp_path: 
     refused = [note for note in at.node.notes if note.startswith("refused")]
     assert refused == [f"refused what server holds of {cid(4, 1)}: it has a gradient of nothing"]
     await at.ends()
+
+
+@pytest.mark.parametrize("error", [TypeError("a"), OverflowError("a"), RuntimeError("a")])
+async def test_whatever_goes_wrong_while_a_spill_is_read_it_is_not_taken_and_the_aggregator_goes_on(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def decode(*_: object) -> Contribution:
+        raise error
+
+    at = Collecting(tmp_path)
+    body, data = spill(4, (1,))
+    with monkeypatch.context() as patched:
+        patched.setattr("zsfl.aggregator.collector.decode_contribution", decode)
+        for _ in range(3):
+            at.collector.offered(CARD.id, [body], [data])
+    assert at.took == []
+    said = f"it leads to an error, {type(error).__name__}: a"
+    assert at.node.notes[0] == f"server handed over a corrupt spill of {cid(4, 1)}: {said}"
+    assert capfd.readouterr().err.count("Traceback") == 1
+    await at.ends()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from zsfl import reports
 from zsfl.aggregator.held_out import MAX_WAITING, Best, HeldOut, Order
 from zsfl.aggregator.roster import Roster
 from zsfl.aggregator.stage import Stage
+from zsfl.aggregator.tally import outliers
 from zsfl.errors import RemoteProtocolError, StaleWeights
 from zsfl.ids import BODY, NodeId, Version
 from zsfl.latest import Latest
@@ -66,12 +68,14 @@ class Hall:
 
         await self.tests.order(Order(version=Version(version), state={}, round=3, seconds=1.5, then=then))
 
-    def answers(self, shard: int, correct: float | None = 2.0, version: int | None = None) -> None:
+    def answers(
+        self, shard: int, correct: float | None = 2.0, version: int | None = None, loss_sum: float = 2.0
+    ) -> None:
         at = self.stage.state.tested if version is None else Version(version)
         assert at is not None
         node = self.roster.value.node_of(shard) or A
         self.tests.heard(
-            Evaluated(node=node, shard=shard, version=at, samples=4, weight=4.0, correct=correct, loss_sum=2.0)
+            Evaluated(node=node, shard=shard, version=at, samples=4, weight=4.0, correct=correct, loss_sum=loss_sum)
         )
 
     async def until_tested(self, version: int) -> None:
@@ -268,3 +272,45 @@ def test_a_test_of_no_samples_is_none() -> None:
     best = Best()
     assert not any(best.take(result(version, None)) for version in range(5))
     assert (best.tested, best.since) == (None, 0)
+
+
+@pytest.mark.parametrize("loss_sum", [math.nan, math.inf, -math.inf, 1.7e308, -1.7e308])
+async def test_one_client_whose_loss_is_no_number_is_left_out_and_named_once(loss_sum: float) -> None:
+    async with at_work(Hall()) as hall:
+        for version in (4, 5):
+            await hall.order(version)
+            await hall.until_tested(version)
+            for shard in (0, 1):
+                hall.answers(shard)
+            hall.answers(2, loss_sum=loss_sum, correct=4.0)
+            await eventually(lambda version=version: len(hall.results) == version - 3)
+    for tested in hall.results:
+        assert (tested.loss, tested.accuracy, tested.left_out) == (0.5, 0.5, ("client-2",))
+        assert tested.clients["client-2"] is None
+    said = [note for note in hall.notes if "no finite number" in note]
+    assert len(said) == 1
+    assert "the held-out loss of client-2 was no finite number at version 4" in said[0]
+
+
+def test_of_two_clients_one_does_not_speak_for_both() -> None:
+    def said(shard: int, loss_sum: float) -> Evaluated:
+        return Evaluated(
+            node=A, shard=shard, version=Version(1), samples=4, weight=4.0, correct=None, loss_sum=loss_sum
+        )
+
+    assert outliers({0: said(0, math.nan), 1: said(1, 2.0)}) == {0}
+    assert outliers({0: said(0, math.nan)}) == frozenset()
+
+
+@pytest.mark.parametrize("strange", [(1, 2), (0, 1, 2)])
+async def test_where_most_say_so_the_loss_is_no_number(strange: tuple[int, ...]) -> None:
+    async with at_work(Hall()) as hall:
+        await hall.order(4)
+        await hall.until_tested(4)
+        for shard in range(3):
+            hall.answers(shard, loss_sum=math.nan if shard in strange else 2.0)
+        await eventually(lambda: bool(hall.results))
+    (tested,) = hall.results
+    assert tested.loss is not None
+    assert math.isnan(tested.loss)
+    assert tested.left_out == ()

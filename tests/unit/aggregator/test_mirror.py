@@ -13,7 +13,8 @@ import pytest
 from helpers.exact import Case, Ran, assert_equal, in_process
 from helpers.ledger import ledger
 
-from zsfl.aggregator.mirror import Mirror, Source, Standing
+from zsfl.aggregator.mirror import Mirror, Source
+from zsfl.aggregator.standing import Standing
 from zsfl.errors import StorageError
 from zsfl.ids import NodeId, Version, parse_cid
 from zsfl.wire.succession import PIECE_BYTES, FetchPiece, FileInfo

@@ -12,13 +12,14 @@ from torch import nn
 from zsfl.aggregator.gathering import Gathering
 from zsfl.aggregator.refusals import Refusals
 from zsfl.aggregator.roster import Roster
-from zsfl.errors import RunFailed
+from zsfl.errors import BadShape, RunFailed, StorageError
 from zsfl.ids import NodeId, PartName, RunId, Version, parse_cid, step_cid
 from zsfl.latest import Latest
-from zsfl.learning.averaging import Contribution
+from zsfl.learning.averaging import Contribution, StepShare
 from zsfl.learning.master import Master
 from zsfl.learning.model import SplitModel
 from zsfl.learning.optim import OptimizerSpec
+from zsfl.learning.weighting import MOST_WEIGHT, weight_objection
 from zsfl.wire.fields import ShardInfo
 
 RUN = RunId("3fa9c1")
@@ -65,6 +66,38 @@ def test_what_does_not_fit_is_objected_to_when_it_comes(changes: dict[str, Any],
     assert CIDS[0] in case.refusals.objection(case.step(0, **changes))
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("part", ["client", "body"])
+@pytest.mark.parametrize("n", [0.0, 2.9, 3.1, 1e300, math.inf, math.nan])
+def test_without_weights_a_batch_weighs_its_samples(n: float, part: PartName, exact: bool) -> None:
+    case = Case(exact=exact)
+    case.refusals._weighs = lambda n, samples: weight_objection(n, samples, None)
+    assert case.refusals.objection(case.step(0, part)) == ""
+    said = case.refusals.objection(case.step(0, part, n=n, client="client-0"))
+    assert said == f"{CIDS[0]} of client-0: it weighs n={n:g} for 3 samples, and the job has no loss_weight"
+
+
+def test_with_weights_no_sample_outweighs_all_others() -> None:
+    case = Case(exact=True)
+    case.refusals._weighs = lambda n, samples: weight_objection(n, samples, MOST_WEIGHT)
+    for n in (0.0, 0.1, 3 * MOST_WEIGHT):
+        assert case.refusals.objection(case.step(0, n=n)) == ""
+    for n in (3.01 * MOST_WEIGHT, 1e300, math.inf, math.nan, -1.0):
+        said = case.refusals.objection(case.step(0, n=n, client="client-0"))
+        assert (
+            said
+            == f"{CIDS[0]} of client-0: it weighs n={n:g} for 3 samples, and most_weight of the job is 100 for each"
+        )
+
+
+def test_of_what_is_merged_each_step_weighs_what_it_may() -> None:
+    case = Case(exact=True)
+    case.refusals._weighs = lambda n, samples: weight_objection(n, samples, None)
+    members = [StepShare(cid=cid, n=n, samples=3, client=f"c{n}") for cid, n in zip(CIDS, (1.0, 5.0), strict=True)]
+    merged = case.step(0, "body", n=6.0, samples=6, members=tuple(members))
+    assert "c1.0: it weighs n=1 for 3 samples" in case.refusals.objection(merged)
+
+
 def test_parts_of_one_step_are_of_one_batch() -> None:
     case = Case(exact=True)
     assert case.gathering.arrived(case.step(0, "body"))
@@ -78,6 +111,38 @@ def test_parts_of_one_step_are_of_one_batch() -> None:
 def test_what_is_not_finite_is_left_out_unless_nothing_goes_on_without_it(changes: dict[str, Any]) -> None:
     assert Case(exact=True).refusals.objection(Case(exact=True).step(0, **changes)) == ""
     assert Case(exact=False).refusals.objection(Case(exact=False).step(0, **changes))
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("a"), ValueError("a"), OverflowError("a"), RuntimeError("a"), BadShape("a")]
+)
+def test_whatever_goes_wrong_while_it_is_judged_is_an_objection_and_told_of_once(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case = Case(exact=False)
+
+    def objection(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(case.refusals._master, "objection", objection)
+    for _ in range(3):
+        said = case.refusals.objection(case.step(0, client="client-0"))
+        assert said.startswith(f"{CIDS[0]} of node for client-0 cannot be judged: ")
+    assert capfd.readouterr().err.count("Traceback") == (not isinstance(error, BadShape))
+
+
+@pytest.mark.parametrize("error", [StorageError("full"), MemoryError()])
+def test_a_disk_or_a_memory_that_is_full_is_nobodys_contributions_fault(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(exact=False)
+
+    def objection(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(case.refusals._master, "objection", objection)
+    with pytest.raises(type(error)):
+        case.refusals.objection(case.step(0))
 
 
 def test_exact_mode_ends_with_the_name_of_whose_step_it_is() -> None:

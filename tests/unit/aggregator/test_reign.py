@@ -25,7 +25,7 @@ class FakeNode:
     """A node with one client, which holds the only shard and keeps its promises, and one that stands by."""
 
     def __init__(self, **settings: Any) -> None:
-        self.name, self.card = "me", SimpleNamespace(id=NodeId("me"))
+        self.name, self.card = "me", SimpleNamespace(id=NodeId("me"), key="")
         self.settings = NodeSettings(lost_after_s=LEASE_S, **settings)
         self.promise = Promise(clock_s() - LEASE_S, LEASE_S)
         self.notes: list[str] = []

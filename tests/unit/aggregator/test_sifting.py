@@ -134,6 +134,25 @@ def test_what_cannot_be_used_is_refused_with_the_reason(bad: list[Contribution],
             raise AssertionError(why)
 
 
+def test_whatever_goes_wrong_while_a_step_is_looked_at_is_a_reason_to_refuse_it(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    real = _square
+
+    def square(grads: Any) -> float:
+        if "body.0.bias" in grads:
+            raise OverflowError("int too large to convert to float")
+        return real(grads)
+
+    monkeypatch.setattr("zsfl.aggregator.sifting._square", square)
+    bad = step(1, grads={"body.0.weight": torch.ones(2, 2), "body.0.bias": torch.ones(2)})
+    sifted = Sifting().sift([step(0), bad, step(2)])
+    assert {parse_cid(one.cid).shard for one in sifted.window} == {0, 2}
+    said = "refused: it leads to an error, OverflowError: int too large to convert to float (client-1)"
+    assert sifted.dropped == {cid(1): said}
+    assert capfd.readouterr().err.count("Traceback") == 1
+
+
 def test_a_step_that_weighs_nothing_may_have_no_gradient() -> None:
     def weight(target: Tensor) -> float:
         return 0.0

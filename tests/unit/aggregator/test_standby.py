@@ -10,8 +10,9 @@ from typing import Any, cast
 
 import pytest
 
-from zsfl.aggregator.mirror import Mirror, Standing
+from zsfl.aggregator.mirror import Mirror
 from zsfl.aggregator.standby import StandbyRole
+from zsfl.aggregator.standing import Standing
 from zsfl.errors import NoPeer, RunFailed, Unavailable
 from zsfl.ids import NodeCard, NodeId, Role, RunId, Version
 from zsfl.settings import NodeSettings
@@ -40,7 +41,7 @@ class FakeNode:
     """A node that has no peers but the aggregator."""
 
     def __init__(self, **settings: Any) -> None:
-        self.settings, self.card, self.name = NodeSettings(**settings), SimpleNamespace(id=NodeId("me")), "me"
+        self.settings, self.card, self.name = NodeSettings(**settings), SimpleNamespace(id=NodeId("me"), key=""), "me"
         self.notes: list[str] = []
         self.there = [LEADER]
 

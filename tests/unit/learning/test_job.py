@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,9 @@ def test_good_names(name: str) -> None:
         ({"data": "folder"}, "data is 'folder': use a function"),
         ({"metric": 1}, "metric is 1: use a function or None"),
         ({"loss_weight": 1}, "loss_weight is 1"),
+        ({"most_weight": 0}, "most_weight is 0: use a number above 0"),
+        ({"most_weight": math.inf}, "most_weight is inf"),
+        ({"most_weight": "much"}, "most_weight is 'much'"),
         ({"optimizer": torch.optim.SGD}, r"use zsfl.sgd\(lr=0.1\)"),
         ({"batch_size": 0}, "batch_size is 0: use a whole number from 1 up"),
         ({"batch_size": 1.5}, "batch_size is 1.5"),
