@@ -25,7 +25,7 @@ from zsfl.aggregator.role import AggregatorRole
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.aggregator.standby import Elected, StandbyRole
 from zsfl.client.role import ClientRole
-from zsfl.dashboard.progress import plain_line
+from zsfl.dashboard.progress import plain_line, ready_line
 from zsfl.errors import ConfigError, Fenced, StorageError, ZsflError
 from zsfl.front import Front, failed
 from zsfl.ids import Role
@@ -256,7 +256,7 @@ def print_report(report: AnyReport) -> None:
             sys.stdout.buffer.write(to_line(report))
             sys.stdout.buffer.flush()
         elif isinstance(report, Ready):
-            print(f"{report.node} is ready at {report.address}", flush=True)
+            print(ready_line(report), flush=True)
         elif (line := plain_line(report)) is not None and not isinstance(report, Failed):
             print(line, flush=True)
     except BrokenPipeError:  # a node goes on when nobody watches any more
