@@ -27,7 +27,7 @@ from zsfl.keys.secret import OTHERS_WRITE, check_owner, make_folder
 
 TRUSTED = "trusted"
 MAX_TRUSTED = 4096
-"""Keys in one file; what follows is not read."""
+"""Lines of one file; what follows is not read."""
 LOCK_LOOKS, LOCK_LOOK_S = 100, 0.05
 """How often, and after what pause, to see whether another process is done with changing it."""
 EVERY_ROLE = frozenset(Role)
@@ -162,6 +162,8 @@ def trust(folder: Path, entry: Trusted, *, rename: bool = False) -> Trusted:
     """
     with _rewritten(folder) as lines:
         lines[:] = [line for line in lines if _key_in(line) != entry.key]
+        if len(lines) >= MAX_TRUSTED:
+            raise ConfigError(f"{folder / TRUSTED} has as many lines as are read, {MAX_TRUSTED}: remove some first")
         taken = {other.name for other in map(_entry_in, lines) if other}
         if entry.name in taken and not rename:
             raise ConfigError(

@@ -12,7 +12,7 @@ import zmq
 from zsfl.errors import ConfigError
 from zsfl.ids import PublicKey, Role
 from zsfl.keys.machine import machine_id
-from zsfl.keys.trusted import EVERY_ROLE, TRUSTED, Trusted, TrustFile, read_key, read_line, revoke, trust
+from zsfl.keys.trusted import EVERY_ROLE, MAX_TRUSTED, TRUSTED, Trusted, TrustFile, read_key, read_line, revoke, trust
 
 
 def new_key() -> PublicKey:
@@ -200,3 +200,13 @@ def test_a_link_that_leads_nowhere_is_said(tmp_path: Path) -> None:
             trust(tmp_path, Trusted(key=ONE, name="one"))
         assert (tmp_path / TRUSTED).is_symlink()
         (tmp_path / TRUSTED).unlink()
+
+
+def test_nobody_is_added_where_no_line_is_read_any_more(tmp_path: Path) -> None:
+    file = written(tmp_path, "#\n" * (MAX_TRUSTED - 1))
+    trust(tmp_path, Trusted(key=ONE, name="one"))
+    trust(tmp_path, Trusted(key=ONE, name="again"))
+    assert file.refresh()
+    assert ONE in file.known
+    with pytest.raises(ConfigError, match="has as many lines as are read"):
+        trust(tmp_path, Trusted(key=OTHER, name="other"))
