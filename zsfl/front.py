@@ -15,14 +15,15 @@ import msgspec
 import zmq.asyncio
 
 from zsfl.errors import Rejected, ZsflError
-from zsfl.ids import Address, NodeCard, NodeId, Role
+from zsfl.ids import Address, NodeCard, NodeId, PublicKey, Role
+from zsfl.keys.machine import machine_id
 from zsfl.keys.nodes import new_node_id
 from zsfl.lane import soon_in_lane, to_lane
 from zsfl.lifetime import Lifetime
 from zsfl.metrics import Counters
 from zsfl.node import Node, RoleShell
 from zsfl.peers import Peers
-from zsfl.reports import AnyReport, Failed, Note, Ready, Waiting
+from zsfl.reports import AnyReport, Failed, Met, Note, Ready, Waiting
 from zsfl.settings import NodeSettings, WireLimits
 from zsfl.waits import Overdue
 from zsfl.wire.connection import Connection, Dialer
@@ -159,7 +160,8 @@ class Front:
         if self._door.locked:
             self.start(self._mind_keys(), "keys")
         asked = self.start(self._until_asked(), "asked")
-        self._report(Ready(node=self.name, role=str(self.card.role), address=self.card.address, pid=os.getpid()))
+        card, machine = self.card, machine_id(PublicKey(self.card.key)) if self._door.locked else ""
+        self._report(Ready(node=self.name, role=str(card.role), address=card.address, pid=os.getpid(), machine=machine))
         await asyncio.wait({acting, asked}, return_when=asyncio.FIRST_COMPLETED)
         if not acting.done():
             await asyncio.wait({acting, self.start(self._drained(), "drain")}, return_when=asyncio.FIRST_COMPLETED)
@@ -258,6 +260,20 @@ class Front:
 
     def peer_joined(self, card: NodeCard, codecs: tuple[str, ...]) -> None:
         """A peer is there."""
+        if self._door.trust is not None and card.key:
+            key = PublicKey(card.key)
+            entry = self._door.trust.known.get(key)
+            self._report(
+                Met(
+                    node=self.name,
+                    peer=card.name,
+                    role=str(card.role),
+                    address=card.address,
+                    machine=machine_id(key),
+                    known_as=entry.name if entry else "",
+                    here=card.key == self.card.key,
+                )
+            )
         soon_in_lane(lambda: self._node.peer_joined(card, codecs))
 
     def peer_lost(self, card: NodeCard, reason: str) -> None:

@@ -20,6 +20,22 @@ class Ready(Report, frozen=True, kw_only=True, tag="ready"):
     role: str
     address: str
     pid: int
+    machine: str = ""
+    """The id of this machine, whose keys encrypt all that travels; empty: without keys, nothing is encrypted."""
+
+
+class Met(Report, frozen=True, kw_only=True, tag="met"):
+    """Where keys are used: whose machine a peer is on, as its key has proved."""
+
+    peer: str
+    role: str
+    address: str
+    machine: str
+    """Its id."""
+    known_as: str = ""
+    """What the file of trusted keys calls it."""
+    here: bool = False
+    """It is the machine of this node itself."""
 
 
 class Waiting(Report, frozen=True, kw_only=True, tag="waiting"):
@@ -143,7 +159,7 @@ class Exited(Report, frozen=True, kw_only=True, tag="exited"):
     code: int
 
 
-AnyReport = Ready | Waiting | Assembled | WindowReport | RoundReport | Tested | Finished | Failed | Note | Exited
+AnyReport = Ready | Met | Waiting | Assembled | WindowReport | RoundReport | Tested | Finished | Failed | Note | Exited
 
 _decoder = msgspec.json.Decoder(AnyReport)
 

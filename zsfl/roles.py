@@ -26,7 +26,7 @@ from zsfl.aggregator.run_folder import RunFolder
 from zsfl.aggregator.standby import Elected, StandbyRole
 from zsfl.aggregator.standing import Standing
 from zsfl.client.role import ClientRole
-from zsfl.dashboard.progress import plain_line
+from zsfl.dashboard.progress import plain_line, ready_line
 from zsfl.errors import ConfigError, Fenced, StorageError, ZsflError
 from zsfl.front import Front, failed
 from zsfl.ids import Role
@@ -36,6 +36,7 @@ from zsfl.learning.job import Job, load_job
 from zsfl.learning.modes import max_staleness, mode_name
 from zsfl.locks import LOCK, lock_folder
 from zsfl.node import Node, RoleShell
+from zsfl.outputs import drop_unread
 from zsfl.ranges import parse_shards
 from zsfl.reports import AnyReport, Failed, Note, Ready, to_line
 from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings
@@ -252,13 +253,16 @@ def describe(job: Job, settings: NodeSettings, facts: Mapping[str, str]) -> dict
 
 def print_report(report: AnyReport) -> None:
     """One line on standard output: JSON for a program that reads it, words for a person at a terminal."""
-    if not sys.stdout.isatty():
-        sys.stdout.buffer.write(to_line(report))
-        sys.stdout.buffer.flush()
-    elif isinstance(report, Ready):
-        print(f"{report.node} is ready at {report.address}", flush=True)
-    elif (line := plain_line(report)) is not None and not isinstance(report, Failed):
-        print(line, flush=True)
+    try:
+        if not sys.stdout.isatty():
+            sys.stdout.buffer.write(to_line(report))
+            sys.stdout.buffer.flush()
+        elif isinstance(report, Ready):
+            print(ready_line(report), flush=True)
+        elif (line := plain_line(report)) is not None and not isinstance(report, Failed):
+            print(line, flush=True)
+    except BrokenPipeError:  # a node goes on when nobody watches any more
+        drop_unread()
 
 
 def main(role: str, job: Job, argv: Sequence[str] | None = None) -> int:

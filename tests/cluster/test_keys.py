@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 import zsfl
 from zsfl.errors import ConfigError, Unauthorised
 from zsfl.ids import PROTOCOL, NodeCard, Role, RunId, Version, step_cid
+from zsfl.keys.machine import machine_id
 from zsfl.keys.nodes import new_node_id
 from zsfl.tensors.spec import TensorSpec
 from zsfl.testing import check_equal_weights, check_history
@@ -159,6 +160,13 @@ async def test_who_is_revoked_is_let_go_of_at_once_and_stays_out(tmp_path: Path)
         await nodes.start("server", Role.SPLIT_SERVER, peers=(seed,), **at_bobs)
         await nodes.start("client", Role.CLIENT, peers=(seed,), shards="0", **at_annas)
         await eventually(lambda: nodes.rounds)
+        ids = {machine: machine_id(machine.key) for machine in (anna, bob)}
+        assert nodes.machines == {"aggregator": ids[anna], "client": ids[anna], "server": ids[bob]}
+        met = {(one.node, one.peer): one for one in nodes.met}
+        assert met["aggregator", "server"].machine == ids[bob]
+        assert (met["aggregator", "server"].known_as, met["aggregator", "server"].here) == ("bob", False)
+        assert met["server", "aggregator"].machine == met["aggregator", "client"].machine == ids[anna]
+        assert met["aggregator", "client"].here
         anna.revokes(bob)
         await eventually(lambda: any("its key is not trusted any more" in note for note in nodes.notes))
         await eventually(lambda: any("was turned away, as its key is not trusted" in note for note in nodes.notes))
@@ -201,6 +209,23 @@ async def test_orders_need_a_key_that_may_give_them(tmp_path: Path) -> None:
         await nodes.close()
         for machine in (anna, bob, eve):
             machine.context.destroy(linger=0)
+
+
+async def test_where_keys_are_named_no_order_goes_without(tmp_path: Path) -> None:
+    nodes = Nodes(zsfl.load_job(write_job(tmp_path, shards=1)), tmp_path / "runs")
+    try:
+        address = await nodes.start("server", Role.SPLIT_SERVER)
+        assert nodes.machines == {"server": ""}
+        code, said = await finished("drain", address, "--keys", tmp_path / "keys", cwd=tmp_path)
+        assert (code, "uses no keys, and those in" in said.text) == (1, True), said.text
+        code, said = await finished("drain", address, "--keys", tmp_path / "keys", "--insecure", cwd=tmp_path)
+        assert (code, "--insecure says not to" in said.text) == (1, True), said.text
+        assert not nodes.tasks["server"].done()
+        code, said = await finished("drain", address, cwd=tmp_path)
+        assert code == 0, said.text
+        assert nodes.met == []
+    finally:
+        await nodes.close()
 
 
 @pytest.mark.parametrize("locked", ["aggregator", "client"])

@@ -6,6 +6,7 @@ there is one.
 
 from __future__ import annotations
 
+import base64
 import shutil
 import tempfile
 import zlib
@@ -23,6 +24,7 @@ import zeroconf as zc
 from helpers.wild import altered, message, sample, scrambled
 from zeroconf._protocol.incoming import DNSIncoming
 from zeroconf._protocol.outgoing import DNSOutgoing
+from zmq.utils import z85
 
 from zsfl.aggregator.commit import Record, read_record
 from zsfl.aggregator.journal import Journal, found_in
@@ -31,7 +33,10 @@ from zsfl.aggregator.progress import place_of
 from zsfl.aggregator.run_folder import LEDGER
 from zsfl.discovery.mdns import SERVICE, read_announcement
 from zsfl.errors import BadShape, ZsflError
-from zsfl.ids import NodeCard, Portion, Version
+from zsfl.ids import NodeCard, Portion, PublicKey, Version
+from zsfl.keys.machine import machine_id
+from zsfl.keys.tokens import MOST_ADDRESSES, PREFIX, Invitation, from_token, to_token
+from zsfl.keys.trusted import EVERY_ROLE, MAX_TRUSTED, TRUSTED, Trusted, TrustFile, read_line, revoke, trust
 from zsfl.learning.averaging import Contribution
 from zsfl.learning.master import Master
 from zsfl.learning.model import SplitModel
@@ -55,6 +60,7 @@ LIMITS = WireLimits(
 )  # fmt: skip
 MOST_BYTES = 1 << 20
 """Of a tensor, as far as these targets go."""
+OWN_KEY, OTHER_KEY = (PublicKey(z85.encode(bytes([number] * 32)).decode()) for number in (1, 2))
 CID = "3fa9c1-v00000004-s00000-k000"
 _SPILL_MAGIC, _CRC = b"zsflspil", slice(34, 42)
 _HOME = "/dev/shm" if Path("/dev/shm").is_dir() else None
@@ -557,6 +563,109 @@ def announcement_seeds() -> list[bytes]:
     return [text, out.packets()[0], msgspec.msgpack.encode(card)]
 
 
+# --- keys ----------------------------------------------------------------------------------------------------
+
+
+def token(data: bytes) -> None:
+    """The token of an invitation: one that is taken is the very one that such an invitation has."""
+    for text in (data.decode(errors="replace"), _as_token(data)):  # also with the checksum that these bytes should have
+        with suppress(ZsflError):
+            found = from_token(text)
+            assert to_token(found) == "".join(text.split())
+            assert 0 < len(found.addresses) <= MOST_ADDRESSES
+            assert len(z85.decode(found.key)) == 32
+
+
+def _as_token(packed: bytes) -> str:
+    checked = packed + zlib.crc32(packed).to_bytes(4, "big")
+    return PREFIX + base64.urlsafe_b64encode(checked).decode().rstrip("=")
+
+
+def _invitations() -> list[Invitation]:
+    return [
+        Invitation(("192.168.1.10:7700", "lab-gpu.example:1"), bytes(range(32)), bytes(16), 1_800_000_000),
+        Invitation(("127.0.0.1:65535",), bytes(32), bytes(range(16)), 0),
+    ]
+
+
+@cache
+def token_seeds() -> list[bytes]:
+    """Tokens, and what is packed in them."""
+    invitations = _invitations()
+    return [*(to_token(one).encode() for one in invitations), *map(msgspec.msgpack.encode, invitations)]
+
+
+def token_wild(rng: Random) -> bytes:
+    """A wrong invitation, packed; or a token with wrong letters in it."""
+    if rng.random() < 0.5:
+        return scrambled(rng, rng.choice(token_seeds()))
+    return msgspec.msgpack.encode(
+        altered(rng, msgspec.msgpack.decode(msgspec.msgpack.encode(rng.choice(_invitations()))))
+    )
+
+
+def trusted(data: bytes) -> None:
+    """The file of trusted keys: commands change of it what they should, whatever it holds."""
+    path = _home().file(TRUSTED, data)
+    path.chmod(0o600)
+    notes: list[str] = []
+    file = TrustFile(path.parent, OWN_KEY, notes.append)
+    assert file.roles_of(OWN_KEY) == EVERY_ROLE
+    assert len(file.known) <= MAX_TRUSTED + 1
+    assert len(notes) <= MAX_TRUSTED
+    for key, entry in file.known.items():
+        assert machine_id(key)
+        assert entry.roles
+        if key != OWN_KEY:
+            assert read_line(entry.line()) == entry
+    with suppress(ZsflError):
+        trust(path.parent, Trusted(key=OTHER_KEY, name="other"))
+        again = TrustFile(path.parent, OWN_KEY)
+        assert again.roles_of(OTHER_KEY) == EVERY_ROLE
+        with suppress(ZsflError):  # where that is the name of a key in the file
+            revoke(path.parent, OTHER_KEY)
+            assert TrustFile(path.parent, OWN_KEY).roles_of(OTHER_KEY) == frozenset()
+
+
+@cache
+def trusted_seeds() -> list[bytes]:
+    """Some machines, as what they may be, and a comment."""
+    keys = [z85.encode(bytes([number] * 32)).decode() for number in (3, 7, 9)]
+    lines = (
+        "# KEY NAME ROLES",
+        f"{keys[0]} lab-gpu split-server,client",
+        f"{keys[1]} laptop",
+        keys[2],
+        "",
+        f"{OTHER_KEY} x",
+    )
+    return [
+        "\n".join(lines).encode(),
+        f"{keys[0]} a\r\n{keys[0]} b client\r\n".encode(),
+        f"{OWN_KEY} me client".encode(),
+    ]
+
+
+def trusted_wild(rng: Random) -> bytes:
+    """Right words and wrong ones, in any order."""
+    words = (
+        OWN_KEY,
+        OTHER_KEY,
+        OTHER_KEY[:-1],
+        "%" * 40,
+        "#" + OWN_KEY[1:],
+        "gpu",
+        "-gpu",
+        "client",
+        "client,client",
+        ",",
+        "king",
+    )
+    parts = (" ", "\t", "\n", "\r", "\x0c", "\x1c", "\N{NO-BREAK SPACE}", "\N{LINE SEPARATOR}", "")
+    text = "".join(rng.choice(words) + rng.choice(parts) for _ in range(rng.randrange(30)))
+    return text.encode() if rng.random() < 0.7 else scrambled(rng, rng.choice(trusted_seeds()))
+
+
 _kept: list[Home] = []
 
 
@@ -579,6 +688,8 @@ TARGETS: dict[str, Target] = {
         Target("checkpoint", checkpoint, checkpoint_seeds, checkpoint_wild),
         Target("mirror", mirror, mirror_seeds, mirror_wild),
         Target("settings", settings, settings_seeds, settings_wild),
+        Target("token", token, token_seeds, token_wild),
+        Target("trusted", trusted, trusted_seeds, trusted_wild),
         Target("announcement", announcement, announcement_seeds, from_seeds(announcement_seeds)),
     )
 }

@@ -12,7 +12,7 @@ from helpers.network import Network, in_node
 
 import zsfl
 from zsfl.ids import Role
-from zsfl.reports import AnyReport, Note, Ready
+from zsfl.reports import AnyReport, Met, Note, Ready
 from zsfl.roles import run_role
 from zsfl.settings import NodeSettings
 
@@ -27,8 +27,11 @@ class Nodes:
         self._runs = runs
         self._context = zmq.asyncio.Context()
         self.ready: asyncio.Queue[Ready] = asyncio.Queue()
+        self.machines: dict[str, str] = {}
+        """Of each node that is ready, by its own words."""
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.notes: list[str] = []
+        self.met: list[Met] = []
         self.rounds: list[zsfl.RoundReport] = []
         self.lost_after_round: int | None = None
         """The aggregator is cancelled in the moment it reports this round."""
@@ -48,7 +51,10 @@ class Nodes:
     def _report(self, report: AnyReport) -> None:
         match report:
             case Ready():
+                self.machines[report.node] = report.machine
                 self.ready.put_nowait(report)
+            case Met():
+                self.met.append(report)
             case Note():
                 self.notes.append(report.message)
             case zsfl.RoundReport():

@@ -62,6 +62,10 @@ class Holders:
         self._key_of |= dict.fromkeys(new, key)
         return bool(new)
 
+    def key_of(self, shard: int) -> str:
+        """Of the machine that holds a shard; empty where none has joined with it, or no keys are used."""
+        return self._key_of.get(shard, "")
+
     def largest(self) -> tuple[str, int]:
         """The machine that holds most shards, and how many; none and 0 where nothing is known."""
         found = Counter(self._key_of.values()).most_common(1)

@@ -157,9 +157,7 @@ class AggregatorRole:
             case CheckNeed():
                 return self._training.collector.answer(request)
             case WhoHolds():
-                holder = self._roster.value.node_of(request.shard)
-                card = None if holder is None else self._node.peer(holder)
-                return Holder(key="" if card is None else card.key)
+                return Holder(key=self._reign.holders.key_of(request.shard))
             case Train():
                 if not self._node.settings.hold:
                     raise ConfigError("this aggregator trains by itself; start it with --hold to give it orders")

@@ -81,8 +81,8 @@ async def serve(settings: NodeSettings, ready: Callable[[int], None]) -> int:
         stack.enter_context(kept(context, door))
         answers = _answers(host, counters)
         server = Server(context, host, port, answers, limits=WireLimits(), counters=counters, door=door)
-        running = asyncio.create_task(server.run())
         ready(server.port)
+        running = asyncio.create_task(server.run())
         waiting = asyncio.create_task(stop.wait())
         await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
         if running.done():

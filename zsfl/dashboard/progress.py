@@ -14,6 +14,7 @@ from zsfl.reports import (
     Exited,
     Failed,
     Finished,
+    Met,
     Note,
     Ready,
     RoundReport,
@@ -98,7 +99,7 @@ class RunView:
                     self.failed = report
             case Exited() if report.node in self.ended_by_failure:
                 self.ended_by_failure.discard(report.node)  # it may be started again
-            case Assembled() | Note() | Tested() | Exited():
+            case Assembled() | Met() | Note() | Tested() | Exited():
                 if isinstance(report, Assembled):
                     self.waiting.clear()
                 if line := plain_line(report):
@@ -188,9 +189,18 @@ def server_shares(serving: Serving) -> list[tuple[str, float, str]]:
     return rows
 
 
+def ready_line(report: Ready) -> str:
+    """The first line of a node, for the person who started it."""
+    how = f"encrypted, as machine {report.machine}" if report.machine else "without keys: nothing is encrypted"
+    return f"{report.node} is ready at {report.address}, {how}"
+
+
 def plain_line(report: AnyReport) -> str | None:
     """One report as one line of text; None for those that come too often or say nothing to a reader."""
     match report:
+        case Met() if not report.here and report.role != "observer":
+            called = f"{report.known_as}, " if report.known_as else ""
+            return f"{report.node}: {report.peer} is on {called}machine {report.machine}"
         case Waiting():
             hints = "".join(f"\n    check: {hint}" for hint in report.hints)
             return f"{report.node} waits for {report.what} ({report.seconds:.0f} s){hints}"
@@ -229,7 +239,7 @@ def plain_line(report: AnyReport) -> str | None:
             )
         case Failed():
             return f"{report.node} failed: {report.message} ({report.kind})"
-        case Ready() | WindowReport() | Tested() | Exited():
+        case Ready() | Met() | WindowReport() | Tested() | Exited():
             return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,8 +12,11 @@ import zmq
 
 from zsfl.errors import ConfigError
 from zsfl.ids import PublicKey
+from zsfl.keys.aside import remove_leftovers, written_aside
 
 KEY_FILE = "secret-key"
+OTHERS_WRITE = 0o022
+"""In a mode: group or others may write."""
 _ABOUT = "# The secret key of this machine. Whoever reads it can pose as it: never copy it to another one.\n"
 
 
@@ -43,6 +45,7 @@ def own_keys(folder: Path) -> KeyPair:
     path = folder / KEY_FILE
     try:
         make_folder(folder)
+        remove_leftovers(path)  # each is as secret as the key itself, and may be the key itself
         if not path.exists():
             _make(path)
         check_private(path)
@@ -62,9 +65,9 @@ def make_folder(folder: Path) -> None:
     with suppress(FileExistsError):
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700)
-    mode = folder.stat().st_mode
     check_owner(folder)
-    if not stat.S_ISDIR(mode) or mode & 0o022:
+    mode = folder.stat().st_mode
+    if not stat.S_ISDIR(mode) or mode & OTHERS_WRITE:
         raise ConfigError(f"others may write in {folder}, and so trust whom they like: chmod 700 {folder}")
 
 
@@ -82,23 +85,9 @@ def check_private(path: Path) -> None:
 
 
 def _make(path: Path) -> None:
-    """Write a new key pair aside and link it into place: of two at once one wins, and none sees half a file."""
+    """Write a new key pair aside and link it into place: of two at once one wins."""
     secret, public = b"", b"-"
     while public.startswith(b"-"):  # which a command line would take for an option
         public, secret = zmq.curve_keypair()
-    aside = path.with_name(f".{KEY_FILE}-{secrets.token_hex(4)}")
-    write_private(aside, f"{_ABOUT}{secret.decode()}\n")
-    try:
-        with suppress(FileExistsError):
-            os.link(aside, path)
-    finally:
-        aside.unlink()
-
-
-def write_private(path: Path, text: str) -> None:
-    """A new file that was never anybody else's to read; FileExistsError when there is one."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with written_aside(path, f"{_ABOUT}{secret.decode()}\n") as aside, suppress(FileExistsError):
+        os.link(aside, path)

@@ -20,6 +20,8 @@ from zsfl.ids import PublicKey
 PREFIX = "zsfl1."
 MOST_ADDRESSES = 8
 SECRET_BYTES = 16
+MAX_TOKEN = 4000
+"""Letters, also where it is broken over lines."""
 
 
 class Invitation(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -52,7 +54,7 @@ def from_token(token: str) -> Invitation:
     """The invitation in a token; ConfigError when it is cut or mistyped."""
     text = "".join(token.split())
     wrong = ConfigError(f"{token[:40]!r} is no token, or not all of it: copy the whole line that `zsfl invite` printed")
-    if not text.startswith(PREFIX) or len(text) > 4000:
+    if not text.startswith(PREFIX) or len(text) > MAX_TOKEN:
         raise wrong
     coded = text.removeprefix(PREFIX)
     try:

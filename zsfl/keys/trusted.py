@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import secrets
+import stat
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,12 +21,13 @@ from zmq.utils import z85
 
 from zsfl.errors import ConfigError
 from zsfl.ids import KEY_PATTERN, PublicKey, Role
+from zsfl.keys.aside import written_aside
 from zsfl.keys.machine import machine_id, read_machine_id
-from zsfl.keys.secret import check_owner, make_folder, write_private
+from zsfl.keys.secret import OTHERS_WRITE, check_owner, make_folder
 
 TRUSTED = "trusted"
 MAX_TRUSTED = 4096
-"""Keys in one file; what follows is not read."""
+"""Lines of one file; what follows is not read."""
 LOCK_LOOKS, LOCK_LOOK_S = 100, 0.05
 """How often, and after what pause, to see whether another process is done with changing it."""
 EVERY_ROLE = frozenset(Role)
@@ -117,26 +118,24 @@ class TrustFile:
         return self._known != before
 
     def _stamp(self) -> object:
+        """What changes when the file does, or the link to it, or who may write to it."""
         try:
-            status = os.stat(self.path)
+            real = _real(self.path)
+            file, folder = os.stat(real), os.stat(real.parent)
         except OSError as error:
             return error.errno
-        return status.st_ino, status.st_size, status.st_mtime_ns, status.st_mode
+        told = (file.st_ino, file.st_size, file.st_mtime_ns, file.st_mode, file.st_uid)
+        return *told, real, folder.st_mode, folder.st_uid
 
     def _entries(self) -> Iterator[Trusted]:
         try:
-            check_owner(self.path)
-            if not self.path.is_file():
-                self._say(f"{self.path} is no file: nobody in it is trusted")
-                return
-            if self.path.stat().st_mode & 0o022:
-                self._say(f"others may write to {self.path}: nobody in it is trusted until chmod 600 {self.path}")
-                return
-            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+            real = _real(self.path)
+            _check_safe(real)
+            lines = real.read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             return
         except ConfigError as error:
-            self._say(f"{error}; nobody in it is trusted")
+            self._say(f"{error}; until then nobody in it is trusted")
             return
         except OSError as error:
             self._say(f"cannot read {self.path} ({error.strerror}): nobody in it is trusted")
@@ -163,6 +162,8 @@ def trust(folder: Path, entry: Trusted, *, rename: bool = False) -> Trusted:
     """
     with _rewritten(folder) as lines:
         lines[:] = [line for line in lines if _key_in(line) != entry.key]
+        if len(lines) >= MAX_TRUSTED:
+            raise ConfigError(f"{folder / TRUSTED} has as many lines as are read, {MAX_TRUSTED}: remove some first")
         taken = {other.name for other in map(_entry_in, lines) if other}
         if entry.name in taken and not rename:
             raise ConfigError(
@@ -221,21 +222,42 @@ def _lock(descriptor: int, path: Path) -> None:
     raise ConfigError(f"another process has been changing {path} for {LOCK_LOOKS * LOCK_LOOK_S:g} s: end it first")
 
 
+def _real(path: Path) -> Path:
+    """Where a file is that may be a link, as those who keep their settings elsewhere have it."""
+    return Path(os.path.realpath(path))
+
+
+def _check_safe(real: Path) -> None:
+    """ConfigError when somebody else could change this file, or put another one in its place."""
+    check_owner(real.parent)
+    if real.parent.stat().st_mode & OTHERS_WRITE:
+        raise ConfigError(f"others may write in {real.parent}, and so replace {real.name}: chmod go-w {real.parent}")
+    check_owner(real)
+    mode = real.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise ConfigError(f"{real} is no file: remove it, or the link to it")
+    if mode & OTHERS_WRITE:
+        raise ConfigError(f"others may write to {real}: look whether all in it is yours, then chmod 600 {real}")
+
+
 @contextmanager
 def _rewritten(folder: Path) -> Generator[list[str], None, None]:
-    """The lines of the file, which replace it as a whole afterwards; one at a time."""
+    """The lines of the file, which replace it as a whole afterwards; one at a time. A link to it stays one."""
     path = folder / TRUSTED
     try:
         make_folder(folder)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             _lock(descriptor, path)
-            text: str = path.read_text(encoding="utf-8") if path.exists() else _ABOUT
+            real = _real(path)
+            text, mode = _ABOUT, 0o600
+            with suppress(FileNotFoundError):
+                _check_safe(real)
+                text, mode = real.read_text(encoding="utf-8"), stat.S_IMODE(real.stat().st_mode)
             lines = text.splitlines()
             yield lines
-            aside = folder / f".{TRUSTED}-{secrets.token_hex(4)}"
-            write_private(aside, "".join(f"{line}\n" for line in lines))
-            aside.replace(path)
+            with written_aside(real, "".join(f"{line}\n" for line in lines), mode) as aside:
+                aside.replace(real)
         finally:
             os.close(descriptor)
     except OSError as error:

@@ -18,6 +18,8 @@ examples, to pair two machines, once:
   zsfl invite                                   on the one; it prints the command for the other, and waits
   zsfl join zsfl1.kpKwMTkyLjE2OC4xLjEwOjc3MDHE  on the other, with the token that was printed
   zsfl join zsfl1.kpKwMTkyLjE2OC4xLjEwOjc3MDHE --name gpu   what the one is to call the other
+  zsfl join -                                   asks for the token, or reads it from a pipe: no list of processes and
+                                                no history of the shell shows it
   zsfl invite --roles client                    what the machine that joins may be here: a client and nothing else
   zsfl invite --host 192.168.1.10 --port 7701   where the other one is to ask
 
@@ -69,7 +71,9 @@ def add_commands(commands: Any, make: Parser) -> None:
     joined = make(
         commands.add_parser, "join", help="pair this machine with the one that invites", epilog=INVITE_EXAMPLES
     )
-    joined.add_argument("token", metavar="TOKEN", help="what `zsfl invite` printed on the other one")
+    joined.add_argument(
+        "token", metavar="TOKEN", help="what `zsfl invite` printed on the other one; - reads it from standard input"
+    )
     joined.set_defaults(run_command=_join)
     for one in (invite, joined):
         one.add_argument("--roles", metavar="ROLES", help=f"what the other machine may be here: {_ROLES_HELP}")
@@ -166,7 +170,8 @@ def _invite(args: argparse.Namespace) -> int:
 
     def told(token: str) -> None:
         within = f"{valid_s / 60:.3g} minutes" if valid_s >= 120 else f"{valid_s:.3g} seconds"
-        print(f"On the other machine, within {within}, run:\n\n    zsfl join {token}\n", flush=True)
+        print(f"On the other machine, within {within}, run:\n\n    zsfl join {token}\n")
+        print("or, where others see what runs there, `zsfl join -`, which asks for the token.", flush=True)
 
     async def run() -> int:
         inviter = Inviter(folder, entry, name)
@@ -190,9 +195,30 @@ def _join(args: argparse.Namespace) -> int:
 
     from zsfl.pairing.enrolling import join
 
-    print(_told(asyncio.run(join(_folder(args), args.token, _own_name(args.name), _entry(args)))))
+    given: str = args.token
+    token = _read_token() if given == "-" else given
+    print(_told(asyncio.run(join(_folder(args), token, _own_name(args.name), _entry(args)))))
     print("Start nodes with --host and the address of this machine: they find one another, and are encrypted.")
     return 0
+
+
+def _read_token() -> str:
+    """From standard input; from a terminal one line, which it does not show."""
+    import getpass
+    import sys
+
+    from zsfl.keys.tokens import MAX_TOKEN
+
+    try:
+        if sys.stdin.isatty():
+            token = getpass.getpass("Token: ")
+        else:
+            token = sys.stdin.buffer.read(2 * MAX_TOKEN).decode(errors="replace")
+    except (EOFError, AttributeError):  # there is none
+        token = ""
+    if not token.strip():
+        raise ConfigError("there is no token on standard input: give what `zsfl invite` printed on the other machine")
+    return token
 
 
 def _entry(args: argparse.Namespace) -> Callable[[PublicKey, str], Any]:

@@ -28,7 +28,7 @@ class Holders:
     async def _check(self, shard: int, key: str) -> None:
         found = await self._ask(shard)
         if not found:
-            raise Unavailable(f"no client holds shard {shard} now; join, and ask again")
+            raise Unavailable(f"no client has joined with shard {shard} yet; join, and ask again")
         self._keys[shard] = found
         if found != key:
             raise Unauthorised(f"the steps of shard {shard} are another machine's to make")

@@ -17,7 +17,7 @@ class WhoHolds(Message, frozen=True, kw_only=True, tag="who-holds"):
 
 
 class Holder(Message, frozen=True, kw_only=True, tag="holder"):
-    """The machine of the client that joined with this shard last."""
+    """The machine whose client joined with this shard."""
 
     key: Annotated[str, Meta(pattern=rf"^\Z|{KEY_PATTERN}")]
-    """Empty where no such client is there."""
+    """Empty where none has."""

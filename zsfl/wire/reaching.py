@@ -56,10 +56,19 @@ async def _door_to(address: Address, peer: str, settings: NodeSettings) -> Door:
         mechanism = await mechanism_at(address, GREETING_S)
     except TimeoutError:
         raise NoPeer(f"{peer} at {address} does not answer within {GREETING_S:g} s") from None
+    if settings.insecure and settings.keys:
+        raise ConfigError(
+            f"keys are to be used, those in {settings.keys}, and --insecure says not to: leave out either"
+        )
     local = is_loopback(address.rpartition(":")[0])
     match mechanism:
         case None:
             raise NoPeer(f"nobody listens at {address}")
+        case "NULL" if settings.keys:  # as for a node: where keys are named, also on this machine nothing goes without
+            raise ConfigError(
+                f"{peer} at {address} uses no keys, and those in {settings.keys} are to be used: start it with --keys, "
+                "or leave that out here (ZSFL_KEYS says the same)"
+            )
         case "NULL" if local or settings.insecure:
             return Door("orders")
         case "NULL":

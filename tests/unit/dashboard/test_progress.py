@@ -14,6 +14,7 @@ from zsfl.dashboard.progress import (
     REPEAT_S,
     RunView,
     plain_line,
+    ready_line,
     render,
     server_shares,
     short_names,
@@ -24,6 +25,7 @@ from zsfl.reports import (
     Exited,
     Failed,
     Finished,
+    Met,
     Note,
     Ready,
     RoundReport,
@@ -103,6 +105,17 @@ def test_waiting_is_forgotten_once_the_run_moves() -> None:
     assert "ready: client-0" in text
     view.on(Assembled(node="aggregator", clients=1, split_servers=1), 3.0)
     assert "waits" not in drawn(view)
+
+
+def test_it_is_said_whether_keys_are_used_and_whose_machine_a_peer_is_on() -> None:
+    ready = Ready(node="a", role="aggregator", address="x:1", pid=1)
+    assert ready_line(ready) == "a is ready at x:1, without keys: nothing is encrypted"
+    assert ready_line(msgspec.structs.replace(ready, machine="ID")) == "a is ready at x:1, encrypted, as machine ID"
+    met = Met(node="a", peer="c", role="client", address="x:2", machine="ID", known_as="laptop")
+    assert plain_line(met) == "a: c is on laptop, machine ID"
+    assert plain_line(msgspec.structs.replace(met, known_as="")) == "a: c is on machine ID"
+    for silent in (msgspec.structs.replace(met, here=True), msgspec.structs.replace(met, role="observer")):
+        assert plain_line(silent) is None
 
 
 def test_live_serving_is_of_the_last_windows_and_final_serving_of_the_last_round() -> None:

@@ -82,7 +82,8 @@ def test_what_is_not_safe_is_refused_with_what_to_do(tmp_path: Path) -> None:
 
 def test_no_key_looks_like_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = [(b"-" + bytes([65 + number]) * 39, b"s" * 40) for number in range(3)]
-    pairs = iter([*made, zmq.curve_keypair()])
+    good = next(pair for pair in iter(zmq.curve_keypair, None) if not pair[0].startswith(b"-"))
+    pairs = iter([*made, good])
     monkeypatch.setattr(zmq, "curve_keypair", lambda: next(pairs))
     assert not own_keys(tmp_path / "keys").public.startswith("-")
     assert list(pairs) == []

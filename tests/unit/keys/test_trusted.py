@@ -12,7 +12,7 @@ import zmq
 from zsfl.errors import ConfigError
 from zsfl.ids import PublicKey, Role
 from zsfl.keys.machine import machine_id
-from zsfl.keys.trusted import EVERY_ROLE, TRUSTED, Trusted, TrustFile, read_key, read_line, revoke, trust
+from zsfl.keys.trusted import EVERY_ROLE, MAX_TRUSTED, TRUSTED, Trusted, TrustFile, read_key, read_line, revoke, trust
 
 
 def new_key() -> PublicKey:
@@ -141,3 +141,72 @@ def test_of_two_keys_with_one_name_the_second_is_refused_or_gets_a_number(tmp_pa
     assert trust(tmp_path, Trusted(key=OTHER, name="gpu"), rename=True).name == "gpu-2"
     assert trust(tmp_path, Trusted(key=OTHER, name="gpu"), rename=True).name == "gpu-2"
     assert {entry.name for entry in TrustFile(tmp_path, OWN).known.values()} == {"this-machine", "gpu", "gpu-2"}
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> tuple[Path, Path]:
+    """A folder of keys in which `trusted` is a link, and where that points, which is not there yet."""
+    folder, real = tmp_path / "keys", tmp_path / "dotfiles" / "zsfl-trusted"
+    folder.mkdir(mode=0o700)
+    real.parent.mkdir(mode=0o755)
+    (folder / TRUSTED).symlink_to("../dotfiles/zsfl-trusted")
+    return folder, real
+
+
+def test_a_link_stays_one_and_what_it_points_to_is_changed(linked: tuple[Path, Path]) -> None:
+    folder, real = linked
+    file = TrustFile(folder, OWN)
+    trust(folder, Trusted(key=ONE, name="one"))
+    assert stat.S_IMODE(real.stat().st_mode) == 0o600
+    real.chmod(0o644)
+    trust(folder, Trusted(key=OTHER, name="other"))
+    assert file.refresh()
+    assert set(file.known) == {OWN, ONE, OTHER}
+    revoke(folder, "one")
+    assert (folder / TRUSTED).is_symlink()
+    assert [path.name for path in real.parent.iterdir()] == [real.name]
+    assert real.read_text(encoding="utf-8").splitlines()[1:] == [f"{OTHER} other"]
+    assert stat.S_IMODE(real.stat().st_mode) == 0o644
+    real.with_name("new").write_text(f"{ONE} one\n", encoding="utf-8")
+    (folder / TRUSTED).unlink()
+    (folder / TRUSTED).symlink_to(real.with_name("new"))
+    assert file.refresh()
+    assert set(file.known) == {OWN, ONE}
+
+
+@pytest.mark.parametrize(("what", "mode"), [("file", 0o664), ("folder", 0o775)])
+def test_where_others_may_change_what_it_points_to_nobody_is_trusted(
+    linked: tuple[Path, Path], what: str, mode: int
+) -> None:
+    folder, real = linked
+    trust(folder, Trusted(key=ONE, name="one"))
+    notes: list[str] = []
+    file, before = TrustFile(folder, OWN, notes.append), real.read_text(encoding="utf-8")
+    (real if what == "file" else real.parent).chmod(mode)
+    assert file.refresh()
+    assert set(file.known) == {OWN}
+    fix = f"chmod 600 {real}" if what == "file" else f"chmod go-w {real.parent}"
+    assert fix in notes[0]
+    with pytest.raises(ConfigError, match=fix):
+        trust(folder, Trusted(key=OTHER, name="other"))
+    assert real.read_text(encoding="utf-8") == before
+
+
+def test_a_link_that_leads_nowhere_is_said(tmp_path: Path) -> None:
+    for target in ("gone/trusted", TRUSTED):
+        (tmp_path / TRUSTED).symlink_to(target)
+        assert set(TrustFile(tmp_path, OWN).known) == {OWN}
+        with pytest.raises(ConfigError, match=f"cannot change {tmp_path / TRUSTED}"):
+            trust(tmp_path, Trusted(key=ONE, name="one"))
+        assert (tmp_path / TRUSTED).is_symlink()
+        (tmp_path / TRUSTED).unlink()
+
+
+def test_nobody_is_added_where_no_line_is_read_any_more(tmp_path: Path) -> None:
+    file = written(tmp_path, "#\n" * (MAX_TRUSTED - 1))
+    trust(tmp_path, Trusted(key=ONE, name="one"))
+    trust(tmp_path, Trusted(key=ONE, name="again"))
+    assert file.refresh()
+    assert ONE in file.known
+    with pytest.raises(ConfigError, match="has as many lines as are read"):
+        trust(tmp_path, Trusted(key=OTHER, name="other"))

@@ -89,7 +89,7 @@ async def test_a_shard_that_is_given_to_another_machine_is_that_ones() -> None:
 
 
 async def test_a_step_of_nobody_may_be_tried_again() -> None:
-    with pytest.raises(Unavailable, match="no client holds shard 7 now"):
+    with pytest.raises(Unavailable, match="no client has joined with shard 7 yet"):
         await permitted(Holders(Seats().ask), forward(7), "A")
 
     async def nobody_to_ask(_: int) -> str:
