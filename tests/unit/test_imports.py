@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from helpers.waiting import HANG_S
 
+import zsfl
+
 ROOT = Path(__file__).parents[2]
 
 PROBE = """
@@ -89,3 +91,9 @@ def test_light_modules_load_no_torch() -> None:
     names = [name for name in modules() if is_light(name) and not name.endswith(("__main__", ".in_process"))]
     found = probe("json", names)
     assert [name for name, (_, loaded) in found.items() if loaded & {"torch", "sklearn"}] == []
+
+
+def test_no_room_has_the_name_of_something_public() -> None:
+    """Importing it would put it in the place of what people use."""
+    rooms = {path.stem for path in (ROOT / "zsfl").iterdir()}
+    assert rooms & set(zsfl.__all__) == {"baselines"}
