@@ -130,10 +130,6 @@ class Ledger:
         """Remove what follows the last record: it names versions that are lost and will be made again."""
         self._folder.cut_commits(lambda line: hashlib.sha256(line).hexdigest() == self.last, whole=not self.last)
 
-    def has_after(self, version: Version) -> bool:
-        """Whether there are records of later versions."""
-        return any(line.record.version > version for line in self.records())
-
     def cut_after(self, version: Version) -> None:
         """Remove the records of later versions."""
         kept = [line for line in self.records() if line.record.version <= version]

@@ -125,10 +125,10 @@ class Training:
     def cut_after(self, version: Version, begin_another: Callable[[], object]) -> None:
         """Later versions are no good; blocking. `begin_another` has a resume take no steps of them from peers."""
         self._gathering.stop()
-        if self.ledger.has_after(version):
+        if self.version > version:  # which peers were told of
             begin_another()
-            self.journal.drop_after(version)
-            self.ledger.cut_after(version)
+        self.journal.drop_after(version)
+        self.ledger.cut_after(version)
 
     @property
     def is_in_round(self) -> bool:
