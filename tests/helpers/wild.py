@@ -157,9 +157,9 @@ def scrambled(rng: Random, data: bytes) -> bytes:
     return bytes(found)
 
 
-def message(rng: Random, *, wrong: bool) -> bytes:
-    """A header that carries some message; `wrong`: something in it is."""
-    body = sample(rng, rng.choice(MESSAGES))
+def message(rng: Random, *, wrong: bool, kinds: Sequence[type[msgspec.Struct]] | None = None) -> bytes:
+    """A header that carries some message, of these kinds or any; `wrong`: something in it is."""
+    body = sample(rng, rng.choice(kinds or MESSAGES))
     kind = rng.choice(("request", "reply", "publish"))
     head: dict[str, Any] = {"kind": kind, "id": rng.randrange(9), "deadline_s": 1.0, "body": body}
     for _ in range(rng.choice((1, 1, 2)) if wrong else 0):
