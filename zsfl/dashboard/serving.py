@@ -20,6 +20,8 @@ HEAD_S = 10.0
 """What a request may take to arrive."""
 STALL_S = 30.0
 """A viewer that takes nothing for so long is let go of; its page comes back by itself."""
+LINGER_S, LINGER_BYTES = 2.0, 1 << 18
+"""What else is taken of somebody whose request was refused, so that the refusal is read."""
 BUFFER_BYTES = 1 << 16
 """Kept for a viewer beyond what its system has taken, and one snapshot at most."""
 
@@ -91,16 +93,27 @@ class PageServer:
         try:
             with suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
                 try:
+                    request = await self._request(reader)
                     if is_full:
                         raise HttpError(503, "too many look at this page: close some, and come back")
-                    await self._answer(await self._request(reader), writer)
+                    await self._answer(request, writer)
                 except HttpError as error:
                     await self._say(writer, error.status, f"{error}\n".encode(), head_only=False)
+                    await self._let_finish(reader, writer)
                 writer.close()
                 async with asyncio.timeout(self._stall_s):
                     await writer.wait_closed()
         finally:
             writer.transport.abort()
+
+    async def _let_finish(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Take what is still on its way, for a while: to close before would take back the answer, too."""
+        writer.write_eof()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                for _ in range(LINGER_BYTES // MAX_HEAD_BYTES):
+                    if not await reader.read(MAX_HEAD_BYTES):
+                        return
 
     async def _request(self, reader: asyncio.StreamReader) -> Request:
         try:
