@@ -33,6 +33,8 @@ LATE_S = 1.0
 """Between two snapshots at most."""
 LOOK_S = 1.0
 """How often it is looked whether the run is somewhere else by now."""
+AGAIN_S = 5.0
+"""Until it is tried again to look for the nodes, where that failed."""
 MAX_NOTES = 8
 MAX_SETTINGS_BYTES = 1 << 20
 JOB_FACTS = ("name", "mode", "shards", "batch_size", "optimizer", "loss", "codec", "rounds")
@@ -144,16 +146,16 @@ class Dash:
                 await self._moved.wait()
                 continue
             try:
-                settings = replace(place.settings, name=self._name)
+                settings = replace(place.settings, name=self._name, port=0)
                 async with observing(settings, place.facts, self._note, self._news.set, self._watch):
                     while (self._place.settings, self._place.facts) == (place.settings, place.facts):
                         await self._moved.wait()
                         self._moved.clear()
-            except ConfigError:
-                raise
             except ZsflError as error:
+                if isinstance(error, ConfigError) and place.folder is None:
+                    raise
                 self._note(f"cannot look who is there: {error}")
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(AGAIN_S)
 
     def _note(self, message: str) -> None:
         if message not in self._notes:

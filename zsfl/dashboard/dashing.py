@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from zsfl.dashboard.dash import Dash, Place, Started
@@ -30,7 +31,10 @@ def find_place(run: str | None, settings: NodeSettings) -> Place:
     folder = folder_of(run, settings)
     if folder is not None and not (folder / ADDRESS).is_file():
         return Place(folder, settings, {}, is_known=False)
-    return Place(folder, *where(run, settings))
+    settings, facts = where(run, settings)
+    if settings.peers and all(is_loopback(peer.rpartition(":")[0]) for peer in settings.peers):
+        settings = replace(settings, host=LOOPBACK)  # a run of this machine alone, wherever its page is served
+    return Place(folder, settings, facts)
 
 
 def serve_dash(run: str | None, settings: NodeSettings, host: str, port: int) -> int:

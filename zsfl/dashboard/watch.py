@@ -165,11 +165,11 @@ class Watch:
         return (state.epoch, state.serial) > (known.epoch, known.serial)
 
     def _tell_change(self, name: str, before: RunState | None, now: RunState, now_s: float) -> None:
+        if before is not None and before.run == now.run and before.epoch != now.epoch:
+            self._events.append((now_s, name, "took over"))
         if before is None or (before.phase, before.run) != (now.phase, now.run):
             said = f": {now.reason}" if now.reason else ""
             self._events.append((now_s, name, f"run {now.run} is {now.phase}{said}"))
-        elif before.epoch != now.epoch:
-            self._events.append((now_s, name, "took over"))
 
     def snapshot(self, now_s: float) -> Snapshot:
         """What to show."""

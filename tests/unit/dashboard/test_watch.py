@@ -107,6 +107,8 @@ def test_the_run_is_what_its_newest_aggregator_says() -> None:
         ("old", "run abc123 is training"), ("new", "took over"), ("new", "run abc123 is failed: the loss became nan")
     ]  # fmt: skip
     msgspec.json.encode(watch.snapshot(9.0))
+    watch.said(beat(old, state=state(1, "waiting", epoch=2)), 9.0)
+    assert [event.what for event in watch.snapshot(9.0).events[:2]] == ["run abc123 is waiting", "took over"]
 
 
 def test_how_long_it_goes_on_is_told_by_the_pace_of_late() -> None:
