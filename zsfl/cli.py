@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zsfl.dashboard import commands as looking
 from zsfl.errors import ConfigError, ZsflError
 from zsfl.ids import Role
 from zsfl.pairing.pages import add_commands
 from zsfl.settings import NODE_FLAGS, add_flags
+
+if TYPE_CHECKING:
+    from zsfl.reports import AnyReport
 
 EXAMPLES = """\
 examples:
@@ -25,6 +28,7 @@ examples:
   zsfl bench mnist.py                              what its body costs on this machine
   zsfl audit runs/mnist                            was every step counted once?
   zsfl ls                                          who is there, and what they do
+  zsfl dash                                        the same and the curves of the run, as a page
   zsfl drain 192.168.1.20:7700                     have a node finish what it has in hand and leave
   zsfl invite                                      pair this machine with another, once: then they trust each other
 
@@ -35,6 +39,7 @@ DEMO_EXAMPLES = """\
 examples:
   zsfl demo                              5 clients, 2 split servers and 1 aggregator, each its own process
   zsfl demo --rounds 3 --clients 3       a shorter one
+  zsfl demo --dash                       and a page to watch it on
   zsfl demo --print-job > my_job.py      the job it runs, to begin your own with
 """
 
@@ -228,6 +233,7 @@ def _add_cluster_flags(target: argparse.ArgumentParser, *, clients: int | None) 
     )
     target.add_argument("--in-process", action="store_true", help="run all nodes in this process")
     add_flags(target, UP_FLAGS)
+    looking.add_dash_flags(target)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -316,23 +322,31 @@ def _run_cluster(job: Path, args: argparse.Namespace) -> int:
     flags = vars(args)
     import asyncio
 
-    asyncio.run(_train(job, flags))
+    from zsfl.dashboard.dashing import watched
+
+    with watched(flags) as watch:
+        asyncio.run(_train(job, flags, watch))
     return 0
 
 
-async def _train(job: Path, flags: dict[str, Any]) -> None:
+async def _train(job: Path, flags: dict[str, Any], watch: Callable[[AnyReport], None]) -> None:
     from zsfl.cluster.local import LocalCluster
     from zsfl.dashboard.printer import ProgressPrinter
 
     given = {name: flags[name] for name in ("clients", "mdns", *UP_FLAGS) if flags.get(name) is not None}
     with ProgressPrinter() as printer:
+
+        def on_report(report: AnyReport) -> None:
+            printer.on(report)
+            watch(report)
+
         cluster = LocalCluster(
             job,
             split_servers=flags["split_servers"],
             standbys=flags["standbys"],
             client_processes=flags["client_processes"],
             in_process=flags["in_process"],
-            on_report=printer.on,
+            on_report=on_report,
             **given,
         )
         async with cluster:

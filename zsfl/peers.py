@@ -383,10 +383,12 @@ class Peers:
                 f"{name} speaks version {PROTOCOL} of the protocol and {hello.card.name} version "
                 f"{hello.protocol}: install the same zsfl on both"
             )
-        mine = self._facts
+        mine, theirs = self._facts, hello.facts
         if hello.card.role is Role.OBSERVER:  # which needs no job to look, and may not know it
-            mine = {fact: value for fact, value in mine.items() if fact in hello.facts}
-        difference = disagreement(mine, hello.facts)
+            mine = {fact: value for fact, value in mine.items() if fact in theirs}
+        if self._card.role is Role.OBSERVER:
+            theirs = {fact: value for fact, value in theirs.items() if fact in mine}
+        difference = disagreement(mine, theirs)
         return f"{name} runs another job than {hello.card.name}: {difference}" if difference else ""
 
 

@@ -6,6 +6,8 @@ import msgspec
 
 ADDRESS = "address"
 """File in a run's folder that says where its aggregator is, or was last."""
+METRICS = "metrics.jsonl"
+"""File in a run's folder with the reports of its rounds, their windows and tests, one a line."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):

@@ -25,7 +25,7 @@ CLUSTER = {
     "--client-processes", "--clients", "--cluster", "--codec", "--device", "--durability", "--host", "--in-process",
     "--keep-mib", "--mdns", "--mode", "--no-mdns", "--no-resume", "--patience-s", "--resume", "--rounds", "--run",
     "--runs", "--slots", "--spill-mib", "--split-servers", "--standbys", "--threads", "--insecure", "--no-insecure",
-    "--io-threads", "--keys",
+    "--io-threads", "--keys", "--dash", "--dash-port",
 }  # fmt: skip
 RESUMING = {"--no-resume", "--resume", "--rounds"}
 FLAGS = {
@@ -51,6 +51,18 @@ FLAGS = {
     "status": {"RUN", "--json", "--runs"},
     "runs": {"RUN", "--json", "--plot", "--runs"},
     "report": {"RUN", "--to", "--runs"},
+    "dash": {
+        "RUN",
+        "--port",
+        "--host",
+        "--peer",
+        "--keys",
+        "--insecure",
+        "--no-insecure",
+        "--mdns",
+        "--no-mdns",
+        "--runs",
+    },
     "keys": set[str](),
     "keys show": {"--keys"},
     "keys list": {"--keys"},

@@ -19,9 +19,10 @@ from pathlib import Path
 from zsfl.aggregator.commit import read_chain, read_record
 from zsfl.aggregator.journal import file_name
 from zsfl.aggregator.progress import checkpoints, place_of
-from zsfl.aggregator.run_folder import CHECKPOINT, JOURNAL, LEDGER, METRICS, to_disk
+from zsfl.aggregator.run_folder import CHECKPOINT, JOURNAL, LEDGER, to_disk
 from zsfl.errors import RemoteProtocolError, StorageError
 from zsfl.ids import NodeId, Version
+from zsfl.reports import METRICS
 from zsfl.spill.segments import SUFFIX
 from zsfl.wire.framing import Buffer
 from zsfl.wire.succession import MAX_FILES, PIECE_BYTES, FetchPiece, FileInfo, Follow, Following, Piece

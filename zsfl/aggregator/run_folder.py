@@ -32,13 +32,24 @@ from torch import Tensor
 
 from zsfl.errors import ConfigError, StorageError
 from zsfl.locks import LOCK, lock_folder
-from zsfl.reports import ADDRESS, AnyReport, Failed, Finished, RoundReport, Tested, WindowReport, from_line, to_line
+from zsfl.reports import (
+    ADDRESS,
+    METRICS,
+    AnyReport,
+    Failed,
+    Finished,
+    RoundReport,
+    Tested,
+    WindowReport,
+    from_line,
+    to_line,
+)
 from zsfl.settings import BESIDE_RUNS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LEDGER, METRICS, JOURNAL, CHECKPOINT = "ledger.jsonl", "metrics.jsonl", "journal", "checkpoint"
+LEDGER, JOURNAL, CHECKPOINT = "ledger.jsonl", "journal", "checkpoint"
 STANDING = "succession.json"
 _TRAIN, _TEST = "#7f7f7f", "#1f6fb4"
 """Colours of the plot: what was trained on stays behind what counts."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from zsfl.settings import add_flags, load_settings
 
+LOOPBACK = "127.0.0.1"
 LS_EXAMPLES = """\
 examples:
   zsfl ls                                 the newest run of this folder
@@ -37,11 +38,21 @@ examples:
   zsfl report                             of the newest run, into its folder
   zsfl report mnist --to mnist.html       one file, to keep or to send
 """
+DASH_EXAMPLES = """\
+examples:
+  zsfl dash                               a page that shows the newest run of this folder, as it goes on or as it ended
+  zsfl dash runs/mnist --port 8000        this run, at the same address each time
+  zsfl dash --peer 192.168.1.10:7700      whoever that node knows; without the run's folder there are no curves
+  zsfl dash mnist --host 192.168.1.30     look from there, and serve there too: its address has a token then
+  ZSFL_HOST=192.168.1.30 zsfl dash mnist  look from there, and serve for this machine alone
+
+It prints the address of the page, which needs nothing from elsewhere. Ctrl-C ends the page, and leaves the run alone.
+"""
 Parser = Callable[..., argparse.ArgumentParser]
 
 
 def add_commands(commands: Any, make: Parser) -> None:
-    """Give the command line `ls`, `status`, `runs` and `report`."""
+    """Give the command line `ls`, `status`, `runs`, `report` and `dash`."""
     ls = make(commands.add_parser, "ls", help="who is there", epilog=LS_EXAMPLES)
     ls.add_argument("target", nargs="?", metavar="RUN", help="a run, or the name of a job; default: the newest run")
     ls.add_argument("--json", action="store_true", help="all that is known, as JSON")
@@ -68,6 +79,23 @@ def add_commands(commands: Any, make: Parser) -> None:
     add_flags(report, ("runs",))
     report.set_defaults(run_command=_report)
 
+    dash = make(commands.add_parser, "dash", help="a page to watch a run on", epilog=DASH_EXAMPLES)
+    dash.add_argument("target", nargs="?", metavar="RUN", help="a run, or the name of a job; default: the newest run")
+    _add_port(dash, "--port")
+    add_flags(dash, ("host", "peers", "keys", "insecure", "mdns", "runs"))
+    dash.set_defaults(run_command=_dash)
+
+
+def add_dash_flags(command: argparse.ArgumentParser) -> None:
+    """Give a command that starts a run a page to watch it on."""
+    command.add_argument("--dash", action="store_true", help="serve a page to watch the run on, for this machine alone")
+    _add_port(command, "--dash-port")
+
+
+def _add_port(command: argparse.ArgumentParser, flag: str) -> None:
+    said = "port of the page; default: any free one"
+    command.add_argument(flag, dest="dash_port", type=int, default=0, metavar="N", help=said)
+
 
 def _ls(args: argparse.Namespace) -> int:
     from zsfl.dashboard.pages import print_nodes
@@ -91,3 +119,9 @@ def _report(args: argparse.Namespace) -> int:
     from zsfl.dashboard.showing import write_report
 
     return write_report(args.target, load_settings(vars(args), os.environ).runs, args.to)
+
+
+def _dash(args: argparse.Namespace) -> int:
+    from zsfl.dashboard.dashing import serve_dash
+
+    return serve_dash(args.target, load_settings(vars(args), os.environ), args.host or LOOPBACK, args.dash_port)

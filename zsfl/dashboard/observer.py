@@ -64,13 +64,17 @@ class ObserverRole:
 
 @asynccontextmanager
 async def observing(
-    settings: NodeSettings, facts: Mapping[str, str], note: Callable[[str], None], is_new: Callable[[], None]
+    settings: NodeSettings,
+    facts: Mapping[str, str],
+    note: Callable[[str], None],
+    is_new: Callable[[], None],
+    watch: Watch | None = None,
 ) -> AsyncGenerator[Watch, None]:
-    """What is seen, from now on; `is_new` is called whenever that changes.
+    """What is seen, from now on; `is_new` is called whenever that changes. A `watch` that is given sees on.
 
     Of the job only those `facts` have to agree that are given: its `name`, without which mDNS finds nobody.
     """
-    watch, loop = Watch(settings.beat_s), asyncio.get_running_loop()
+    watch, loop = watch or Watch(settings.beat_s), asyncio.get_running_loop()
     settings = replace(settings, mdns=settings.mdns and "name" in facts)
 
     def report(said: AnyReport) -> None:
@@ -104,3 +108,13 @@ async def observing(
             raise root_cause(group) from group
         finally:
             context.destroy(linger=0)
+
+
+async def changed_within(news: asyncio.Event, seconds: float) -> None:
+    """Wait for news, for so long at most."""
+    news.clear()
+    try:
+        async with asyncio.timeout(max(0.0, seconds)):
+            await news.wait()
+    except TimeoutError:
+        pass

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from zsfl.dashboard.observer import observing
+from zsfl.dashboard.observer import changed_within, observing
 from zsfl.dashboard.watch import Participant, Snapshot
 from zsfl.errors import ConfigError, NoPeer
-from zsfl.reports import ADDRESS
+from zsfl.reports import ADDRESS, METRICS
 from zsfl.settings import NodeSettings
 
 if TYPE_CHECKING:
@@ -26,13 +26,14 @@ QUIET_S = 0.8
 """Once everybody who is known was heard, and nobody came for so long, all are there that can be found."""
 
 
-def where(run: str | None, settings: NodeSettings) -> tuple[NodeSettings, Mapping[str, str]]:
-    """How to find the nodes of a run: by the folder of one, by addresses, or by mDNS and the name of a job.
+def folder_of(run: str | None, settings: NodeSettings) -> Path | None:
+    """The folder of a run on this machine, with nothing named the newest; None where `run` is the name of a job, or a
+    node is named.
 
-    With nothing named it is the newest run beside this folder; ConfigError says what else to name where there is none.
+    ConfigError says what else to name where there is none.
     """
     if settings.peers:
-        return settings, {} if run is None else {"name": run}
+        return None
     if run is None:
         found = sorted(settings.runs.glob(f"*/{ADDRESS}"), key=lambda path: path.stat().st_mtime)
         if not found:
@@ -40,17 +41,31 @@ def where(run: str | None, settings: NodeSettings) -> tuple[NodeSettings, Mappin
                 f"there is no run in {settings.runs}: name the job whose nodes to look for, such as mnist, the folder "
                 "of a run, or a node with --peer HOST:PORT"
             )
-        return replace(settings, peers=(_address(found[-1]),)), {}
+        return found[-1].parent
     for folder in (Path(run), settings.runs / run):
-        if (folder / ADDRESS).is_file():
-            return replace(settings, peers=(_address(folder / ADDRESS),)), {}
+        if any((folder / name).is_file() for name in (ADDRESS, METRICS)):
+            return folder
     if Path(run).exists():
         raise ConfigError(f"{run} is no folder of a run; name one, such as runs/mnist, or the job by its name")
-    return settings, {"name": run}
+    return None
+
+
+def where(run: str | None, settings: NodeSettings) -> tuple[NodeSettings, Mapping[str, str]]:
+    """How to find the nodes of a run: by the folder of one, by addresses, or by mDNS and the name of a job.
+
+    With nothing named it is the newest run beside this folder; ConfigError as in `folder_of`.
+    """
+    folder = folder_of(run, settings)
+    if folder is None:
+        return settings, {} if run is None else {"name": run}
+    return replace(settings, peers=(_address(folder / ADDRESS),)), {}
 
 
 def _address(path: Path) -> str:
-    return path.read_text(encoding="utf-8").strip()
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path} ({error.strerror}), which says where the run's aggregator is") from None
 
 
 def print_nodes(run: str | None, settings: NodeSettings, wait_s: float, *, as_json: bool) -> int:
@@ -84,7 +99,7 @@ async def _looked_around(run: str | None, settings: NodeSettings, wait_s: float)
                 known, quiet_s = ids, loop.time() + QUIET_S
             elif loop.time() >= quiet_s and len(ids) == len(now.nodes):
                 break
-            await _changed_within(news, min(ends_s, quiet_s) - loop.time())
+            await changed_within(news, min(ends_s, quiet_s) - loop.time())
         return watch.snapshot(loop.time())
 
 
@@ -92,20 +107,11 @@ def _heard(now: Snapshot) -> frozenset[str]:
     return frozenset(node.id for node in now.nodes if node.counters)
 
 
-async def _changed_within(news: asyncio.Event, seconds: float) -> None:
-    news.clear()
-    try:
-        async with asyncio.timeout(max(0.0, seconds)):
-            await news.wait()
-    except TimeoutError:
-        pass
-
-
 def _run_line(found: Snapshot) -> str:
     run = found.run or {}
     if run["phase"] != "training":
         return f"the run is {run['phase']}, at version {run['version']}{': ' if run['reason'] else ''}{run['reason']}"
-    return f"training: round {run['round']} of {run['rounds']}, version {run['version']}"
+    return f"training: round {run['round'] + 1} of {run['rounds']}, version {run['version']}"
 
 
 def console() -> Console:

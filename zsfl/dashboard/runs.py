@@ -13,9 +13,9 @@ import msgspec
 
 from zsfl.errors import ConfigError, StorageError
 from zsfl.locks import is_locked
-from zsfl.reports import AnyReport, Failed, Finished, RoundReport, Tested, from_line
+from zsfl.reports import METRICS, AnyReport, Failed, Finished, RoundReport, Tested, from_line
 
-METRICS, SETTINGS, LEDGER = "metrics.jsonl", "settings.json", "ledger.jsonl"
+SETTINGS, LEDGER = "settings.json", "ledger.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

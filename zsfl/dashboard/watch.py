@@ -13,6 +13,8 @@ from zsfl.wire.messages import Beat, RunState
 
 RATE_S = 5.0
 """Rates are of what happened in the last so many seconds."""
+PACE_S = 60.0
+"""The pace of a run is that of the last so many seconds."""
 MAX_GONE = 256
 """Nodes remembered that are gone; of more the one that has been gone for longest is forgotten."""
 MAX_EVENTS = 500
@@ -65,7 +67,10 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """All that is known at one moment."""
 
     run: dict[str, Any] | None
-    """Where the run stands, as its aggregator says; None while none is there."""
+    """Where the run stands, as its aggregator says, or said last; None while none was there.
+
+    Of `rounds` so many are `done`; at the pace of late it goes on for `left_s` seconds, this round for `round_left_s`.
+    """
     nodes: Sequence[Participant]
     events: Sequence[Event]
 
@@ -88,6 +93,8 @@ class Watch:
         self._nodes: dict[NodeId, _Seen] = {}
         self._events: deque[tuple[float, str, str]] = deque(maxlen=MAX_EVENTS)
         self._state: RunState | None = None
+        self._paces: deque[tuple[float, float]] = deque()
+        """When, and how many rounds were done, whenever that changed in the last seconds, and once before."""
 
     def joined(self, card: NodeCard, now_s: float) -> None:
         """A node is there."""
@@ -117,6 +124,38 @@ class Watch:
         if beat.state is not None and (self._state is None or self._is_newer(beat.state, self._state)):
             self._tell_change(beat.card.name, self._state, beat.state, now_s)
             self._state = beat.state
+            if beat.state.phase == "training":
+                self._take_pace(_done(beat.state), now_s)
+
+    def told(self, node: str, what: str, now_s: float) -> None:
+        """Something that happened to a node, from whoever started it."""
+        self._events.append((now_s, node, what))
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nobody is there."""
+        return all(seen.gone_for for seen in self._nodes.values())
+
+    def _take_pace(self, done: float, now_s: float) -> None:
+        if self._paces and done < self._paces[-1][1]:  # a resume went back, or it is another run
+            self._paces.clear()
+        if not self._paces or done > self._paces[-1][1]:
+            self._paces.append((now_s, done))
+        while len(self._paces) > 2 and self._paces[1][0] <= now_s - PACE_S:
+            self._paces.popleft()
+
+    def _run(self, state: RunState, now_s: float) -> dict[str, Any]:
+        shown = ("run", "phase", "version", "round", "rounds", "window", "windows", "epoch", "tested", "reason")
+        done = _done(state) if state.phase == "training" else None
+        run = {name: getattr(state, name) for name in shown}
+        run |= {"done": done, "left_s": None, "round_left_s": None}
+        if done is not None and len(self._paces) > 1:
+            (first_s, first), (last_s, last) = self._paces[0], self._paces[-1]
+            round_s = (last_s - first_s) / (last - first)
+            since_s = now_s - last_s
+            run["left_s"] = max(0.0, (state.rounds - done) * round_s - since_s)
+            run["round_left_s"] = max(0.0, (state.round + 1 - done) * round_s - since_s)
+        return run
 
     @staticmethod
     def _is_newer(state: RunState, known: RunState) -> bool:
@@ -126,11 +165,11 @@ class Watch:
         return (state.epoch, state.serial) > (known.epoch, known.serial)
 
     def _tell_change(self, name: str, before: RunState | None, now: RunState, now_s: float) -> None:
+        if before is not None and before.run == now.run and before.epoch != now.epoch:
+            self._events.append((now_s, name, "took over"))
         if before is None or (before.phase, before.run) != (now.phase, now.run):
             said = f": {now.reason}" if now.reason else ""
             self._events.append((now_s, name, f"run {now.run} is {now.phase}{said}"))
-        elif before.epoch != now.epoch:
-            self._events.append((now_s, name, "took over"))
 
     def snapshot(self, now_s: float) -> Snapshot:
         """What to show."""
@@ -140,7 +179,7 @@ class Watch:
         )
         state = self._state
         return Snapshot(
-            run=None if state is None else _run(state),
+            run=None if state is None else self._run(state, now_s),
             nodes=[self._shown(seen, now_s) for seen in nodes],
             events=[Event(ago_s=now_s - at_s, node=node, what=what) for at_s, node, what in reversed(self._events)],
         )
@@ -175,6 +214,6 @@ def _rates(marks: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, floa
     return {name: (total - first.get(name, 0.0)) / (last_s - first_s) for name, total in last.items()}
 
 
-def _run(state: RunState) -> dict[str, Any]:
-    shown = ("run", "phase", "version", "round", "rounds", "window", "windows", "epoch", "tested", "reason")
-    return {name: getattr(state, name) for name in shown}
+def _done(state: RunState) -> float:
+    """Rounds done, the present one as a fraction; in async mode, where windows count on for ever, whole ones."""
+    return state.round + (state.window / state.windows if state.window < state.windows else 0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from zsfl.dashboard.watch import MAX_GONE, RATE_S, Watch
@@ -105,3 +107,45 @@ def test_the_run_is_what_its_newest_aggregator_says() -> None:
         ("old", "run abc123 is training"), ("new", "took over"), ("new", "run abc123 is failed: the loss became nan")
     ]  # fmt: skip
     msgspec.json.encode(watch.snapshot(9.0))
+    watch.said(beat(old, state=state(1, "waiting", epoch=2)), 9.0)
+    assert [event.what for event in watch.snapshot(9.0).events[:2]] == ["run abc123 is waiting", "took over"]
+
+
+def test_how_long_it_goes_on_is_told_by_the_pace_of_late() -> None:
+    watch, node = Watch(BEAT_S), card("g", Role.AGGREGATOR)
+    watch.joined(node, 0.0)
+
+    def said(serial: int, round_: int, window: int, at_s: float, phase: Phase = "training") -> dict[str, Any]:
+        now = msgspec.structs.replace(state(serial, phase), round=round_, rounds=10, window=window, windows=4)
+        watch.said(beat(node, state=now), at_s)
+        run = watch.snapshot(at_s).run
+        assert run is not None
+        return run
+
+    assert said(1, 0, 0, 0.0)["left_s"] is None, "there is no pace yet"
+    run = said(2, 0, 2, 5.0)
+    assert (run["done"], run["left_s"], run["round_left_s"]) == (0.5, 95.0, 5.0)
+    run = said(3, 1, 1, 12.5)
+    assert (run["done"], run["left_s"], run["round_left_s"]) == (1.25, 87.5, 7.5)
+    assert watch.snapshot(14.5).run == {**run, "left_s": 85.5, "round_left_s": 5.5}
+    # What was quick or slow long ago counts no more, and windows that count on for ever are no part of a round.
+    for number in range(200):
+        run = said(4 + number, 2 + number % 2, 4 + number, 20.0 + number)
+    assert run["done"] == 3.0
+    run = said(300, 3, 0, 400.0, "idle")
+    assert (run["done"], run["left_s"]) == (None, None)
+
+
+def test_what_others_tell_of_nodes_is_an_event() -> None:
+    watch = Watch(BEAT_S)
+    assert watch.is_alone
+    watch.joined(card("a"), 1.0)
+    watch.told("a", "was ended by signal 9", 2.0)
+    assert not watch.is_alone
+    watch.lost(card("a"), "silent", 3.0)
+    assert watch.is_alone
+    assert [event.what for event in watch.snapshot(3.0).events] == [
+        "is gone: silent",
+        "was ended by signal 9",
+        "joined",
+    ]

@@ -1,0 +1,200 @@
+"""What the lines of a run's metrics.jsonl add up to: a pure fold of reports, thinned so that it stays small."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import msgspec
+
+from zsfl.reports import AnyReport, Failed, Finished, RoundReport, Tested, WindowReport
+
+MAX_ROUNDS = 2000
+"""Of more rounds every second one is left out, again and again."""
+MAX_TEST_CELLS = 200_000
+"""The same for tests, by how many accuracies of clients they have."""
+DETAILED = 100
+"""The newest rounds, of which it is kept who served whom."""
+OTHERS = "aggregator and others"
+_Row = TypeVar("_Row")
+_generations = itertools.count()
+"""No two histories share one."""
+
+
+class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One round, as `RoundReport` has it."""
+
+    round: int
+    rounds: int
+    version: int
+    train_loss: float
+    loss: float | None
+    accuracy: float | None
+    steps: int
+    steps_per_s: float
+    seconds: float
+    end_s: float
+    """Seconds of training until it ended."""
+    bytes_sent: int
+    late: int
+    dropped: int
+    without: tuple[str, ...]
+    sent: dict[str, float]
+    """Bytes sent by clients, split servers, and all others."""
+    serving: dict[str, dict[str, int]]
+    """Client name to split-server name to steps; empty for rounds that are not among the newest."""
+
+
+class TestRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One held-out test, as `Tested` has it."""
+
+    __test__ = False
+
+    round: int
+    version: int
+    loss: float | None
+    accuracy: float | None
+    clients: dict[str, float | None]
+    at_s: float
+    """Seconds of training until the version was made."""
+    ends_round: bool
+
+
+class Mark(msgspec.Struct, frozen=True):
+    """How much of a history somebody has."""
+
+    generation: int
+    rounds: int
+    tests: int
+
+
+class Rows(msgspec.Struct, frozen=True, kw_only=True):
+    """A history, or what was added to one."""
+
+    rounds: Sequence[RoundRow]
+    tests: Sequence[TestRow]
+
+
+class History:
+    """Takes in the reports of one run, in their order."""
+
+    def __init__(self) -> None:
+        self.rounds: list[RoundRow] = []
+        self.tests: list[TestRow] = []
+        self.window: WindowReport | None = None
+        """The newest progress inside a round."""
+        self.end: Finished | Failed | None = None
+        """How it ended, where nothing came after."""
+        self.unread = 0
+        """Lines that could not be read: JSON has no infinity, so a run that diverged leaves some."""
+        self._generation = next(_generations)
+        self._began_s = 0.0
+        """Seconds of training before the present aggregator process began."""
+        self._told_s = 0.0
+
+    @property
+    def mark(self) -> Mark:
+        """How much there is."""
+        return Mark(self._generation, len(self.rounds), len(self.tests))
+
+    def since(self, mark: Mark) -> Rows | None:
+        """What was added since; None where that does not say it all."""
+        if mark.generation != self._generation:
+            return None
+        return Rows(rounds=self.rounds[mark.rounds :], tests=self.tests[mark.tests :])
+
+    def whole(self) -> Rows:
+        """All of it."""
+        return Rows(rounds=list(self.rounds), tests=list(self.tests))
+
+    def begin_again(self) -> None:
+        """The lines are others than they were."""
+        self.rounds.clear()
+        self.tests.clear()
+        self.window = self.end = None
+        self.unread, self._began_s, self._told_s = 0, 0.0, 0.0
+        self._change()
+
+    def _change(self) -> None:
+        """Not only added to: whoever has some of it needs all of it."""
+        self._generation = next(_generations)
+
+    def on(self, report: AnyReport) -> None:
+        """One more line."""
+        match report:
+            case WindowReport():
+                self.window, self.end = report, None
+            case Finished() | Failed():
+                self.end = report
+            case RoundReport():
+                self._take_round(report)
+            case Tested():
+                self._take_test(report)
+            case _:
+                pass
+
+    def _take_round(self, report: RoundReport) -> None:
+        while self.rounds and self.rounds[-1].round >= report.round:  # a resume made it again
+            self.rounds.pop()
+            self._change()
+        self.rounds.append(self._row(report))
+        if len(self.rounds) > DETAILED:
+            old = self.rounds[-DETAILED - 1]
+            self.rounds[-DETAILED - 1] = msgspec.structs.replace(old, serving={})
+        if len(self.rounds) > MAX_ROUNDS:
+            self.rounds = _thinned(self.rounds)
+            self._change()
+
+    def _row(self, report: RoundReport) -> RoundRow:
+        before_s = self.rounds[-1].end_s if self.rounds else 0.0
+        tested = next((test for test in reversed(self.tests) if test.version == report.version), None)
+        names = ("round", "rounds", "version", "train_loss", "loss", "accuracy", "steps", "steps_per_s", "seconds")
+        return RoundRow(
+            **{name: getattr(report, name) for name in names},
+            end_s=max(before_s, tested.at_s if tested else before_s + report.seconds),
+            bytes_sent=report.bytes_sent,
+            late=report.late,
+            dropped=report.dropped,
+            without=report.without,
+            sent=_sent(report),
+            serving=report.serving,
+        )
+
+    def _take_test(self, report: Tested) -> None:
+        if report.seconds < self._told_s:  # another process aggregates
+            self._began_s = max([0.0, *(row.end_s for row in self.rounds[-1:]), *(row.at_s for row in self.tests[-1:])])
+        self._told_s = report.seconds
+        while self.tests and self.tests[-1].version >= report.version:  # a resume made it again
+            self.tests.pop()
+            self._change()
+        row = TestRow(
+            round=report.round,
+            version=report.version,
+            loss=report.loss,
+            accuracy=report.accuracy,
+            clients=report.clients,
+            at_s=self._began_s + report.seconds,
+            ends_round=report.ends_round,
+        )
+        self.tests.append(row)
+        if len(self.tests) * max(1, len(row.clients)) > MAX_TEST_CELLS or len(self.tests) > 2 * MAX_ROUNDS:
+            self.tests = _thinned(self.tests)
+            self._change()
+
+
+def _thinned(rows: list[_Row]) -> list[_Row]:
+    """Every second one, the last included."""
+    return rows[::-1][::2][::-1]
+
+
+def _sent(report: RoundReport) -> dict[str, float]:
+    """Who sent how much; whose role cannot be seen from who served whom is one of the others."""
+    clients: Mapping[str, object] = report.serving
+    servers = {server for served in report.serving.values() for server in served}
+    sums: defaultdict[str, float] = defaultdict(float)
+    for name, counters in report.peers.items():
+        role = "clients" if name in clients else "split servers" if name in servers else OTHERS
+        sums[role] += counters.get("bytes_sent", 0.0)
+    return dict(sums)
