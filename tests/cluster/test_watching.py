@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ import pytest
 from helpers.jobs import write_job
 from helpers.nodes import Nodes
 from helpers.processes import finished
-from helpers.waiting import eventually
+from helpers.waiting import eventually, until
 
 import zsfl
 from zsfl.ids import Role
@@ -61,3 +65,31 @@ async def test_ls_says_what_to_name(tmp_path: Path, args: tuple[str, ...], said:
     code, printed = await finished("ls", *args, cwd=tmp_path)
     assert code in (1, 2)
     assert said in "".join(printed.err)
+
+
+async def test_top_draws_who_is_there_until_it_is_interrupted(tmp_path: Path) -> None:
+    nodes = Nodes(zsfl.load_job(write_job(tmp_path, rounds=100_000)), tmp_path / "runs")
+    ours, theirs = os.openpty()
+    try:
+        seed = await nodes.start("aggregator", Role.AGGREGATOR)
+        await nodes.start("server", Role.SPLIT_SERVER, peers=(seed,))
+        await nodes.start("client", Role.CLIENT, peers=(seed,), shards="0,1")
+        await eventually(lambda: nodes.rounds)
+        shown, loop = bytearray(), asyncio.get_running_loop()
+        os.set_blocking(ours, False)
+        loop.add_reader(ours, lambda: shown.extend(os.read(ours, 65536)))
+        env = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "30"}
+        top = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "zsfl", "top", cwd=tmp_path, env=env, stdin=theirs, stdout=theirs, stderr=theirs
+        )
+        await eventually(lambda: all(name in shown for name in (b"aggregator", b"server", b"client", b"training: ")))
+        top.send_signal(signal.SIGINT)
+        assert await until(top.wait()) == 0
+        loop.remove_reader(ours)
+        assert b"Traceback" not in shown
+    finally:
+        await nodes.close()
+        os.close(ours)
+        os.close(theirs)
+    code, said = await finished("top", cwd=tmp_path)
+    assert (code, "draws on a terminal: here, `zsfl ls`" in "".join(said.err)) == (2, True)

@@ -48,6 +48,7 @@ FLAGS = {
         "--no-mdns",
         "--runs",
     },
+    "top": {"RUN", "--host", "--peer", "--keys", "--insecure", "--no-insecure", "--mdns", "--no-mdns", "--runs"},
     "status": {"RUN", "--json", "--runs"},
     "runs": {"RUN", "--json", "--plot", "--runs"},
     "report": {"RUN", "--to", "--runs"},

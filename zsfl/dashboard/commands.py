@@ -20,6 +20,11 @@ examples:
   zsfl ls --json                          for programs
 It ends with 0 when somebody is there, with 1 when not.
 """
+TOP_EXAMPLES = """\
+examples:
+  zsfl top                                the newest run of this folder, until Ctrl-C
+  zsfl top --peer 192.168.1.10:7700       whoever that node knows
+"""
 RUNS_EXAMPLES = """\
 examples:
   zsfl runs                               all runs of this folder, the newest last
@@ -52,13 +57,18 @@ Parser = Callable[..., argparse.ArgumentParser]
 
 
 def add_commands(commands: Any, make: Parser) -> None:
-    """Give the command line `ls`, `status`, `runs`, `report` and `dash`."""
+    """Give the command line `ls`, `top`, `status`, `runs`, `report` and `dash`."""
     ls = make(commands.add_parser, "ls", help="who is there", epilog=LS_EXAMPLES)
     ls.add_argument("target", nargs="?", metavar="RUN", help="a run, or the name of a job; default: the newest run")
     ls.add_argument("--json", action="store_true", help="all that is known, as JSON")
     ls.add_argument("--wait-s", type=float, default=5.0, metavar="S", help="seconds to look around at most; default: 5")
     add_flags(ls, ("host", "peers", "keys", "insecure", "mdns", "runs"))
     ls.set_defaults(run_command=_ls)
+
+    top = make(commands.add_parser, "top", help="the same, live", epilog=TOP_EXAMPLES)
+    top.add_argument("target", nargs="?", metavar="RUN", help="a run, or the name of a job; default: the newest run")
+    add_flags(top, ("host", "peers", "keys", "insecure", "mdns", "runs"))
+    top.set_defaults(run_command=_top)
 
     status = make(commands.add_parser, "status", help="how a run stands", epilog=STATUS_EXAMPLES)
     status.add_argument("target", nargs="?", metavar="RUN", help="a run, or its folder; default: the newest")
@@ -101,6 +111,12 @@ def _ls(args: argparse.Namespace) -> int:
     from zsfl.dashboard.pages import print_nodes
 
     return print_nodes(args.target, load_settings(vars(args), os.environ), args.wait_s, as_json=args.json)
+
+
+def _top(args: argparse.Namespace) -> int:
+    from zsfl.dashboard.top import watch_nodes
+
+    return watch_nodes(args.target, load_settings(vars(args), os.environ))
 
 
 def _status(args: argparse.Namespace) -> int:

@@ -77,7 +77,7 @@ def print_nodes(run: str | None, settings: NodeSettings, wait_s: float, *, as_js
     if not found.nodes:
         raise NoPeer(_nobody(run, settings))
     if found.run is not None:
-        print(_run_line(found))
+        print(run_line(found))
     console().print(nodes_table(found.nodes))
     return 0
 
@@ -107,7 +107,8 @@ def _heard(now: Snapshot) -> frozenset[str]:
     return frozenset(node.id for node in now.nodes if node.counters)
 
 
-def _run_line(found: Snapshot) -> str:
+def run_line(found: Snapshot) -> str:
+    """How the run stands, in a line."""
     run = found.run or {}
     if run["phase"] != "training":
         return f"the run is {run['phase']}, at version {run['version']}{': ' if run['reason'] else ''}{run['reason']}"
