@@ -19,6 +19,8 @@ HANDOVER_S = 10.0
 """What whoever takes over may take until it leads: it makes the last versions again first."""
 MAX_LEASE_S = 600.0
 """A longer promise is not given."""
+NEAR_EPOCHS = 64
+"""Nobody who stands by is so many ahead of whoever leads: a client that knows of a later one is wrong, or lies."""
 BEHIND_LEASES = 2.0
 """How long somebody who lacks versions that were published is passed over, for somebody who has them, in leases."""
 
@@ -190,6 +192,11 @@ class Lease:
         if alone:
             return later > 0 and 2 * later >= len(self._refused) + held
         return held < most_of(self._shards) <= held + later
+
+    def epoch_for_all(self, epoch: int) -> int:
+        """In which to lead so that all follow: later than what clients know who hear nothing of this one any more."""
+        later = [known for known, _ in self._refused.values() if epoch < known <= epoch + NEAR_EPOCHS]
+        return max(later) + 1 if later else epoch
 
     def next_epoch(self, epoch: int) -> int:
         """In which to stand on where another stands in this one, or a later one; the same where nobody does.

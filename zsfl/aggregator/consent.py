@@ -26,13 +26,16 @@ class Consent:
         self._holders = holders
         self._late: set[asyncio.Task[Granted | None]] = set()
 
-    async def ask(self, grant: Grant, took: Callable[[Sequence[Granted]], None]) -> None:
-        """Ask all clients that are there; `took` is told what they answer, of late ones also after this returned."""
+    async def ask(self, grant: Grant, took: Callable[[Sequence[Granted]], None], *, all_: bool = False) -> None:
+        """Ask all clients that are there; `took` is told what they answer, of late ones also after this returned.
+
+        With `all_` it returns only when all have answered or will not.
+        """
         lease_s = self._node.settings.lost_after_s
         asked = [asyncio.ensure_future(self._ask(card, grant, lease_s)) for card in self._node.peers(Role.CLIENT)]
         if not asked:
             return
-        done, late = await asyncio.wait(asked, timeout=WAITED * lease_s)
+        done, late = await asyncio.wait(asked, timeout=None if all_ else WAITED * lease_s)
         took([answer for one in done if (answer := one.result()) is not None])
 
         def came(one: asyncio.Task[Granted | None]) -> None:

@@ -110,6 +110,21 @@ class Reign:
         await self._consent.ask(self._grant(self._node.settings.lost_after_s), took)
         if self._lease.is_succeeded(self._standing.epoch, clock_s(), alone=self._is_alone):
             self._fenced()
+        if (epoch := self._lease.epoch_for_all(self._standing.epoch)) > self._standing.epoch:
+            await self._step_up(epoch)
+
+    async def _step_up(self, epoch: int) -> None:
+        """Lead in this epoch, if most clients agree: some had promised an earlier one to somebody who never led in it.
+
+        They would hear nothing that is said before. An epoch that most have promised nobody else can have.
+        """
+        lease, asked_s = Lease(self._shards), clock_s()
+        grant = msgspec.structs.replace(self._grant(self._node.settings.lost_after_s), epoch=epoch)
+        await self._consent.ask(grant, lambda answers: lease.answered(answers, asked_s), all_=self._is_alone)
+        now_s = clock_s()
+        if lease.is_held(now_s) or (self._is_alone and not lease.is_contested(asked_s, now_s)):
+            await self._node.persistently(lambda: self._keep(epoch=grant.epoch))
+            self._lease = lease
 
     def _fenced(self) -> None:
         with suppress(StorageError):  # whoever leads is found out from the clients anyway

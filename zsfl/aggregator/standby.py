@@ -371,10 +371,10 @@ class StandbyRole:
             lease.answered(answers, asked_s)
             self._known = max(self._known, *(granted.newest for granted in answers), (0, 0))
 
-        await consent.ask(grant, took)
+        is_alone = self._node.settings.takeover == "always"
+        await consent.ask(grant, took, all_=is_alone)  # whose silence then counts as consent
         now_s, epoch = clock_s(), lease.next_epoch(self._epoch)
-        is_alone = self._node.settings.takeover == "always" and not lease.is_contested(asked_s, now_s)
-        if lease.is_held(now_s) or is_alone:
+        if lease.is_held(now_s) or (is_alone and not lease.is_contested(asked_s, now_s)):
             return True
         self._has_rival = epoch > self._epoch
         if self._has_rival:

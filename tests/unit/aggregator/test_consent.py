@@ -34,8 +34,10 @@ def card(name: str, role: Role = Role.CLIENT, key: str = "") -> NodeCard:
 
 def promises(shard: int) -> Answer:
     """An honest client."""
-    promise = Promise(clock_s() - LEASE_S, LEASE_S)
+    return answering(Promise(clock_s() - LEASE_S, LEASE_S), shard)
 
+
+def answering(promise: Promise, shard: int) -> Answer:
     async def answer(grant: Grant) -> Granted:
         by = Candidate(
             holder=grant.holder, name=grant.name, epoch=grant.epoch, known=grant.known, version=grant.version
@@ -158,6 +160,35 @@ async def test_most_of_those_who_hold_shards_end_a_reign(tmp_path: Path) -> None
     reign = await reigning(tmp_path, node)
     with pytest.raises(Fenced):
         await reign._renew()
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+async def test_a_client_that_promised_itself_to_one_who_never_led_is_led_again(ahead: int, tmp_path: Path) -> None:
+    """It hears nothing that is said in an earlier epoch than that, though most follow whoever leads in it."""
+    promise = Promise(clock_s() - LEASE_S, LEASE_S)
+    rival = Candidate(holder="c" * 12, name="rival", epoch=1 + ahead, known=1, version=9)
+    assert not promise.ask(rival, 0.0, clock_s())  # which lasts no longer than that
+    node = FakeNode(clients(honest=2) | {"2": answering(promise, 2)})
+    reign = await reigning(tmp_path, node)
+    for _ in range(2 * ahead + 2):
+        await reign._renew()
+    assert Standing.of(tmp_path).epoch == reign._stage.state.epoch == promise.epoch == 2 + ahead
+    assert reign._lease.held_of(clock_s()) == 3
+
+
+async def test_an_epoch_that_most_do_not_promise_is_not_led_in(tmp_path: Path) -> None:
+    async def no_later(grant: Grant) -> Granted:
+        return granted(1, refused="no" if grant.epoch > 1 else "", epoch=1)
+
+    async def later(_: Grant) -> Granted:
+        return granted(2, refused="epoch 2 has begun", epoch=2)
+
+    node = FakeNode(clients(honest=1) | {"1": no_later, "2": later})
+    reign = await reigning(tmp_path, node)
+    await reign._renew()
+    with pytest.raises(Fenced):  # since one promised the later epoch for which it asked; whoever stands by goes on
+        await reign._renew()
+    assert Standing.of(tmp_path).epoch < 2
 
 
 async def test_one_that_does_not_answer_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
