@@ -331,3 +331,37 @@ async def test_a_shard_stays_with_the_machine_that_joined_with_it_also_when_the_
         await nodes.close()
         for machine in (anna, bob, eve):
             machine.context.destroy(linger=0)
+
+
+@pytest.mark.parametrize("how", ["reassigned", "revoked"])
+async def test_a_shard_of_a_replaced_machine_has_a_say_again_where_others_stood_by(tmp_path: Path, how: str) -> None:
+    """Whoever resumes asks the clients first, and most of them cannot be without the new machine."""
+    anna, bob, _ = everybody = [Machine(tmp_path, name) for name in ("anna", "bob", "eve")]
+    for one in everybody:
+        for other in everybody:
+            if one is not other:
+                one.trusts(other)
+    nodes = Nodes(zsfl.load_job(write_job(tmp_path, rounds=100_000)), tmp_path / "runs")
+    quick: dict[str, Any] = {"beat_s": 0.2, "lost_after_s": 3.0, "patience_s": HANG_S}
+    at_annas, at_bobs, at_eves = (quick | {"keys": str(machine.folder)} for machine in everybody)
+    try:
+        seed = await nodes.start("aggregator", Role.AGGREGATOR, **at_annas)
+        await nodes.start("server", Role.SPLIT_SERVER, peers=(seed,), **at_annas)
+        await nodes.start("client-0", Role.CLIENT, peers=(seed,), shards="0", **at_bobs)
+        await nodes.start("client-1", Role.CLIENT, peers=(seed,), shards="1", **at_eves)
+        await nodes.start("standby", Role.STANDBY, peers=(seed,), **at_annas)
+        await eventually(lambda: any("may take over from now on" in note for note in nodes.notes))
+        for task in nodes.tasks.values():
+            task.cancel()
+        await asyncio.gather(*nodes.tasks.values(), return_exceptions=True)
+        if how == "revoked":
+            anna.revokes(bob)
+        rounds, flags = len(nodes.rounds), {"reassign": "0"} if how == "reassigned" else {}
+        seed = await nodes.start("aggregator", Role.AGGREGATOR, resume=True, **at_annas, **flags)
+        await nodes.start("server", Role.SPLIT_SERVER, peers=(seed,), **at_annas)
+        await nodes.start("clients", Role.CLIENT, peers=(seed,), shards="0-1", **at_eves)
+        await eventually(lambda: len(nodes.rounds) > rounds)
+    finally:
+        await nodes.close()
+        for machine in everybody:
+            await machine.close()

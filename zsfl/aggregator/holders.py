@@ -79,5 +79,9 @@ class Holders:
         return {key: tuple(shards) for key, shards in found.items()}
 
     def believed(self, card: NodeCard, shards: Iterable[int]) -> tuple[int, ...]:
-        """Of the shards that a client says it speaks for, those that are its machine's."""
-        return tuple(shard for shard in shards if not self._keyed or self._key_of.get(shard) == card.key)
+        """Of the shards that a client says it speaks for, those that are its machine's, or may be by now."""
+        return tuple(shard for shard in shards if not self._keyed or self._may_speak(card.key, shard))
+
+    def _may_speak(self, key: str, shard: int) -> bool:
+        held = self._key_of.get(shard)
+        return held is not None and (held == key or shard in self._free or not self._trusts(held))

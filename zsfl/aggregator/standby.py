@@ -28,6 +28,7 @@ from zsfl.ids import NodeCard, NodeId, Role
 from zsfl.latest import Latest
 from zsfl.lease import HANDOVER_S, Lease, clock_s, most_of
 from zsfl.node import STATE_TOPIC, BeatExtras, Node
+from zsfl.ranges import parse_shards
 from zsfl.wire.connection import Connection
 from zsfl.wire.framing import nbytes
 from zsfl.wire.messages import Announcement, Beat, Broadcast, Committed, Reply, Request, RunState
@@ -364,7 +365,14 @@ class StandbyRole:
             version=self._mirror.version,
             lease_s=lease_s,
         )
-        consent = Consent(self._node, Holders(self._standing.holders, keyed=bool(self._node.card.key)))
+        reassign = self._node.settings.reassign
+        holders = Holders(
+            self._standing.holders,
+            keyed=bool(self._node.card.key),
+            reassign=parse_shards(reassign, self._shards) if reassign else (),
+            trusts=lambda key: self._node.trusts(key, Role.CLIENT),
+        )
+        consent = Consent(self._node, holders)
         lease, asked_s = self._lease, clock_s()
 
         def took(answers: Sequence[Granted]) -> None:

@@ -64,8 +64,8 @@ def where(run: str | None, settings: NodeSettings) -> tuple[NodeSettings, Mappin
 def _address(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path} ({error.strerror}), which says where the run's aggregator is") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path} ({error}), which says where the run's aggregator is") from None
 
 
 def print_nodes(run: str | None, settings: NodeSettings, wait_s: float, *, as_json: bool) -> int:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import msgspec
 
-from zsfl.errors import ConfigError, StorageError
+from zsfl.errors import ConfigError, StorageError, ZsflError
 from zsfl.locks import is_locked
 from zsfl.reports import METRICS, AnyReport, Failed, Finished, RoundReport, Tested, from_line
 
@@ -57,7 +57,8 @@ class Run:
     @property
     def planned(self) -> int:
         """Rounds that it was to have."""
-        return self.rounds[-1].rounds if self.rounds else int(self.job.get("rounds") or 0)
+        stated = self.job.get("rounds")
+        return self.rounds[-1].rounds if self.rounds else stated if isinstance(stated, int) else 0
 
     @property
     def accuracy(self) -> float | None:
@@ -116,7 +117,7 @@ def read_run(folder: Path) -> Run:
 
 def _reports(path: Path) -> Iterator[AnyReport]:
     """Those that can be read: JSON has no infinity, so that of a run that diverged some cannot."""
-    if not path.exists():
+    if not path.is_file():  # a pipe, say, would be waited for
         return
     for line in path.read_bytes().split(b"\n")[:-1]:
         with suppress(msgspec.DecodeError, UnicodeDecodeError):
@@ -128,7 +129,7 @@ def all_runs(runs: Path) -> list[Run]:
     folders = [path.parent for path in runs.glob(f"*/{SETTINGS}")]
     found: list[Run] = []
     for folder in sorted(folders, key=lambda folder: (folder / SETTINGS).stat().st_mtime):
-        with suppress(StorageError):
+        with suppress(ZsflError):
             found.append(read_run(folder))
     return found
 

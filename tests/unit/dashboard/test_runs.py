@@ -205,3 +205,14 @@ def test_a_report_is_one_page_that_needs_no_other(tmp_path: Path, capsys: pytest
     assert "It cannot be read:" in (tmp_path / "there.html").read_text(encoding="utf-8")
     code, text = said(capsys, "report", "one", "--to", str(tmp_path / "no" / "there.html"), "--runs", str(tmp_path))
     assert (code, "name another place with --to" in text) == (1, True)
+
+
+def test_odd_folders_hide_no_good_run_and_hang_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, "good", *ROUNDS)
+    os.unlink(write(tmp_path, "pipe") / "metrics.jsonl")
+    os.mkfifo(tmp_path / "pipe" / "metrics.jsonl")
+    (tmp_path / "odd" / "settings.json").mkdir(parents=True)
+    (write(tmp_path, "words") / "settings.json").write_text('{"job": {"rounds": "abc"}}')
+    code, text = said(capsys, "runs", "--runs", str(tmp_path))
+    assert code == 0
+    assert {line.split()[0] for line in text.splitlines()[1:]} == {"good", "pipe", "words"}
