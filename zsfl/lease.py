@@ -183,15 +183,16 @@ class Lease:
         refused = sum(then_s >= asked_s for _, then_s in self._refused.values())
         return refused > 0 and refused >= self.held_of(now_s)
 
-    def is_succeeded(self, epoch: int, now_s: float, *, alone: bool = False) -> bool:
-        """Whether it is not held for the sole reason that clients say that a later epoch has begun.
+    def is_succeeded(self, epoch: int, since_s: float, now_s: float, *, alone: bool = False) -> bool:
+        """Whether it is not held, and most shards' clients said since then that a later epoch has begun.
 
         `alone`: nobody's consent is needed, and half of those who answer have to say so.
         """
-        later, held = sum(known > epoch for known, _ in self._refused.values()), self.held_of(now_s)
+        refused = [known for known, then_s in self._refused.values() if then_s >= since_s]
+        later, held = sum(known > epoch for known in refused), self.held_of(now_s)
         if alone:
-            return later > 0 and 2 * later >= len(self._refused) + held
-        return held < most_of(self._shards) <= held + later
+            return later > 0 and 2 * later >= len(refused) + held
+        return held < most_of(self._shards) <= later
 
     def epoch_for_all(self, epoch: int) -> int:
         """In which to lead so that all follow: later than what clients know who hear nothing of this one any more."""

@@ -26,15 +26,15 @@ class Consent:
         self._holders = holders
         self._late: set[asyncio.Task[Granted | None]] = set()
 
-    async def ask(self, grant: Grant, took: Callable[[Sequence[Granted]], None], *, all_: bool = False) -> None:
+    async def ask(self, grant: Grant, took: Callable[[Sequence[Granted]], None], *, all_: bool = False) -> bool:
         """Ask all clients that are there; `took` is told what they answer, of late ones also after this returned.
 
-        With `all_` it returns only when all have answered or will not.
+        Returns whether all have answered by then, or will not; with `all_` not before.
         """
         lease_s = self._node.settings.lost_after_s
         asked = [asyncio.ensure_future(self._ask(card, grant, lease_s)) for card in self._node.peers(Role.CLIENT)]
         if not asked:
-            return
+            return True
         done, late = await asyncio.wait(asked, timeout=None if all_ else WAITED * lease_s)
         took([answer for one in done if (answer := one.result()) is not None])
 
@@ -46,6 +46,7 @@ class Consent:
         for one in late:
             self._late.add(one)
             one.add_done_callback(came)
+        return not late
 
     async def _ask(self, card: NodeCard, grant: Grant, deadline_s: float) -> Granted | None:
         with suppress(ZsflError):

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -28,8 +29,19 @@ from zsfl.wire.succession import FetchPiece, Follow, Grant, Granted
 MIN_RENEWAL_S = 0.05
 COPYING_S = 2.0
 """Whoever stands by and has asked for nothing so long does not copy any more."""
+TOLD_LEASES = 2.0
+"""How long it counts, in leases, that a client said that a later epoch has begun: it may be gone, or know better."""
 RENEWALS = 4
 """How often a lease is renewed in its time."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Aim:
+    """A later epoch for whose promises the clients are asked, before it is led in."""
+
+    epoch: int
+    lease: Lease
+    begun_s: float
 
 
 class Reign:
@@ -52,6 +64,8 @@ class Reign:
         )
         self._consent = Consent(node, self.holders)
         self._lease = Lease(shards)
+        """Of the promises in whatever epoch: nobody else can be given that time."""
+        self._aim: _Aim | None = None
         self._is_alone = node.settings.takeover == "always"
         """Nobody's consent is needed: a later epoch is all that ends an earlier one."""
         self._followers: Latest[dict[NodeId, Version]] = Latest({})
@@ -83,7 +97,8 @@ class Reign:
             await self._followers.wait_for(lambda now: (bool(now) or self._standing.shared) and not self._is_leaving)
             if not self._standing.epoch:
                 await self._node.persistently(lambda: self._keep(epoch=1))
-            await self._renew()
+            while await self._renew():
+                pass
             if not self._standing.shared and self._lease.is_held(clock_s()):
                 await self._node.persistently(lambda: self._keep(shared=True))
                 self._node.note("another aggregator stands by, and may take over from now on")
@@ -94,37 +109,45 @@ class Reign:
         return Grant(
             holder=self._standing.holder,
             name=self._node.name,
-            epoch=self._standing.epoch,
+            epoch=self._aim.epoch if self._aim else self._standing.epoch,
             known=self._standing.epoch,
             version=self._version,
             lease_s=lease_s,
         )
 
-    async def _renew(self) -> None:
-        asked_s = clock_s()
+    async def _renew(self) -> bool:
+        """Ask once; whether to do so again at once, in a later epoch."""
+        asked_s, aim, lease_s = clock_s(), self._aim, self._node.settings.lost_after_s
+        leases = (self._lease, aim.lease) if aim else (self._lease,)
 
         def took(answers: Sequence[Granted]) -> None:
-            self._lease.answered(answers, asked_s)
+            for lease in leases:
+                lease.answered(answers, asked_s)
             self._promised.touch()
 
-        await self._consent.ask(self._grant(self._node.settings.lost_after_s), took)
-        if self._lease.is_succeeded(self._standing.epoch, clock_s(), alone=self._is_alone):
-            self._fenced()
-        if (epoch := self._lease.epoch_for_all(self._standing.epoch)) > self._standing.epoch:
-            await self._step_up(epoch)
-
-    async def _step_up(self, epoch: int) -> None:
-        """Lead in this epoch, if most clients agree: some had promised an earlier one to somebody who never led in it.
-
-        They would hear nothing that is said before. An epoch that most have promised nobody else can have.
-        """
-        lease, asked_s = Lease(self._shards), clock_s()
-        grant = msgspec.structs.replace(self._grant(self._node.settings.lost_after_s), epoch=epoch)
-        await self._consent.ask(grant, lambda answers: lease.answered(answers, asked_s), all_=self._is_alone)
+        await self._consent.ask(self._grant(lease_s), took, all_=self._is_alone and aim is not None)
         now_s = clock_s()
-        if lease.is_held(now_s) or (self._is_alone and not lease.is_contested(asked_s, now_s)):
-            await self._node.persistently(lambda: self._keep(epoch=grant.epoch))
-            self._lease = lease
+        if self._lease.is_succeeded(self._standing.epoch, now_s - TOLD_LEASES * lease_s, now_s, alone=self._is_alone):
+            self._fenced()
+        if aim is None:
+            return self._aim_beyond(self._standing.epoch, now_s)
+        if aim.lease.is_held(now_s) or (self._is_alone and not aim.lease.is_contested(asked_s, now_s)):
+            await self._node.persistently(lambda: self._keep(epoch=aim.epoch))
+            self._aim = None
+        elif now_s >= aim.begun_s + lease_s:  # by then whoever would answer has
+            return self._aim_beyond(aim.epoch - 1, now_s)
+        return False
+
+    def _aim_beyond(self, epoch: int, now_s: float) -> bool:
+        """Where clients know of a later epoch than this, ask for one after that from now on; whether it is so.
+
+        They promised it to somebody who never led in it, and would hear nothing that is said before. An epoch that most
+        have promised nobody else can have.
+        """
+        if (later := self._lease.epoch_for_all(epoch)) == epoch:
+            return False
+        self._aim = _Aim(later, Lease(self._shards), now_s)
+        return True
 
     def _fenced(self) -> None:
         with suppress(StorageError):  # whoever leads is found out from the clients anyway

@@ -67,6 +67,8 @@ class StandbyRole:
         self._lease = Lease(shards)
         self._epoch = standing.epoch if standing.led else standing.epoch + 1
         """That it would lead in."""
+        self._begun_s = clock_s()
+        """When it asked for it first."""
         self._has_rival = False
         """Whether another stood in the same epoch, or a later one, when it was asked last."""
         self._known = (0, 0)
@@ -308,6 +310,7 @@ class StandbyRole:
         """Ask the clients for their consent until somebody leads; whether it is us."""
         settings = self._node.settings
         ends_s = time.monotonic() + settings.patience_s
+        self._begun_s = clock_s()
         with self._node.waiting(self._lacking):
             while time.monotonic() < ends_s:
                 if self._active() is not None:
@@ -380,11 +383,12 @@ class StandbyRole:
             self._known = max(self._known, *(granted.newest for granted in answers), (0, 0))
 
         is_alone = self._node.settings.takeover == "always"
-        await consent.ask(grant, took, all_=is_alone)  # whose silence then counts as consent
+        all_answered = await consent.ask(grant, took, all_=is_alone)  # whose silence then counts as consent
         now_s, epoch = clock_s(), lease.next_epoch(self._epoch)
         if lease.is_held(now_s) or (is_alone and not lease.is_contested(asked_s, now_s)):
             return True
-        self._has_rival = epoch > self._epoch
+        is_told = all_answered or asked_s >= self._begun_s + self._node.settings.lost_after_s
+        self._has_rival = is_told and epoch > self._epoch
         if self._has_rival:
-            self._epoch, self._lease = epoch, Lease(self._shards)
+            self._epoch, self._lease, self._begun_s = epoch, Lease(self._shards), now_s
         return False

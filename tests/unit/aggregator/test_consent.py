@@ -120,6 +120,7 @@ def clients(*liars: Answer, honest: int = 3) -> dict[str, Answer]:
 async def reigning(folder: Path, node: FakeNode) -> Reign:
     reign = Reign(cast(Any, node), folder, Stage(cast(Any, node)), shards=3, bound=0)
     reign.begin(Version(0))
+    reign._keep(epoch=1)
     for one in node.peers(Role.CLIENT):
         if one.name in HONEST:
             await reign.joined(one, [int(one.name)])
@@ -185,10 +186,60 @@ async def test_an_epoch_that_most_do_not_promise_is_not_led_in(tmp_path: Path) -
 
     node = FakeNode(clients(honest=1) | {"1": no_later, "2": later})
     reign = await reigning(tmp_path, node)
-    await reign._renew()
-    with pytest.raises(Fenced):  # since one promised the later epoch for which it asked; whoever stands by goes on
+    for _ in range(3):
         await reign._renew()
     assert Standing.of(tmp_path).epoch < 2
+    assert not reign._lease.is_held(clock_s())
+
+
+class Slow:
+    """A client that answers as another one does, once it may."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer, self._may = answer, asyncio.Event()
+
+    async def __call__(self, grant: Grant) -> Granted:
+        await self._may.wait()
+        return await self._answer(grant)
+
+    def hurry(self) -> None:
+        self._may.set()
+
+
+@pytest.mark.parametrize("liar", [2, 3])
+async def test_promises_that_come_late_are_enough_for_a_later_epoch(
+    liar: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever somebody says meanwhile who would have it later still each time."""
+    monkeypatch.setattr("zsfl.aggregator.consent.WAITED", 1e-5)
+
+    async def always_later(grant: Grant) -> Granted:
+        return granted(2, refused="a later epoch has begun", epoch=grant.epoch + liar)
+
+    slow = [Slow(promises(0)), Slow(promises(1))]
+    node = FakeNode({"0": slow[0], "1": slow[1], "2": always_later})
+    reign = await reigning(tmp_path, node)
+    async with asyncio.timeout(60):
+        while not await reign._renew():
+            pass
+        for _ in range(5):
+            assert not await reign._renew(), "it waits for those who did not answer yet"
+        assert Standing.of(tmp_path).epoch < 2
+        for one in slow:
+            one.hurry()
+        await reign._promised.wait_for(lambda _: reign._lease.is_held(clock_s()))
+        await reign._renew()
+    assert Standing.of(tmp_path).epoch == reign._stage.state.epoch == 2 + liar
+    assert reign.is_held
+
+
+async def test_one_that_lies_and_one_that_is_late_end_no_reign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zsfl.aggregator.consent.WAITED", 1e-5)
+    node = FakeNode({"0": promises(0), "1": Slow(promises(1)), "2": says(2)})
+    reign = await reigning(tmp_path, node)
+    async with asyncio.timeout(60):
+        for _ in range(3):
+            await reign._renew()
 
 
 async def test_one_that_does_not_answer_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +280,23 @@ async def test_nor_a_standby_from_taking_over(lie: str, takeover: str, tmp_path:
     role = standby(tmp_path, FakeNode(clients(LIARS[lie]()), takeover=takeover))
     assert await role._asked()
     assert (Standing.of(tmp_path).epoch, role.elected.is_behind) == (2, False)
+
+
+async def test_one_that_lies_stops_no_takeover_where_the_others_answer_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zsfl.aggregator.consent.WAITED", 1e-5)
+    slow = [Slow(promises(0)), Slow(promises(1))]
+    role = standby(tmp_path, FakeNode({"0": slow[0], "1": slow[1], "2": says(2)}))
+    async with asyncio.timeout(60):
+        for _ in range(5):
+            assert not await role._asked()
+        assert (role._epoch, role._has_rival) == (2, False)
+        for one in slow:
+            one.hurry()
+        while not await role._asked():
+            await asyncio.sleep(0)
+    assert Standing.of(tmp_path).epoch == 2
 
 
 async def test_one_that_holds_a_shard_names_no_epoch_to_a_standby(tmp_path: Path) -> None:
