@@ -120,7 +120,7 @@ class Tested(Report, frozen=True, kw_only=True, tag="tested"):
     ends_round: bool = True
     """Whether it is the test at the end of a round, which the round's report repeats."""
     left_out: tuple[str, ...] = ()
-    """Clients whose own loss was no finite number, unlike that of others: not in `loss` and `accuracy`."""
+    """Clients whose loss was not finite, or out of all proportion to that of others: not in `loss` and `accuracy`."""
 
 
 class Finished(Report, frozen=True, kw_only=True, tag="finished"):

@@ -15,6 +15,8 @@ from zsfl.aggregator.tally import outliers, pooled
 from zsfl.errors import RemoteProtocolError
 from zsfl.ids import Version
 from zsfl.latest import Latest
+from zsfl.learning.job import Job
+from zsfl.learning.modes import Exact
 from zsfl.node import Node
 from zsfl.reports import Tested
 from zsfl.weights.shelf import Shelf
@@ -70,10 +72,11 @@ ROUNDED = 1 + 1e-5
 class HeldOut:
     """Orders tests of the clients that are there, and pools what they answer."""
 
-    def __init__(self, node: Node, stage: Stage, shelf: Shelf, roster: Latest[Roster], *, waits: bool) -> None:
-        """With `waits`, training waits for room for more tests; without, the oldest that is not begun is left out."""
+    def __init__(self, node: Node, stage: Stage, shelf: Shelf, roster: Latest[Roster], job: Job) -> None:
+        """In exact mode training waits for room for more tests; else the oldest that is not begun is left out."""
         self._node = node
-        self._waits = waits
+        self._job = job
+        self._waits = isinstance(job.how, Exact)
         self._stage = stage
         self._shelf = shelf
         self._roster = roster
@@ -117,6 +120,8 @@ class HeldOut:
             evaluated.shard
         ):
             return
+        if why := self._objection(evaluated):
+            raise RemoteProtocolError(f"the held-out test of shard {evaluated.shard} cannot be counted: {why}")
         if (evaluated.correct or 0.0) > evaluated.samples * ROUNDED:
             raise RemoteProtocolError(
                 f"{evaluated.correct:g} of {evaluated.samples} held-out samples of shard {evaluated.shard} cannot be "
@@ -126,6 +131,11 @@ class HeldOut:
         if evaluated.version == self._stage.state.tested and evaluated.shard in self._roster.value.tested():
             self._answers[evaluated.shard] = evaluated
             self._roster.touch()
+
+    def _objection(self, evaluated: Evaluated) -> str:
+        if (evaluated.correct is None) != (self._job.metric is None):
+            return f"correct samples are {'missing' if evaluated.correct is None else 'given'}, unlike Job.metric"
+        return self._job.objection_to(evaluated.weight, evaluated.samples)
 
     async def run(self) -> None:
         """Carry out orders."""
@@ -151,8 +161,8 @@ class HeldOut:
         if new := strange - self._strange:
             names = ", ".join(self._roster.value.label(shard) for shard in sorted(new)[:MOST_NAMED])
             self._node.note(
-                f"the held-out loss of {names} was no finite number at version {order.version}, unlike that of others: "
-                "such tests are left out; look for bad samples there",
+                f"the held-out loss of {names} was not finite at version {order.version}, or is no match for that of "
+                "the others: such tests are left out; look for bad samples there",
                 "warning",
             )
         self._strange |= strange

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from zsfl.aggregator.faults import Faults
 from zsfl.aggregator.gathering import Gathering
@@ -11,7 +11,8 @@ from zsfl.aggregator.roster import Roster
 from zsfl.errors import RunFailed
 from zsfl.ids import StepId, parse_cid
 from zsfl.latest import Latest
-from zsfl.learning.averaging import Contribution
+from zsfl.learning.averaging import Contribution, StepShare
+from zsfl.learning.job import Job
 from zsfl.learning.master import Master
 
 MOST_REASON = 500
@@ -28,16 +29,16 @@ class Refusals:
         gathering: Gathering,
         master: Master,
         roster: Latest[Roster],
-        weighs: Callable[[float, int], str] = lambda n, samples: "",
+        job: Job,
         *,
         is_exact: bool,
     ) -> None:
-        """`roster` is touched when a step is given up; `weighs` says why so many samples cannot weigh so much."""
+        """`roster` is touched when a step is given up."""
         self._gathering = gathering
         self._master = master
         self._roster = roster
         self._is_exact = is_exact
-        self._weighs = weighs
+        self._job = job
         self._shards: dict[int, str] = {}
         """Shards whose last step was given up, and why."""
         self._ruin: str = ""
@@ -55,14 +56,19 @@ class Refusals:
         """
         if self._is_exact and one.loss_sum is not None and not math.isfinite(one.loss_sum):
             return ""
-        steps = [(step.n, step.samples, step.client) for step in one.members] or [(one.n, one.samples, one.client)]
         try:
-            for n, samples, client in steps:
-                if why := self._weighs(n, samples):
-                    return f"{one.cid} of {client or one.whose}: {why}"
+            for step in one.members or [one]:
+                if why := self._too_many(step) or self._job.objection_to(step.n, step.samples):
+                    return f"{one.cid} of {step.client or one.whose}: {why}"
             return self._master.objection(one, self._gathering.beside(one), finite=not self._is_exact)
         except Exception as error:
             return f"{one.cid} of {one.whose} cannot be judged: {self._faults.said(error)}"
+
+    def _too_many(self, step: Contribution | StepShare) -> str:
+        shard = parse_cid(step.cid).shard
+        held = self._roster.value.train_samples(shard)
+        most = math.inf if held is None else self._job.most_samples(held)
+        return f"it is of {step.samples} samples, and a batch of its shard of {most} at most" * (step.samples > most)
 
     def give_up(self, one: Contribution, why: str) -> None:
         """It was made again in vain."""

@@ -80,7 +80,7 @@ class AggregatorRole:
         self._training = Training(node, job, folder, self._stage, master, self._roster, self._shelf, self._reign)
         syncs = node.settings.durability == "power"
         self._progress = Progress(folder, job, cuts, master, self._training.journal, syncs=syncs)
-        self._held_out = HeldOut(node, self._stage, self._shelf, self._roster, waits=isinstance(job.how, Exact))
+        self._held_out = HeldOut(node, self._stage, self._shelf, self._roster, job)
         self._trials = Trials(node, job, folder, self._progress, self._training, self._held_out)
         self._start_with = 0 if node.settings.resume or elected else node.settings.start_with
         """Shards whose clients a run begins with; 0: all, as one that is resumed does."""

@@ -131,6 +131,11 @@ class Roster:
         chosen = sorted(self._seats) if shards is None else shards
         return {shard: self._seats[shard].info.train_samples for shard in chosen}
 
+    def train_samples(self, shard: int) -> int | None:
+        """How many there are, as whoever holds the shard said; None where nobody ever has."""
+        seat = self._seats.get(shard)
+        return None if seat is None else seat.info.train_samples
+
     def tested(self) -> frozenset[int]:
         """Shards with held-out samples whose client is there."""
         return frozenset(shard for shard, seat in self._seats.items() if seat.info.test_samples and seat.present)

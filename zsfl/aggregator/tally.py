@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
+from statistics import median_low
 
 from zsfl.ids import Cid, NodeId, Version
 from zsfl.learning.averaging import Contribution
@@ -107,15 +109,17 @@ class Tally:
         )
 
 
-ABSURD = 1e300
-"""A held-out loss beyond it is as good as infinite: of all shards it cannot be summed up."""
+FAR = 1e6
+"""A held-out loss so many times as far from 0 as half of the shards' (and 1) says nothing of the model."""
 
 
 def outliers(evaluated: Mapping[int, Evaluated]) -> frozenset[int]:
-    """Shards whose loss is no finite number, unless that is so of most who answered: then it is the model."""
-    results = {shard: result for shard, result in evaluated.items() if result.samples}
-    strange = {shard for shard, result in results.items() if not abs(result.loss_sum) <= ABSURD}
-    return frozenset(strange) if 2 * len(strange) <= len(results) else frozenset()
+    """Shards whose loss is not finite or out of all proportion, unless most say so: then it is the model."""
+    losses = {shard: abs(one.loss_sum) / (one.weight or 1.0) for shard, one in evaluated.items() if one.samples}
+    finite = [loss for loss in losses.values() if loss < math.inf]
+    most = FAR * max(1.0, median_low(finite)) if finite else 0.0
+    strange = {shard for shard, loss in losses.items() if not loss <= most}
+    return frozenset(strange) if 2 * len(strange) <= len(losses) else frozenset()
 
 
 def pooled(evaluated: Mapping[int, Evaluated]) -> tuple[float | None, float | None]:

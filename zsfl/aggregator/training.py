@@ -77,7 +77,7 @@ class Training:
         self._closing = closing_for(job.how, self.rules.steps)
         self._sieve = Sieve(job, master.check, lambda said: node.note(said, "warning"))
         self._pacer = self.rules.pacer
-        self._refusals = Refusals(self._gathering, master, roster, job.objection_to, is_exact=self.rules.is_exact)
+        self._refusals = Refusals(self._gathering, master, roster, job, is_exact=self.rules.is_exact)
         self.collector = Collector(node, self._gathering, self.journal, self._took, roster, self._refusals)
         self.version = stage.state.version
         """Of the master; peers hear of it only together with what is asked of them at it."""

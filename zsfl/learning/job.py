@@ -260,6 +260,12 @@ class Job:
     def _wrong(self, what: str) -> ConfigError:
         return ConfigError(f"job {self.name!r}: {what}")
 
+    def most_samples(self, held: int) -> int:
+        """How many samples a batch of a shard can have that holds so many."""
+        if isinstance(self.batches, BySpeed):
+            return self.batches.most
+        return self.batch_size if self.batches == "equal" else -(-held // self.steps)
+
     def batch_place(self, samples: int, windows: int, number: int) -> tuple[int, int]:
         """Start and size of a shard's batch `number` in a round of so many windows, see `batches.batch_place`."""
         equal = self.batch_size if self.batches == "equal" else None

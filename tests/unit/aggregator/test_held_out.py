@@ -20,6 +20,8 @@ from zsfl.aggregator.tally import outliers
 from zsfl.errors import RemoteProtocolError, StaleWeights
 from zsfl.ids import BODY, NodeId, Version
 from zsfl.latest import Latest
+from zsfl.learning.modes import Async, Exact
+from zsfl.learning.weighting import weight_objection
 from zsfl.weights.shelf import KEPT_VERSIONS, Shelf
 from zsfl.wire.fields import ShardInfo
 from zsfl.wire.messages import Announcement, Evaluated, FetchWeights
@@ -30,7 +32,9 @@ A, B = NodeId("a"), NodeId("b")
 class Hall:
     """Three shards with held-out samples at two clients, one shard without any, and who tests them."""
 
-    def __init__(self, patience_s: float = 600.0, waits: bool = True, at_once: Sequence[int] = ()) -> None:
+    def __init__(
+        self, patience_s: float = 600.0, waits: bool = True, at_once: Sequence[int] = (), metric: Any = max
+    ) -> None:
         """Shards that answer `at_once` do so the moment they are asked."""
         self.said: list[Announcement] = []
         self.notes: list[str] = []
@@ -48,7 +52,12 @@ class Hall:
         infos = [ShardInfo(shard=n, train_samples=9, test_samples=4 * (n < 3)) for n in range(4)]
         self.roster.value.join(A, "client-0", infos[:2])
         self.roster.value.join(B, "client-2", infos[2:])
-        self.tests = HeldOut(cast(Any, node), self.stage, self.shelf, self.roster, waits=waits)
+        job = SimpleNamespace(
+            how=Exact() if waits else Async(),
+            metric=metric,
+            objection_to=lambda n, samples: weight_objection(n, samples, None),
+        )
+        self.tests = HeldOut(cast(Any, node), self.stage, self.shelf, self.roster, cast(Any, job))
         self.at_once = at_once
 
     def publish(self, announcement: Announcement) -> None:
@@ -69,13 +78,18 @@ class Hall:
         await self.tests.order(Order(version=Version(version), state={}, round=3, seconds=1.5, then=then))
 
     def answers(
-        self, shard: int, correct: float | None = 2.0, version: int | None = None, loss_sum: float = 2.0
+        self,
+        shard: int,
+        correct: float | None = 2.0,
+        version: int | None = None,
+        loss_sum: float = 2.0,
+        weight: float = 4.0,
     ) -> None:
         at = self.stage.state.tested if version is None else Version(version)
         assert at is not None
         node = self.roster.value.node_of(shard) or A
         self.tests.heard(
-            Evaluated(node=node, shard=shard, version=at, samples=4, weight=4.0, correct=correct, loss_sum=loss_sum)
+            Evaluated(node=node, shard=shard, version=at, samples=4, weight=weight, correct=correct, loss_sum=loss_sum)
         )
 
     async def until_tested(self, version: int) -> None:
@@ -211,7 +225,7 @@ async def test_without_held_out_samples_there_is_nothing_to_say() -> None:
 
 
 async def test_a_shard_without_right_and_wrong_has_no_accuracy() -> None:
-    async with at_work(Hall()) as hall:
+    async with at_work(Hall(metric=None)) as hall:
         await hall.order(1)
         await hall.until_tested(1)
         for shard in range(3):
@@ -245,6 +259,22 @@ async def test_a_result_counts_only_as_its_shards_own_client_says_it() -> None:
     assert hall.results[0].accuracy == 1.0
 
 
+async def test_who_leaves_out_what_the_job_measures_changes_nothing() -> None:
+    async with at_work(Hall()) as hall:
+        await hall.order(7)
+        await hall.until_tested(7)
+        with pytest.raises(
+            RemoteProtocolError, match=r"held-out test of shard 2 cannot be counted: correct samples are"
+        ):
+            hall.answers(2, correct=None)
+        with pytest.raises(RemoteProtocolError, match=r"shard 2 cannot be counted: it weighs n=1e-09 for 4 samples"):
+            hall.answers(2, weight=1e-9)
+        for shard in range(3):
+            hall.answers(shard, correct=2.0)
+        await eventually(lambda: hall.results)
+    assert (hall.results[0].loss, hall.results[0].accuracy) == (0.5, 0.5)
+
+
 def test_the_best_is_the_most_accurate_and_the_first_of_equals() -> None:
     best = Best()
     results = [result(1, 0.1, 0.5), result(2, 9.0, 0.6), result(3, 0.1, 0.6), result(4, 0.1, 0.2)]
@@ -274,8 +304,8 @@ def test_a_test_of_no_samples_is_none() -> None:
     assert (best.tested, best.since) == (None, 0)
 
 
-@pytest.mark.parametrize("loss_sum", [math.nan, math.inf, -math.inf, 1.7e308, -1.7e308])
-async def test_one_client_whose_loss_is_no_number_is_left_out_and_named_once(loss_sum: float) -> None:
+@pytest.mark.parametrize("loss_sum", [math.nan, math.inf, -math.inf, 1.7e308, -1e290, 5e6])
+async def test_one_client_whose_loss_says_nothing_is_left_out_and_named_once(loss_sum: float) -> None:
     async with at_work(Hall()) as hall:
         for version in (4, 5):
             await hall.order(version)
@@ -287,9 +317,9 @@ async def test_one_client_whose_loss_is_no_number_is_left_out_and_named_once(los
     for tested in hall.results:
         assert (tested.loss, tested.accuracy, tested.left_out) == (0.5, 0.5, ("client-2",))
         assert tested.clients["client-2"] is None
-    said = [note for note in hall.notes if "no finite number" in note]
+    said = [note for note in hall.notes if "was not finite" in note]
     assert len(said) == 1
-    assert "the held-out loss of client-2 was no finite number at version 4" in said[0]
+    assert "the held-out loss of client-2 was not finite at version 4, or is no match" in said[0]
 
 
 def test_of_two_clients_one_does_not_speak_for_both() -> None:
@@ -300,6 +330,8 @@ def test_of_two_clients_one_does_not_speak_for_both() -> None:
 
     assert outliers({0: said(0, math.nan), 1: said(1, 2.0)}) == {0}
     assert outliers({0: said(0, math.nan)}) == frozenset()
+    assert outliers({0: said(0, -1e290), 1: said(1, 2.0)}) == {0}
+    assert outliers({0: said(0, 2e9), 1: said(1, 4e3)}) == frozenset(), "this far apart they may be"
 
 
 @pytest.mark.parametrize("strange", [(1, 2), (0, 1, 2)])

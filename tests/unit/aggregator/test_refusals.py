@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ class Case:
         for shard in (0, 1):
             info = ShardInfo(shard=shard, train_samples=9, test_samples=0)
             roster.join(NodeId(f"c{shard}"), f"client-{shard}", [info])
-        self.refusals = Refusals(self.gathering, master, Latest(roster), is_exact=exact)
+        self.job = SimpleNamespace(objection_to=lambda n, samples: "", most_samples=lambda held: held)
+        self.refusals = Refusals(self.gathering, master, Latest(roster), cast(Any, self.job), is_exact=exact)
 
     def step(self, shard: int, part: PartName = "client", **changes: Any) -> Contribution:
         names = ("body",) if part == "body" else ("head", "tail")
@@ -71,7 +73,7 @@ def test_what_does_not_fit_is_objected_to_when_it_comes(changes: dict[str, Any],
 @pytest.mark.parametrize("n", [0.0, 2.9, 3.1, 1e300, math.inf, math.nan])
 def test_without_weights_a_batch_weighs_its_samples(n: float, part: PartName, exact: bool) -> None:
     case = Case(exact=exact)
-    case.refusals._weighs = lambda n, samples: weight_objection(n, samples, None)
+    case.job.objection_to = lambda n, samples: weight_objection(n, samples, None)
     assert case.refusals.objection(case.step(0, part)) == ""
     said = case.refusals.objection(case.step(0, part, n=n, client="client-0"))
     assert said == f"{CIDS[0]} of client-0: it weighs n={n:g} for 3 samples, and the job has no loss_weight"
@@ -79,7 +81,7 @@ def test_without_weights_a_batch_weighs_its_samples(n: float, part: PartName, ex
 
 def test_with_weights_no_sample_outweighs_all_others() -> None:
     case = Case(exact=True)
-    case.refusals._weighs = lambda n, samples: weight_objection(n, samples, MOST_WEIGHT)
+    case.job.objection_to = lambda n, samples: weight_objection(n, samples, MOST_WEIGHT)
     for n in (0.0, 0.1, 3 * MOST_WEIGHT):
         assert case.refusals.objection(case.step(0, n=n)) == ""
     for n in (3.01 * MOST_WEIGHT, 1e300, math.inf, math.nan, -1.0):
@@ -92,10 +94,22 @@ def test_with_weights_no_sample_outweighs_all_others() -> None:
 
 def test_of_what_is_merged_each_step_weighs_what_it_may() -> None:
     case = Case(exact=True)
-    case.refusals._weighs = lambda n, samples: weight_objection(n, samples, None)
+    case.job.objection_to = lambda n, samples: weight_objection(n, samples, None)
     members = [StepShare(cid=cid, n=n, samples=3, client=f"c{n}") for cid, n in zip(CIDS, (1.0, 5.0), strict=True)]
     merged = case.step(0, "body", n=6.0, samples=6, members=tuple(members))
     assert "c1.0: it weighs n=1 for 3 samples" in case.refusals.objection(merged)
+
+
+@pytest.mark.parametrize("part", ["client", "body"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_batch_has_no_more_samples_than_its_shard_can_give(part: PartName, exact: bool) -> None:
+    case = Case(exact=exact)
+    assert case.refusals.objection(case.step(0, part, n=9.0, samples=9)) == ""
+    said = case.refusals.objection(case.step(0, part, n=10.0, samples=10, client="client-0"))
+    assert said == f"{CIDS[0]} of client-0: it is of 10 samples, and a batch of its shard of 9 at most"
+    members = [StepShare(cid=cid, n=n, samples=n, client=f"c{n}") for cid, n in zip(CIDS, (9, 1 << 40), strict=True)]
+    merged = case.step(0, "body", n=9.0 + (1 << 40), samples=9 + (1 << 40), members=tuple(members))
+    assert f"of c{1 << 40}: it is of {1 << 40} samples" in case.refusals.objection(merged)
 
 
 def test_parts_of_one_step_are_of_one_batch() -> None:
