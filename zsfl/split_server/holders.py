@@ -2,33 +2,61 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from functools import partial
 
-from zsfl.errors import Unauthorised, Unavailable
+from zsfl.errors import RemoteProtocolError, Unauthorised, Unavailable
 from zsfl.ids import parse_cid
 from zsfl.wire.messages import Backward, Forward, Request, Step
+
+AGAIN_S = 0.1
+"""So long no other question is asked about a shard: who sends what is not theirs must not keep an aggregator busy."""
+
+
+@dataclass(slots=True)
+class _Told:
+    """What is known of one shard."""
+
+    key: str = ""
+    asked_s: float = -AGAIN_S
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Holders:
     """By whose key the steps of each shard come, as the aggregator says. Asked again where another key shows up."""
 
-    def __init__(self, ask: Callable[[int], Awaitable[str]]) -> None:
+    def __init__(self, ask: Callable[[int], Awaitable[str]], shards: int) -> None:
         """`ask` says of a shard by which key its client joined, empty where it has none; raises Unavailable."""
         self._ask = ask
-        self._keys: dict[int, str] = {}
+        self._shards = shards
+        self._told: dict[int, _Told] = {}
+
+    def forget(self) -> None:
+        """Another aggregator says from now on whose is what."""
+        self._told = {}
 
     def permit(self, request: Request, key: str) -> Callable[[], Awaitable[None]] | None:
         """What raises Unauthorised if a step is not this key's to make; None: it is. Without keys it is anybody's."""
         if not key or not isinstance(request, Forward | Backward | Step):
             return None
         shard = parse_cid(request.cid).shard
-        return None if self._keys.get(shard) == key else partial(self._check, shard, key)
+        told = self._told.get(shard)
+        return None if told is not None and told.key == key else partial(self._check, shard, key)
 
     async def _check(self, shard: int, key: str) -> None:
-        found = await self._ask(shard)
-        if not found:
+        if shard >= self._shards:
+            raise RemoteProtocolError(f"there is no shard {shard}: the job has {self._shards}")
+        came_s, told = time.monotonic(), self._told.setdefault(shard, _Told())
+        async with told.asking:  # an answer to what was asked since then is good for all who wait
+            if told.asked_s < came_s:
+                await asyncio.sleep(max(0.0, told.asked_s + AGAIN_S - came_s))
+                asked_s = time.monotonic()
+                told.key = await self._ask(shard)
+                told.asked_s = asked_s
+        if not told.key:
             raise Unavailable(f"no client has joined with shard {shard} yet; join, and ask again")
-        self._keys[shard] = found
-        if found != key:
+        if told.key != key:
             raise Unauthorised(f"the steps of shard {shard} are another machine's to make")

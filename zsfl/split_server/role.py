@@ -88,7 +88,9 @@ class SplitServerRole:
         self._steps = Meetings(self._merge_steps)
         self._news = Latest(None)
         """Touched whenever a drain may have come to its end."""
-        self._server = node.serve(self._answer, Holders(self._member.holder_of).permit)
+        holders = Holders(self._member.holder_of, job.shards)
+        self._member.following.append(holders.forget)
+        self._server = node.serve(self._answer, holders.permit)
         self.hears = frozenset({Role.AGGREGATOR})
 
     @property

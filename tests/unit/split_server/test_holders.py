@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 from helpers.doors import machines
-from helpers.waiting import HANG_S
+from helpers.waiting import HANG_S, eventually
 
-from zsfl.errors import NoPeer, Unauthorised, Unavailable
+from zsfl.errors import NoPeer, RemoteProtocolError, Unauthorised, Unavailable
 from zsfl.ids import RunId, Version, step_cid
 from zsfl.split_server.holders import Holders
 from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.messages import Backward, Forward, Infer, Ok
 
 RUN = RunId("abc123")
+SHARDS = 8
 SPEC = TensorSpec(name="x", dtype="float32", shape=(1,), codec="raw", nbytes=4)
 INFER = Infer(shard=1, version=Version(0), input=SPEC)
 
@@ -58,7 +60,7 @@ async def permitted(holders: Holders, request: Forward | Backward | Infer, key: 
 
 async def test_whose_a_step_is_is_asked_once() -> None:
     seats = Seats(s1="A", s2="B")
-    holders = Holders(seats.ask)
+    holders = Holders(seats.ask, SHARDS)
     for _ in range(3):
         await permitted(holders, forward(1), "A")
         await permitted(holders, backward(1), "A")
@@ -67,7 +69,7 @@ async def test_whose_a_step_is_is_asked_once() -> None:
 
 
 async def test_a_step_of_another_machine_is_refused_whoever_comes_first() -> None:
-    holders = Holders(Seats(s1="A").ask)
+    holders = Holders(Seats(s1="A").ask, SHARDS)
     for request in (forward(1), backward(1)):
         with pytest.raises(Unauthorised, match="steps of shard 1 are another machine's to make"):
             await permitted(holders, request, "B")
@@ -80,7 +82,7 @@ async def test_a_step_of_another_machine_is_refused_whoever_comes_first() -> Non
 
 async def test_a_shard_that_is_given_to_another_machine_is_that_ones() -> None:
     seats = Seats(s1="A")
-    holders = Holders(seats.ask)
+    holders = Holders(seats.ask, SHARDS)
     await permitted(holders, forward(1), "A")
     seats.keys[1] = "B"
     await permitted(holders, forward(1), "B")
@@ -88,20 +90,74 @@ async def test_a_shard_that_is_given_to_another_machine_is_that_ones() -> None:
         await permitted(holders, forward(1), "A")
 
 
+async def test_another_aggregator_says_anew_whose_is_what() -> None:
+    seats = Seats(s1="A")
+    holders = Holders(seats.ask, SHARDS)
+    await permitted(holders, forward(1), "A")
+    seats.keys[1] = "B"
+    holders.forget()
+    with pytest.raises(Unauthorised):
+        await permitted(holders, forward(1), "A")
+    await permitted(holders, forward(1), "B")
+
+
+async def test_an_answer_of_an_aggregator_that_is_not_followed_any_more_counts_no_more() -> None:
+    seats, may = Seats(s1="A"), asyncio.Event()
+
+    async def slow(shard: int) -> str:
+        found = await seats.ask(shard)
+        await may.wait()
+        return found
+
+    holders = Holders(slow, SHARDS)
+    before = asyncio.ensure_future(permitted(holders, forward(1), "A"))
+    await eventually(lambda: bool(seats.asked))
+    holders.forget()
+    may.set()
+    await before
+    await permitted(holders, forward(1), "A")
+    assert seats.asked == [1, 1]
+
+
+async def test_many_who_are_refused_ask_few_questions() -> None:
+    """One while it is on its way, and one for all who came meanwhile."""
+    seats, may = Seats(s1="A"), asyncio.Event()
+
+    async def slow(shard: int) -> str:
+        found = await seats.ask(shard)
+        await may.wait()
+        return found
+
+    holders = Holders(slow, SHARDS)
+    steps = [asyncio.ensure_future(permitted(holders, forward(1), "B")) for _ in range(50)]
+    await eventually(lambda: bool(seats.asked))
+    may.set()
+    async with asyncio.timeout(HANG_S):
+        assert all(isinstance(one, Unauthorised) for one in await asyncio.gather(*steps, return_exceptions=True))
+    assert len(seats.asked) <= 2
+
+
+async def test_a_shard_that_there_is_not_is_not_asked_for() -> None:
+    seats = Seats()
+    with pytest.raises(RemoteProtocolError, match="there is no shard 8: the job has 8"):
+        await permitted(Holders(seats.ask, SHARDS), forward(8), "A")
+    assert seats.asked == []
+
+
 async def test_a_step_of_nobody_may_be_tried_again() -> None:
     with pytest.raises(Unavailable, match="no client has joined with shard 7 yet"):
-        await permitted(Holders(Seats().ask), forward(7), "A")
+        await permitted(Holders(Seats().ask, SHARDS), forward(7), "A")
 
     async def nobody_to_ask(_: int) -> str:
         raise NoPeer("there is no aggregator")
 
     with pytest.raises(NoPeer):
-        await permitted(Holders(nobody_to_ask), forward(7), "A")
+        await permitted(Holders(nobody_to_ask, SHARDS), forward(7), "A")
 
 
 async def test_without_keys_steps_are_anybodys() -> None:
     seats = Seats()
-    assert Holders(seats.ask).permit(forward(1), "") is None
+    assert Holders(seats.ask, SHARDS).permit(forward(1), "") is None
     assert seats.asked == []
 
 
@@ -111,7 +167,7 @@ async def test_a_server_asks_before_it_answers(tmp_path: Path) -> None:
         anna.trusts(bob)
         anna.trusts(eve)
         seats = Seats(s1=bob.key)
-        server = anna.serve(permit=Holders(seats.ask).permit)
+        server = anna.serve(permit=Holders(seats.ask, SHARDS).permit)
         for _ in range(2):
             with pytest.raises(Unauthorised, match="another machine's"):
                 await eve.connect(server, anna.key).request(forward(1), [bytes(4)], deadline_s=HANG_S)
