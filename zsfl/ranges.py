@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from zsfl.errors import ConfigError
 
@@ -10,16 +11,16 @@ from zsfl.errors import ConfigError
 def parse_shards(text: str, total: int) -> tuple[int, ...]:
     """Shards in `text` ("3", "0-19" or "1,4-6"), sorted, each once; `ConfigError` unless below `total`."""
     try:
-        ranges = shard_ranges(text)
+        given = shard_ranges(text)
     except ValueError as err:
         raise ConfigError(f"shards are {text!r}: expected {err}") from None
-    beyond = [last for _, last in ranges if last >= total]
+    beyond = [last for _, last in given if last >= total]
     if beyond:
         raise ConfigError(
             f"shard {max(beyond)} is out of range: the data has {total} shards, 0 to {total - 1}; "
             f"shards were given as {text!r}"
         )
-    return tuple(sorted({shard for first, last in ranges for shard in range(first, last + 1)}))
+    return tuple(sorted({shard for first, last in given for shard in range(first, last + 1)}))
 
 
 def shard_ranges(text: str) -> list[tuple[int, int]]:
@@ -32,3 +33,14 @@ def shard_ranges(text: str) -> list[tuple[int, int]]:
             raise ValueError("shard numbers and rising ranges, such as 3, 0-19 or 1,4-6")
         ranges.append((first, last))
     return ranges
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Sorted numbers for people: `0-3, 7`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -14,7 +14,7 @@ from zsfl.aggregator.held_out import HeldOut
 from zsfl.aggregator.progress import Place, Progress
 from zsfl.aggregator.reign import Reign
 from zsfl.aggregator.replay import recover
-from zsfl.aggregator.roster import Roster, ranges
+from zsfl.aggregator.roster import Roster
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.aggregator.stage import Stage
 from zsfl.aggregator.standby import Elected
@@ -29,6 +29,7 @@ from zsfl.learning.job import Job
 from zsfl.learning.master import Master
 from zsfl.learning.modes import Exact, max_staleness
 from zsfl.node import OFFERS_TOPIC, BeatExtras, Node
+from zsfl.ranges import ranges
 from zsfl.reports import Assembled, Failed, Finished, RoundReport
 from zsfl.tensors.plan import CodecPlan
 from zsfl.weights.shelf import Shelf

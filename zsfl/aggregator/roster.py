@@ -171,14 +171,3 @@ class Attendance:
                 more = f" and {len(shards) - 8} others" * (len(shards) > 8)
                 notes.append((f"the run {what.format(names + more)}", "warning" if shards is gone else "info"))
         return notes
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Sorted numbers for people: `0-3, 7`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

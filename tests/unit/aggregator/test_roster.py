@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zsfl.aggregator.roster import Roster, ranges
+from zsfl.aggregator.roster import Roster
 from zsfl.errors import ConfigError, Held
 from zsfl.ids import NodeId
+from zsfl.ranges import ranges
 from zsfl.wire.fields import ShardInfo
 
 A, B = NodeId("a"), NodeId("b")
