@@ -15,6 +15,7 @@ from zsfl.pairing.pages import add_commands
 from zsfl.settings import NODE_FLAGS, add_flags
 
 if TYPE_CHECKING:
+    from zsfl.cluster.cluster import Cluster
     from zsfl.reports import AnyReport
 
 EXAMPLES = """\
@@ -51,6 +52,7 @@ examples:
   zsfl up mnist.py --run night --rounds 50           leaves runs/night
   zsfl up mnist.py --run night --rounds 80 --resume  goes on from there, to 80 rounds
   zsfl up mnist.py --in-process                      the same nodes in one process
+  zsfl up lan.toml                                   the machines that this file names, over ssh: see the README
 """
 
 NODE_EXAMPLES = """\
@@ -148,8 +150,8 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--print-job", action="store_true", help="print the job file and exit")
     demo.set_defaults(run_command=_demo)
 
-    up = _parser(commands.add_parser, "up", help="run a job on this machine", epilog=UP_EXAMPLES)
-    up.add_argument("job", type=Path, metavar="JOB", help="Python file with a `job`")
+    up = _parser(commands.add_parser, "up", help="run a job on this machine, or several", epilog=UP_EXAMPLES)
+    up.add_argument("job", type=Path, metavar="JOB", help="Python file with a `job`, or lan.toml")
     _add_cluster_flags(up, clients=None)
     up.set_defaults(run_command=_up)
 
@@ -224,10 +226,8 @@ class _PrintVersion(argparse.Action):
 def _add_cluster_flags(target: argparse.ArgumentParser, *, clients: int | None) -> None:
     said = "what the job says" if clients is None else str(clients)
     target.add_argument("--clients", type=int, default=clients, metavar="N", help=f"how many clients; default: {said}")
-    target.add_argument("--split-servers", type=int, default=2, metavar="N", help="how many split servers; default: 2")
-    target.add_argument(
-        "--standbys", type=int, default=0, metavar="N", help="aggregators that stand by to take over; default: 0"
-    )
+    target.add_argument("--split-servers", type=int, metavar="N", help="how many split servers; default: 2")
+    target.add_argument("--standbys", type=int, metavar="N", help="aggregators that stand by to take over; default: 0")
     target.add_argument(
         "--client-processes", type=int, metavar="N", help="processes the clients share; default: one each"
     )
@@ -245,6 +245,11 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _up(args: argparse.Namespace) -> int:
+    if args.job.suffix != ".toml":
+        return _run_cluster(args.job, args)
+    for name in ("clients", "split_servers", "standbys", "client_processes", "in_process"):
+        if getattr(args, name):
+            raise ConfigError(f"--{name.replace('_', '-')} is for a job file: {args.job} says which nodes there are")
     return _run_cluster(args.job, args)
 
 
@@ -330,25 +335,27 @@ def _run_cluster(job: Path, args: argparse.Namespace) -> int:
 
 
 async def _train(job: Path, flags: dict[str, Any], watch: Callable[[AnyReport], None]) -> None:
-    from zsfl.cluster.local import LocalCluster
     from zsfl.dashboard.printer import ProgressPrinter
 
-    given = {name: flags[name] for name in ("clients", "mdns", *UP_FLAGS) if flags.get(name) is not None}
     with ProgressPrinter() as printer:
 
         def on_report(report: AnyReport) -> None:
             printer.on(report)
             watch(report)
 
-        cluster = LocalCluster(
-            job,
-            split_servers=flags["split_servers"],
-            standbys=flags["standbys"],
-            client_processes=flags["client_processes"],
-            in_process=flags["in_process"],
-            on_report=on_report,
-            **given,
-        )
-        async with cluster:
+        async with _cluster(job, flags, on_report) as cluster:
             async for _ in cluster.train():  # up to --rounds, of which a resumed run has done some
                 pass
+
+
+def _cluster(job: Path, flags: dict[str, Any], on_report: Callable[[AnyReport], None]) -> Cluster:
+    given = {name: flags[name] for name in UP_FLAGS if flags.get(name) is not None}
+    if job.suffix == ".toml":
+        from zsfl.cluster.remote import LanCluster
+
+        return LanCluster(job, on_report=on_report, **given)
+    from zsfl.cluster.local import LocalCluster
+
+    counts = ("clients", "split_servers", "standbys", "client_processes")
+    given |= {name: flags[name] for name in counts if flags.get(name) is not None}
+    return LocalCluster(job, in_process=flags["in_process"], on_report=on_report, **given)

@@ -234,12 +234,15 @@ def _from_toml(path: Path | None, env: Mapping[str, str]) -> dict[str, Any]:
     table = document.get("node", {})
     if not isinstance(table, dict):
         raise ConfigError(f"{file}: expected a table [node], found {table!r}")
-    values: dict[str, Any] = {}
-    for key, value in cast(dict[str, Any], table).items():
+    return check_settings(cast(dict[str, Any], table), f"{file} [node]")
+
+
+def check_settings(table: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Settings of a table in a file, as what they are; ConfigError, naming the place, when one is unknown or wrong."""
+    for key in table:
         if key not in _FIELDS:
-            raise ConfigError(f"{file}: unknown key {key!r} in [node]; known are {', '.join(_FIELDS)}")
-        values[key] = _value(key, value, f"{file} [node] {key}", is_text=False)
-    return values
+            raise ConfigError(f"{place} has an unknown key {key!r}; known are {', '.join(_FIELDS)}")
+    return {key: _value(key, value, f"{place} {key}", is_text=False) for key, value in table.items()}
 
 
 def _value(name: str, given: object, source: str, *, is_text: bool) -> Any:

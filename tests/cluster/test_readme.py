@@ -14,6 +14,7 @@ import pytest
 
 import zsfl
 from zsfl.cli import parser
+from zsfl.cluster.lan import read_lan
 from zsfl.ids import Role
 from zsfl.settings import NODE_FLAGS, add_flags, load_settings
 
@@ -61,7 +62,9 @@ def test_programs_that_are_started_by_path_exist_and_take_these_flags(line: list
 
 
 def test_the_settings_file_is_read(tmp_path: Path) -> None:
-    (file,) = blocks("toml")
+    lan, file = blocks("toml")
+    (tmp_path / "lan.toml").write_text(lan, encoding="utf-8")
+    assert read_lan(tmp_path / "lan.toml").shards == 5
     (tmp_path / "zsfl.toml").write_text(file, encoding="utf-8")
     assert load_settings({}, {}, tmp_path / "zsfl.toml").threads == 4
 

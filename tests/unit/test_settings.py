@@ -117,7 +117,7 @@ def test_a_bad_value_is_refused_by_its_source(flags: dict[str, Any], env: dict[s
         ("[node]\nmdns = 1\n", "mdns is 1: expected true or false"),
         ('[node]\npeers = "a:1"\n', "peers is 'a:1': expected a list"),
         ("[node]\nruns = 3\n", "runs is 3: expected a path"),
-        ("[node]\nprot = 5\n", "unknown key 'prot' in .node.; known are host, port"),
+        ("[node]\nprot = 5\n", "has an unknown key 'prot'; known are host, port"),
         ("node = 3\n", r"expected a table \[node\]"),
         ("[node\n", "is not a TOML file"),
     ],

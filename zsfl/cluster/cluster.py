@@ -6,7 +6,7 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,6 +114,14 @@ class Cluster:
     def _plan(self) -> Plan:
         """Which nodes there are."""
         raise NotImplementedError
+
+    def _folder_of(self, report: Finished) -> str:
+        """Where what the run leaves is to be found, for people."""
+        return report.folder
+
+    def _rounds_in(self, folder: Path) -> Iterable[RoundReport]:
+        """What an aggregator has left in its folder of its rounds."""
+        return rounds_in(folder)
 
     # --- life -------------------------------------------------------------------------------------------
 
@@ -257,7 +265,8 @@ class Cluster:
         while True:
             report = await self._spawner.reports.get()
             if isinstance(report, Finished):  # it may be that several aggregators made these rounds, one after another
-                report = msgspec.structs.replace(report, seconds=time.monotonic() - self._ordered_s)
+                folder, seconds = self._folder_of(report), time.monotonic() - self._ordered_s
+                report = msgspec.structs.replace(report, folder=folder, seconds=seconds)
             self._take(report)
             if self._on_report is not None and not self._closing:
                 try:
@@ -276,7 +285,7 @@ class Cluster:
                 else:
                     self._leader.is_not(report.node)
             case Assembled():
-                for round_ in rounds_in(Path(report.folder)) if self._assembled else ():
+                for round_ in self._rounds_in(Path(report.folder)) if self._assembled else ():
                     self._take(round_)
                 self._assembled = True
                 self._leader.run = self._leader.run or Path(report.folder).name

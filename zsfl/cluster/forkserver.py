@@ -1,8 +1,9 @@
 """Starts node processes quickly: imports torch and the job once, then forks.
 
-Run as `python -m zsfl.cluster.forkserver JOB`. Reads one JSON order a line on standard input, passes on what nodes
-report on standard output, and adds an Exited report for every node that ends. When its input ends, for whatever
-reason, it ends all nodes; when it is killed itself, they notice and leave: nothing is left behind.
+Run as `python -m zsfl.cluster.forkserver JOB`, with `--files` where the job's files are to come first. Reads one JSON
+order a line on standard input (`zsfl.cluster.talk`), passes on what nodes report on standard output, and adds an Exited
+report for every node that ends. When its input ends, for whatever reason, it ends all nodes; when it is killed itself,
+they notice and leave: nothing is left behind.
 """
 
 from __future__ import annotations
@@ -17,53 +18,39 @@ import sys
 import threading
 import time
 from collections.abc import Collection
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
+from zsfl.cluster.talk import Files, Introduce, Introduced, Kill, Order, Printed, Spawn, Trust, read_order
 from zsfl.errors import ZsflError
-from zsfl.ids import AGGREGATING, Role
-from zsfl.reports import AnyReport, Exited, to_line
+from zsfl.ids import AGGREGATING, PROTOCOL
+from zsfl.reports import Exited, Failed, Report
 
 GRACE_S = 10.0
 """What nodes may take to leave once they are asked to, before they are killed: more than they give themselves."""
-
-
-class Spawn(msgspec.Struct, frozen=True, tag_field="do", tag="spawn"):
-    """Fork a node."""
-
-    name: str
-    role: Role
-    flags: dict[str, Any]
-    """Settings by field name."""
-    log: str
-    """File that takes its standard error."""
-
-
-class Kill(msgspec.Struct, frozen=True, tag_field="do", tag="kill"):
-    """Send a signal to a node."""
-
-    name: str
-    signal: int
-
-
-_orders = msgspec.json.Decoder(Spawn | Kill)
+MAX_PRINTED = 1 << 16
+"""Characters of a printed line that are told at once."""
 
 
 class ForkServer:
     """The parent of all nodes of one local cluster."""
 
-    def __init__(self, job: Path, reports: Output) -> None:
+    def __init__(self, job: Path, reports: Output, orders: bytes = b"") -> None:
+        """`orders` came already."""
         self._job = job
         self._nodes: dict[int, Spawn] = {}
         self._inputs: dict[int, Input] = {}
         """By process."""
+        self._prints: dict[int, Input] = {}
+        """By process, what it prints, where that is told."""
         self._lifeline = os.pipe()
         self._wakeup = os.pipe()
         self._waiting = selectors.DefaultSelector()
         self._out = reports
         self._ending = False
+        self._rest = orders
         os.set_blocking(self._wakeup[1], False)
 
     def run(self) -> None:
@@ -74,7 +61,7 @@ class ForkServer:
             signal.signal(number, self._asked_to_end)
         self._waiting.register(0, selectors.EVENT_READ)
         self._waiting.register(self._wakeup[0], selectors.EVENT_READ)
-        rest = b""
+        self._take(b"")
         while not self._ending:
             ready = {key.fd for key, _ in self._waiting.select()}
             self._relay(ready)
@@ -85,35 +72,50 @@ class ForkServer:
                 data = os.read(0, 65536)
                 if not data:
                     break
-                *lines, rest = (rest + data).split(b"\n")
-                for line in lines:
-                    self._obey(_orders.decode(line))
+                self._take(data)
         self._end_all()
+
+    def _take(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._obey(read_order(line))
 
     def _asked_to_end(self, *_: object) -> None:
         self._ending = True
 
-    def _obey(self, order: Spawn | Kill) -> None:
+    def _obey(self, order: Order) -> None:
         match order:
+            case Introduce() | Trust():
+                try:
+                    obey_about_keys(order, self._out)
+                except ZsflError as error:
+                    self._out.report(Failed(kind=type(error).__name__, message=str(error)))
             case Spawn():
                 self._spawn(order)
             case Kill():
                 for pid, node in self._nodes.items():
                     if node.name == order.name:
                         os.kill(pid, order.signal)
+            case _:
+                raise AssertionError(f"{order} comes too late")
 
     def _spawn(self, order: Spawn) -> None:
         read, write = os.pipe()
+        printed = () if order.log else os.pipe()
         pid = os.fork()
         if pid:
             os.close(write)
             self._nodes[pid], self._inputs[pid] = order, Input(read)
             self._waiting.register(read, selectors.EVENT_READ)
+            if printed:
+                os.close(printed[1])
+                self._prints[pid] = Input(printed[0])
+                self._waiting.register(printed[0], selectors.EVENT_READ)
             return
         code = 1
         try:
             os.close(read)
-            self._become_node(order)
+            self._become_node(order, printed[1] if printed else None)
             from zsfl.roles import run_node
 
             code = run_node(order.role, self._job, order.flags, Output(write).report)
@@ -122,15 +124,17 @@ class ForkServer:
             sys.stderr.flush()
             os._exit(code)
 
-    def _become_node(self, order: Spawn) -> None:
+    def _become_node(self, order: Spawn, log: int | None) -> None:
         """Leave everything of the fork server behind, except what it imported and where its output goes."""
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         self._waiting.close()
-        for end in (self._lifeline[1], *self._wakeup, *(one.pipe for one in self._inputs.values())):
+        others = (*self._inputs.values(), *self._prints.values())
+        for end in (self._lifeline[1], *self._wakeup, *(one.pipe for one in others)):
             os.close(end)
-        log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        if log is None:
+            log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         # What the job prints must not get between the reports.
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -143,6 +147,14 @@ class ForkServer:
         for one in self._inputs.values():
             if one.pipe in ready:
                 self._out.write(one.read())
+        for pid, one in self._prints.items():
+            if one.pipe in ready:
+                self._tell_printed(self._nodes[pid].name, one.read())
+
+    def _tell_printed(self, node: str, lines: bytes) -> None:
+        for line in lines.decode(errors="replace").splitlines():
+            for start in range(0, max(len(line), 1), MAX_PRINTED):
+                self._out.report(Printed(node=node, line=line[start : start + MAX_PRINTED]))
 
     def _reap(self) -> None:
         for pid in list(self._nodes):
@@ -152,6 +164,10 @@ class ForkServer:
                 self._waiting.unregister(last.pipe)
                 self._out.write(last.read())
                 last.close()
+                if (printed := self._prints.pop(pid, None)) is not None:
+                    self._waiting.unregister(printed.pipe)
+                    self._tell_printed(node.name, printed.read() + printed.rest)
+                    printed.close()
                 self._out.report(Exited(node=node.name, code=os.waitstatus_to_exitcode(status)))
 
     def _end_all(self) -> None:
@@ -165,7 +181,7 @@ class ForkServer:
             os.kill(pid, number)
         deadline = time.monotonic() + GRACE_S
         while not self._nodes.keys().isdisjoint(nodes) and time.monotonic() < deadline:
-            self._relay([one.pipe for one in self._inputs.values()])
+            self._relay([one.pipe for one in (*self._inputs.values(), *self._prints.values())])
             self._reap()
             time.sleep(0.01)
 
@@ -184,9 +200,9 @@ class Output:
     def __init__(self, pipe: int) -> None:
         self._pipe = pipe
 
-    def report(self, report: AnyReport) -> None:
+    def report(self, report: Report) -> None:
         """Write one line; returns when it is written."""
-        self.write(to_line(report))
+        self.write(msgspec.json.encode(report) + b"\n")
 
     def write(self, lines: bytes) -> None:
         """Write whole lines."""
@@ -202,20 +218,54 @@ class Input:
     def __init__(self, pipe: int) -> None:
         self.pipe = pipe
         os.set_blocking(pipe, False)
-        self._rest = b""
+        self.rest = b""
+        """What has come of a line."""
 
     def read(self) -> bytes:
         """The lines that have come to their end."""
-        pieces = [self._rest]
+        pieces = [self.rest]
         with contextlib.suppress(BlockingIOError):
             while piece := os.read(self.pipe, 1 << 20):
                 pieces.append(piece)
-        lines, end, self._rest = b"".join(pieces).rpartition(b"\n")
+        lines, end, self.rest = b"".join(pieces).rpartition(b"\n")
         return lines + end
 
     def close(self) -> None:
         """Nothing more comes."""
         os.close(self.pipe)
+
+
+def obey_about_keys(order: Introduce | Trust, told: Output) -> None:
+    """What concerns the keys of this machine; ConfigError when they cannot be read or changed."""
+    from zsfl.keys.secret import keys_folder, own_keys
+    from zsfl.keys.trusted import trust_as
+
+    match order:
+        case Introduce():
+            key = "" if order.keys is None else own_keys(keys_folder(order.keys)).public
+            told.report(Introduced(protocol=PROTOCOL, version=version("zsfl"), key=key))
+        case Trust():
+            folder = keys_folder(order.keys)
+            for key, name, roles in order.machines:
+                trust_as(folder, key, name, frozenset(roles))
+
+
+def take_files(job: Path) -> bytes:
+    """Write the files that the first line on standard input has beside the job; what came after that line."""
+    come = b""
+    while b"\n" not in come:
+        if not (piece := os.read(0, 1 << 20)):
+            sys.exit("no files came")
+        come += piece
+    line, _, rest = come.partition(b"\n")
+    order = read_order(line)
+    if not isinstance(order, Files):
+        sys.exit(f"the first order is {type(order).__name__}, not Files")
+    for name, data in order.files.items():
+        place = job.parent / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(data)
+    return rest
 
 
 def preload(job: Path) -> None:
@@ -242,8 +292,9 @@ def main() -> None:
     # What the job prints while it is imported must not get between the reports.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
+    orders = take_files(job) if sys.argv[2:] == ["--files"] else b""
     preload(job)
-    ForkServer(job, reports).run()
+    ForkServer(job, reports, orders).run()
 
 
 if __name__ == "__main__":

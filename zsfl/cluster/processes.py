@@ -10,12 +10,11 @@ from pathlib import Path
 
 import msgspec
 
-from zsfl.cluster.forkserver import GRACE_S, Kill, Spawn
+from zsfl.cluster.forkserver import GRACE_S
 from zsfl.cluster.spawner import NodeCommand
+from zsfl.cluster.talk import MAX_LINE_BYTES, Kill, Order, Spawn
 from zsfl.errors import ConfigError, RunFailed
 from zsfl.reports import AnyReport, Failed, from_line
-
-MAX_LINE_BYTES = 1 << 24
 
 
 class ProcessSpawner:
@@ -39,21 +38,29 @@ class ProcessSpawner:
             ) from error
         # A session of its own, so that Ctrl-C reaches only us, and nodes leave in an orderly way.
         self._server = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "zsfl.cluster.forkserver",
-            str(self._job),
+            *self._command(),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            stderr=self._errors,
             limit=MAX_LINE_BYTES,
             start_new_session=True,
         )
         self._reader = asyncio.create_task(self._read(self._server))
 
+    _errors: int | None = None
+    """Where the fork server's own standard error goes."""
+
+    def _command(self) -> list[str]:
+        return [sys.executable, "-m", "zsfl.cluster.forkserver", str(self._job)]
+
+    def _log(self, name: str) -> str:
+        """The file that takes what a node prints."""
+        return str(self._logs / f"{name}.log")
+
     async def start(self, command: NodeCommand) -> None:
         """Have a node forked."""
-        log = self._logs / f"{command.name}.log"
-        await self._order(Spawn(name=command.name, role=command.role, flags=command.settings(), log=str(log)))
+        spawn = Spawn(name=command.name, role=command.role, flags=command.settings(), log=self._log(command.name))
+        await self._order(spawn)
 
     async def stop(self, name: str) -> None:
         """SIGTERM."""
@@ -83,7 +90,7 @@ class ProcessSpawner:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._reader, 2 * GRACE_S)
 
-    async def _order(self, order: Spawn | Kill) -> None:
+    async def _order(self, order: Order) -> None:
         if self._server is None or self._server.stdin is None:
             raise RunFailed("nodes can be started and ended only while the cluster runs")
         with suppress(ConnectionError):
@@ -96,11 +103,14 @@ class ProcessSpawner:
         try:
             async for line in server.stdout:
                 with suppress(msgspec.MsgspecError):  # an empty line, or what the job prints while it is imported
-                    self.reports.put_nowait(from_line(line))
+                    self._heard(line)
         finally:
             if not self._closing:
-                self.reports.put_nowait(self._died())
+                await self._died(server)
 
-    def _died(self) -> Failed:
+    def _heard(self, line: bytes) -> None:
+        self.reports.put_nowait(from_line(line))
+
+    async def _died(self, server: asyncio.subprocess.Process) -> None:
         message = f"the process that starts nodes ended; see {self._logs}"
-        return Failed(node="cluster", kind="ZsflError", message=message)
+        self.reports.put_nowait(Failed(node="cluster", kind="ZsflError", message=message))

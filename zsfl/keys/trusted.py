@@ -175,6 +175,22 @@ def trust(folder: Path, entry: Trusted, *, rename: bool = False) -> Trusted:
     return entry
 
 
+def trust_as(folder: Path, key: str, name: str, roles: frozenset[Role]) -> None:
+    """Let the nodes of a machine be this, beside whatever they may be already; `name` is for one that is new.
+
+    ConfigError when the key is none, or the file cannot be changed.
+    """
+    try:
+        new = Trusted(key=read_key(key), name=name, roles=roles)
+    except ValueError as error:
+        raise ConfigError(f"{name} has no proper key: {error}") from None
+    known = next(iter(named(folder, key)), None)
+    if known is None:
+        trust(folder, new, rename=True)
+    elif not known.roles >= roles:
+        trust(folder, replace(known, roles=known.roles | roles))
+
+
 def named(folder: Path, which: str) -> list[Trusted]:
     """Those with this key, name or machine id; ConfigError for an id in which a letter is wrong."""
     try:

@@ -1,0 +1,87 @@
+"""`zsfl up lan.toml`: nodes on several machines, which the system's ssh reaches, from one command."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from uuid import uuid4
+
+import psutil
+import pytest
+from helpers.jobs import write_job
+from helpers.namespaces import Machine, machines
+from helpers.processes import MARK, command, marked
+from helpers.sshd import reached
+from helpers.waiting import eventually
+
+from zsfl.aggregator.audit import audit
+
+__all__ = ["machines"]
+
+
+class Lan:
+    """Two machines with homes of their own, and the file that says what they play."""
+
+    def __init__(self, folder: Path, machines: tuple[Machine, Machine], ssh: str, rounds: int) -> None:
+        self.folder, self.here = folder, machines[0]
+        self.mark = uuid4().hex
+        job = write_job(folder)
+        self.file = folder / "lan.toml"
+        played = ('aggregator = true\nshards = "0"', 'split_servers = 2\nshards = "1"')
+        text = f"job = {json.dumps(job.name)}\nssh = {json.dumps(ssh)}\n[settings]\nrounds = {rounds}\n"
+        for name, machine, roles in zip(("desk", "gpu"), machines, played, strict=True):
+            text += (
+                f"[machines.{name}]\nssh = {json.dumps('root@' + machine.host)}\n{roles}\n"
+                f"python = {json.dumps(sys.executable)}\nfolder = {json.dumps(str(folder / name))}\n"
+                f"env = {{ {MARK} = {json.dumps(self.mark)} }}\n"
+                f"settings = {{ keys = {json.dumps(str(folder / name / 'keys'))} }}\n"
+            )
+        self.file.write_text(text)
+
+    def up(self, *flags: str) -> tuple[str, ...]:
+        """The command."""
+        return ("up", str(self.file), "--keys", str(self.folder / "keys"), *flags)
+
+
+@pytest.fixture
+def lan(tmp_path: Path, machines: tuple[Machine, Machine]) -> Iterator[Lan]:
+    with reached(machines, tmp_path / "ssh") as how:
+        yield Lan(tmp_path, machines, how.ssh, rounds=3)
+
+
+async def test_from_nothing_to_a_finished_run_on_two_machines(lan: Lan) -> None:
+    async with command(*lan.up(), cwd=lan.folder, prefix=lan.here.inside) as up:
+        assert await up.ended() == 0, up.text
+    run = audit(next((lan.folder / "desk" / "runs").glob("*/ledger.jsonl")).parent)
+    assert (run.faults, run.pending) == ([], 0)
+    assert run.versions > 0
+    where = f"root@{lan.here.host}:{lan.folder / 'desk'}/runs/"
+    assert where in up.text.replace("\n", "")
+    assert "INSECURE" not in up.text
+    assert marked(lan.mark) == []
+    trusted = (lan.folder / "gpu" / "keys" / "trusted").read_text()
+    assert " desk aggregator,client,observer,standby\n" in trusted
+    assert " operator observer,operator\n" in trusted
+
+
+async def test_ctrl_c_stops_all_of_it_and_a_lost_machine_ends_what_ran_there(lan: Lan) -> None:
+    async with command(*lan.up("--rounds", "100000"), cwd=lan.folder, prefix=lan.here.inside) as up:
+        await eventually(lambda: up.process.returncode is not None or "round 2/" in up.text)
+        assert marked(lan.mark)
+        up.signal(signal.SIGINT)
+        assert await up.ended() == 130, up.text
+    assert marked(lan.mark) == []
+    async with command(*lan.up("--rounds", "100000", "--resume"), cwd=lan.folder, prefix=lan.here.inside) as up:
+        await eventually(lambda: up.process.returncode is not None or "assembled" in up.text)
+        for child in psutil.Process(up.process.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if "gpu" in " ".join(child.cmdline()):
+                    child.kill()
+        assert await up.ended() == 1
+        assert "machine gpu" in up.text
+        assert "is lost" in up.text
+        await eventually(lambda: not marked(lan.mark))

@@ -1,0 +1,74 @@
+"""A whole cluster on the machines of a LAN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from zsfl.cluster.cluster import Cluster, Plan, client_flags
+from zsfl.cluster.lan import Machine, read_lan
+from zsfl.cluster.spawner import Spawner
+from zsfl.cluster.ssh import LanSpawner
+from zsfl.errors import ConfigError
+from zsfl.ids import Role
+from zsfl.reports import AnyReport, Finished, RoundReport
+
+Flags = dict[str, Any]
+
+
+class LanCluster(Cluster):
+    """The nodes that a file such as `lan.toml` names (`zsfl.cluster.lan`), on its machines, over the system's ssh."""
+
+    def __init__(self, path: Path, *, on_report: Callable[[AnyReport], None] | None = None, **settings: Any) -> None:
+        """`settings` are fields of `zsfl.settings.NodeSettings` for all nodes, and go before those of the file."""
+        lan = read_lan(path)
+        given = {**lan.settings, **{name: value for name, value in settings.items() if value is not None}}
+        self._lan = msgspec.structs.replace(lan, settings=given)
+        self._job = path.parent / lan.job
+        if not self._job.is_file():
+            raise ConfigError(f"{path} names the job {self._job}, and there is no such file")
+        self._nodes: dict[Role, dict[str, Flags]] = {}
+        self._places: dict[str, str] = {}
+        for name, machine in lan.machines.items():
+            for role, node, flags in _nodes_of(name, machine):
+                self._nodes.setdefault(role, {})[node] = flags
+                self._places[node] = name
+        # The nodes are told of one another: where all addresses are known no multicast is needed.
+        super().__init__(given, mdns=bool(given.get("mdns", False)), clients=lan.shards, on_report=on_report)
+
+    def _make_spawner(self) -> Spawner:
+        return LanSpawner(self._lan, self._job, self._logs, self._places, self._base.keys)
+
+    def _plan(self) -> Plan:
+        return Plan(
+            shards=self._lan.shards,
+            aggregator=self._nodes[Role.AGGREGATOR]["aggregator"],
+            split_servers=self._nodes[Role.SPLIT_SERVER],
+            clients=self._nodes[Role.CLIENT],
+            standbys=self._nodes.get(Role.STANDBY, {}),
+        )
+
+    def _folder_of(self, report: Finished) -> str:
+        machine = self._lan.machines[self._places[report.node]]
+        return f"{machine.ssh}:{machine.folder}/{report.folder}" if machine.ssh else report.folder
+
+    def _rounds_in(self, folder: Path) -> Iterable[RoundReport]:
+        return ()  # the folder is on another machine
+
+
+def _nodes_of(name: str, machine: Machine) -> Iterable[tuple[Role, str, Flags]]:
+    """Role, name and flags of the nodes of one machine."""
+    common: Flags = {**machine.settings, "host": machine.address or "127.0.0.1"}
+    if machine.aggregator:
+        yield Role.AGGREGATOR, "aggregator", common
+    for number in range(machine.split_servers):
+        yield Role.SPLIT_SERVER, f"split-server-{name}" + (f"-{number}" if number else ""), common
+    if held := machine.held:
+        processes = min(len(held), machine.client_processes or len(held))
+        for node, flags in client_flags(held, processes).items():
+            yield Role.CLIENT, node, {**common, **flags}
+    if machine.standby:
+        yield Role.STANDBY, f"standby-{name}", common
