@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Mapping
+
+
+class Timing:
+    """See `Counters.timing`."""
+
+    __slots__ = ("_counters", "_name", "_start_s")
+
+    def __init__(self, counters: Counters, name: str) -> None:
+        self._counters, self._name = counters, name
+
+    def __enter__(self) -> None:
+        self._start_s = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._counters.add(self._name, time.perf_counter() - self._start_s)
 
 
 class Counters:
@@ -15,6 +31,10 @@ class Counters:
     def add(self, name: str, amount: float = 1.0) -> None:
         """Add to one sum."""
         self._sums[name] += amount
+
+    def timing(self, name: str) -> Timing:
+        """Adds the seconds that a `with` block takes."""
+        return Timing(self, name)
 
     def snapshot(self) -> dict[str, float]:
         """All sums as they stand."""

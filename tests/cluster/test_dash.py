@@ -130,7 +130,7 @@ async def test_the_page_in_a_browser(tmp_path: Path) -> None:
         await window.eventually("rounds.length > 3")
         await window.eventually("document.getElementById('state').textContent === 'training'")
         assert await window.js("document.documentElement.scrollWidth <= 360"), "nothing is cut off on a phone"
-        for chart in ("loss", "accuracy", "speed", "bytes", "served"):
+        for chart in ("loss", "accuracy", "speed", "bytes", "step", "served"):
             assert await window.js(f"document.querySelectorAll('#{chart} svg path, #{chart} svg rect').length > 0"), (
                 chart
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -61,14 +62,19 @@ class StepDriver:
 
         `again`: it may have been made before.
         """
-        step = self.local.begin(weights, cid, state.version, *batch, shift)
+        start_s, timing = time.perf_counter(), self._node.counters.timing
+        with timing("head_s"):
+            step = self.local.begin(weights, cid, state.version, *batch, shift)
         step.again = again
         at, merged = state.merger, state.merged[k] if k < len(state.merged) else 0
         drive = self._drive_u_shaped if self.local.u_shaped else self._drive_label_sharing
         server, grad = await drive(weights, step, at, merged)
-        self.local.finish(weights, step, grad)
-        await self._node.persistently(lambda: self._put(step))
+        with timing("back_s"):
+            self.local.finish(weights, step, grad)
+        with timing("spill_s"):
+            await self._node.persistently(lambda: self._put(step))
         self._node.counters.add("steps")
+        self._node.counters.add("step_s", time.perf_counter() - start_s)
         if not merged:  # of a merged batch no single step can be driven again: all of them are asked for anew
             self._held[cid] = step, server
             if not self._remote.has(server):
@@ -86,9 +92,13 @@ class StepDriver:
             want_grad=self.local.want_grad,
             at=at,
             merged=merged,
-            use=lambda output: self.local.turn(weights, step, output),
+            use=lambda output: self._turn(weights, step, output),
         )
         return await self._backward(step, server, at, merged)
+
+    def _turn(self, weights: ClientWeights, step: StepInHand, output: torch.Tensor) -> None:
+        with self._node.counters.timing("tail_s"):
+            self.local.turn(weights, step, output)
 
     async def _backward(
         self, step: StepInHand, holder: NodeId | None, at: NodeId | None, merged: int

@@ -302,8 +302,13 @@ class RemoteBody:
             raise NoPeer("that split server is gone")
         connection, packing = held
         with packing.under_way():
+            start_s, add = time.perf_counter(), self._node.counters.add
             body, parts = make(packing)
+            packed_s = time.perf_counter()
             answer = await connection.request(body, parts, deadline_s=self._node.settings.request_s)
+        if not isinstance(body, Infer):
+            add("pack_s", packed_s - start_s)
+            add("asked_s", time.perf_counter() - packed_s)
         self._chooser.served(server)
         if isinstance(answer.body, Output | Spilled):
             self._chooser.heard(server, answer.body.load)

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import msgspec
 
+from zsfl.dashboard.step_time import step_time
 from zsfl.reports import AnyReport, Failed, Finished, RoundReport, Tested, WindowReport
 
 MAX_ROUNDS = 2000
@@ -43,6 +44,8 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     without: tuple[str, ...]
     sent: dict[str, float]
     """Bytes sent by clients, split servers, and all others."""
+    step_time: dict[str, float]
+    """Where the time of a step goes, in seconds, see `zsfl.dashboard.step_time`."""
     serving: dict[str, dict[str, int]]
     """Client name to split-server name to steps; empty for rounds that are not among the newest."""
 
@@ -159,6 +162,7 @@ class History:
             dropped=report.dropped,
             without=report.without,
             sent=_sent(report),
+            step_time=step_time(report.peers),
             serving=report.serving,
         )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class Waiting:
     """Of its tensors, once they are unpacked."""
     alike: tuple[object, ...] | None
     """What it has in common with those that it may be merged with; None where it goes alone."""
+    came_s: float
+    """By `time.perf_counter`."""
 
     @property
     def version(self) -> Version:
@@ -108,7 +111,9 @@ class WorkQueue:
         size_bytes = unpacked_size(request, parts)
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         cut = self._cuts.of(shard)
-        waiting = Waiting(request, parts, cut, answer, size_bytes, _alike(request, cut, self._same_k))
+        waiting = Waiting(
+            request, parts, cut, answer, size_bytes, _alike(request, cut, self._same_k), time.perf_counter()
+        )
         is_ready = not waiting.needs_weights or self._weights.held(waiting.version) is not None
         # Last of all that may be refused: from here on the answer gives it back.
         self._admission.enter(size_bytes, is_begun=bool(self._pass_of(waiting)))

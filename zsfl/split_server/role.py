@@ -225,6 +225,9 @@ class SplitServerRole:
         self._policy.measured(kind, len(chosen) > 1, samples, seconds)
         if len(chosen) > 1:
             self._node.counters.add("merged", len(chosen))
+        if kind != "Infer":
+            self._node.counters.add("queue_s", sum(start_s - one.came_s for one in chosen))
+            self._node.counters.add("body_s", seconds)
         return answers
 
     def _output(self, output: torch.Tensor, request: Forward | Infer) -> Answer:

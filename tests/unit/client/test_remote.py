@@ -139,7 +139,8 @@ async def test_it_is_asked_again_whatever_keeps_it_for_now() -> None:
     merger = net.joins(MERGER, *troubles)
     assert (await until(net.forward()))[0] == MERGER
     assert len(merger.asked) == 5
-    assert net.counters.snapshot() == {"busy": 1, "retries": 3}
+    counted = {name: amount for name, amount in net.counters.snapshot().items() if not name.endswith("_s")}
+    assert counted == {"busy": 1, "retries": 3}
     assert other.asked == []
 
 
