@@ -134,6 +134,7 @@ async def test_the_page_in_a_browser(tmp_path: Path) -> None:
             assert await window.js(f"document.querySelectorAll('#{chart} svg path, #{chart} svg rect').length > 0"), (
                 chart
             )
+        assert await window.barriers() == []
         # A chart that has the focus is read point by point with the arrow keys.
         await window.js("document.getElementById('loss').focus()")
         await window.press("\ue011", "\ue014")  # Home, right

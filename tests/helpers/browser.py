@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,14 @@ class Browser:
     async def complaints(self) -> list[str]:
         """What the page has written to the console since it was last asked."""
         return [entry["message"] for entry in await self._ask("POST", f"{self._session}/se/log", {"type": "browser"})]
+
+    async def barriers(self) -> list[Any]:
+        """What axe finds that keeps people with a disability from using the page: rule, and where."""
+        axe = resources.files("axe_core_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+        await self.devtools("Runtime.evaluate", expression=axe)
+        found = "axe.run(document).then(all => all.violations.map(one => [one.id, one.nodes.map(node => node.html)]))"
+        told = await self.devtools("Runtime.evaluate", expression=found, awaitPromise=True, returnByValue=True)
+        return told["result"]["value"]
 
     async def picture(self, path: Path) -> None:
         """The whole page as a PNG."""
