@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+USUAL = ROOT / "benchmarks" / "results"
+RESULTS = Path(os.environ.get("ZSFL_RESULTS") or USUAL)
+"""Where results are kept."""
 
 
 def circumstances() -> dict[str, Any]:
@@ -47,7 +49,7 @@ def _arguments() -> list[str]:
 
 def path_of(name: str, about: Mapping[str, Any], kind: str) -> Path:
     """results/DATE-name.kind, in a folder that is there."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     return RESULTS / f"{about['date'][:10]}-{name}.{kind}"
 
 
@@ -62,6 +64,8 @@ def write(name: str, about: Mapping[str, Any], figures: Mapping[str, Any], page:
         f"{', '.join(f'{package} {number}' for package, number in about['versions'].items())}"
     )
     path.with_suffix(".md").write_text(f"# {name}, {about['date'][:10]}\n\n{page}\n\n{footer}\n", encoding="utf-8")
+    if RESULTS == USUAL:
+        print("\nThese results are in the source tree: ZSFL_RESULTS=FOLDER keeps those of a casual run elsewhere.")
     return path
 
 

@@ -10,17 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from zsfl.dashboard import commands as looking
 from zsfl.errors import ConfigError, ZsflError
+from zsfl.flags import Parser
 from zsfl.ids import Role
-from zsfl.pairing.pages import add_commands
+from zsfl.pairing import pages as pairing
 from zsfl.settings import NODE_FLAGS, add_flags
+from zsfl.start import commands as starting
 
 if TYPE_CHECKING:
     from zsfl.cluster.cluster import Cluster
+    from zsfl.dashboard.printer import ProgressPrinter
     from zsfl.reports import AnyReport
 
 EXAMPLES = """\
 examples:
   zsfl demo                                        train the digits on this machine, nothing to download
+  zsfl new my-project                              a job of your own, to begin with
   zsfl up mnist.py --clients 20 --rounds 10        a whole cluster of processes on this machine
   zsfl node split-server mnist.py                  one node; run it on each GPU machine of the LAN
   zsfl node aggregator mnist.py                    anywhere
@@ -70,17 +74,20 @@ Nodes find one another by mDNS. Where multicast is blocked, one address is enoug
   zsfl node standby mnist.py --host 192.168.1.20 --peer 192.168.1.10:7700
 """
 
-BASELINE_EXAMPLES = """\
-NAME is one of:
-  centralised       one process with the data of all clients, shuffled together
-  merged            one process on the very batches of exact mode
-  local             every client trains alone on its own data
-  fedavg            McMahan et al. 2017: an epoch each, then the models are averaged
-  sl                Gupta and Raskar 2018: split learning, one client after another
-  splitfed-v1       Thapa et al. 2022: a copy of the body for each client, averaged an epoch
-  splitfed-v2       the same: clients in random order on one body
-  microsfl          MicroSFL as published: one step a round on the gradient over all samples
-  microsfl-coded    MicroSFL as its code does it: summed means of the batches
+ALGORITHMS = {
+    "centralised": "one process with the data of all clients, shuffled together",
+    "merged": "one process on the very batches of exact mode",
+    "local": "every client trains alone on its own data",
+    "fedavg": "McMahan et al. 2017: an epoch each, then the models are averaged",
+    "sl": "Gupta and Raskar 2018: split learning, one client after another",
+    "splitfed-v1": "Thapa et al. 2022: a copy of the body for each client, averaged an epoch",
+    "splitfed-v2": "the same: clients in random order on one body",
+    "microsfl": "MicroSFL as published: one step a round on the gradient over all samples",
+    "microsfl-coded": "MicroSFL as its code does it: summed means of the batches",
+}
+BASELINE_EXAMPLES = f"""\
+ALGORITHM is one of:
+{chr(10).join(f"  {name:17} {what}" for name, what in ALGORITHMS.items())}
 
 They run in this process, under the job's seed, initial weights and division of the data. benchmarks/learning.py of the
 source tree draws several beside the modes.
@@ -128,7 +135,9 @@ UP_FLAGS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code."""
-    args = parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(given)
+    args.given = given
     try:
         return int(args.run_command(args))
     except ConfigError as error:
@@ -141,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = _parser(argparse.ArgumentParser, prog="zsfl", description="Split federated learning.", epilog=EXAMPLES)
+    top = _parser(Parser, prog="zsfl", description="Split federated learning.", epilog=EXAMPLES)
     top.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version and exit")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -166,7 +175,7 @@ def parser() -> argparse.ArgumentParser:
     baseline = _parser(
         commands.add_parser, "baseline", help="train a job by a well-known algorithm", epilog=BASELINE_EXAMPLES
     )
-    baseline.add_argument("algorithm", metavar="NAME", help="the algorithm, see below")
+    baseline.add_argument("algorithm", choices=tuple(ALGORITHMS), metavar="ALGORITHM", help="see below")
     baseline.add_argument("job", type=Path, metavar="JOB", help="Python file with a `job`")
     baseline.add_argument("--clients", type=int, metavar="N", help="how many clients; default: what the job says")
     add_flags(baseline, ("rounds", "threads"))
@@ -180,14 +189,13 @@ def parser() -> argparse.ArgumentParser:
 
     drain = _parser(commands.add_parser, "drain", help="have nodes finish and leave", epilog=DRAIN_EXAMPLES)
     drain.add_argument("nodes", nargs="+", metavar="HOST:PORT", help="a node, by the address in its first line")
-    drain.add_argument(
-        "--wait-s", type=float, default=60.0, metavar="S", help="seconds to wait until they have left (default: 60)"
-    )
+    drain.add_argument("--wait-s", type=float, default=60.0, metavar="S", help="seconds to wait at most (default: 60)")
     add_flags(drain, ("keys", "insecure"))
     drain.set_defaults(run_command=_drain)
 
-    looking.add_commands(commands, _parser)
-    add_commands(commands, _parser)
+    for room in (looking, pairing):
+        room.add_commands(commands, _parser)
+    starting.add_commands(commands, _parser, top)
 
     bench = _parser(commands.add_parser, "bench", help="measure this machine or the network", epilog=BENCH_EXAMPLES)
     bench.add_argument(
@@ -210,7 +218,7 @@ _ROLE_HELP = {
 
 def _parser(make: Any, *args: str, **kwargs: Any) -> argparse.ArgumentParser:
     kwargs.setdefault("description", kwargs.get("help", "").capitalize() + "." if kwargs.get("help") else None)
-    return make(*args, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+    return make(*args, **kwargs)
 
 
 class _PrintVersion(argparse.Action):
@@ -254,6 +262,8 @@ def _up(args: argparse.Namespace) -> int:
 
 
 def _node(args: argparse.Namespace) -> int:
+    if sys.stdout is not None and sys.stdout.isatty():
+        print(f"loading PyTorch and {args.job.name}", flush=True)
     from zsfl.roles import run_node
 
     return run_node(args.role, args.job, vars(args))
@@ -323,29 +333,42 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _run_cluster(job: Path, args: argparse.Namespace) -> int:
     if not job.is_file():
-        raise ConfigError(f"there is no job file {job.absolute()}; `zsfl demo --print-job > my_job.py` writes one")
+        raise ConfigError(f"there is no job file {job.absolute()}; `zsfl new DIR` writes one to begin with")
     flags = vars(args)
     import asyncio
 
     from zsfl.dashboard.dashing import watched
+    from zsfl.dashboard.printer import ProgressPrinter, how_to_go_on
 
-    with watched(flags) as watch:
-        asyncio.run(_train(job, flags, watch))
+    is_job = job.suffix != ".toml"
+    printer = ProgressPrinter(first=f"{'loading PyTorch and' if is_job else 'starting the nodes of'} {job.name}")
+    try:
+        with watched(flags) as watch:
+            asyncio.run(_train(job, flags, watch, printer))
+    except KeyboardInterrupt:
+        print(f"zsfl: interrupted; all nodes have left{how_to_go_on(printer.view, args.given)}", file=sys.stderr)
+        return 130
     return 0
 
 
-async def _train(job: Path, flags: dict[str, Any], watch: Callable[[AnyReport], None]) -> None:
-    from zsfl.dashboard.printer import ProgressPrinter
+async def _train(
+    job: Path, flags: dict[str, Any], watch: Callable[[AnyReport], None], printer: ProgressPrinter
+) -> None:
+    import asyncio
 
-    with ProgressPrinter() as printer:
+    with printer:
 
         def on_report(report: AnyReport) -> None:
             printer.on(report)
             watch(report)
 
-        async with _cluster(job, flags, on_report) as cluster:
-            async for _ in cluster.train():  # up to --rounds, of which a resumed run has done some
-                pass
+        drawing = asyncio.create_task(printer.keep_drawing())
+        try:
+            async with _cluster(job, flags, on_report) as cluster:
+                async for _ in cluster.train():  # up to --rounds, of which a resumed run has done some
+                    pass
+        finally:
+            drawing.cancel()
 
 
 def _cluster(job: Path, flags: dict[str, Any], on_report: Callable[[AnyReport], None]) -> Cluster:

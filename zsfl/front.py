@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -25,7 +26,7 @@ from zsfl.node import Node, RoleShell
 from zsfl.peers import Peers
 from zsfl.reports import AnyReport, Failed, Met, Note, Ready, Waiting
 from zsfl.settings import NodeSettings, WireLimits
-from zsfl.waits import Overdue
+from zsfl.waits import LOOK_S, Overdue, Waits
 from zsfl.wire.connection import Connection, Dialer
 from zsfl.wire.door import Door
 from zsfl.wire.fields import MAX_OFFERS
@@ -120,7 +121,7 @@ class Front:
         `make` builds the role in the lane, around the node that it is given.
         """
         try:
-            self._node, self._role = await to_lane(self._made(make))
+            self._node, self._role = await self._aloud(to_lane(self._made(make)))
             self.card = msgspec.structs.replace(
                 self.card, data_port=self._role.data_port, news_port=self._node.publisher.port
             )
@@ -130,6 +131,19 @@ class Front:
             raise root_cause(group) from group
         finally:
             self._leave()
+
+    async def _aloud(self, making: Coroutine[Any, Any, tuple[Node, RoleShell]]) -> tuple[Node, RoleShell]:
+        """The role, saying now and then that it is still made: its data may take long to read."""
+        waits, made = Waits(), asyncio.ensure_future(making)
+        try:
+            with waits.waiting("its model and data to be loaded"):
+                while not (await asyncio.wait({made}, timeout=LOOK_S))[0]:
+                    for wait in waits.overdue(time.monotonic()):
+                        self._report(Waiting(node=self.name, what=wait.what, seconds=wait.seconds))
+            return made.result()
+        finally:
+            made.cancel()
+            await asyncio.wait({made})
 
     async def _made(self, make: Callable[[Node], Awaitable[RoleShell]]) -> tuple[Node, RoleShell]:
         node = Node(

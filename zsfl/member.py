@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from zsfl.ids import Cid, NodeCard, PartName, Role, RunId, Version, parse_cid
 from zsfl.latest import Latest
 from zsfl.lease import Candidate, Promise, clock_s
 from zsfl.node import STATE_TOPIC, Node
+from zsfl.reports import Following
 from zsfl.spill.coded import SpillCoder
 from zsfl.spill.store import SpillStore
 from zsfl.weights.follower import WeightsFollower
@@ -37,11 +39,14 @@ from zsfl.wire.messages import (
     Spills,
 )
 from zsfl.wire.succession import Grant, Granted
+from zsfl.words import number_of
 
 OFFERS_BYTES = 256 << 10
 """Spills that travel with one digest of offers: they fit one frame."""
 NOT_PUT = "steps are refused until their spills can be written"
 NOT_DELETED = "spills that are settled cannot be deleted yet"
+PROGRESS_S = 1.0
+"""How often a member says at most how far the run is."""
 COUNTERS_S = 0.05
 """How often digests of offers tell the node's counters too."""
 
@@ -72,6 +77,7 @@ class Member:
         self._new: list[SpillOffer] = []
         """Put in this turn of the event loop."""
         self._told_s = 0.0
+        self._progress_s = -math.inf
         self._troubles: set[str] = set()
         """What the disk refuses, and was said to."""
         self.deleted: list[Callable[[], None]] = []
@@ -151,6 +157,9 @@ class Member:
             return
         self.promise.heard_of(state.epoch, state.version)
         self.state.set(state)
+        self._say_progress(state)
+        if state.phase == "finished":
+            self._node.note(f"the run is finished, at version {state.version}")
         if state.phase == "waiting" or state.run == self._run:
             return
         if self._run is not None:
@@ -159,8 +168,23 @@ class Member:
         self._run = state.run
         with self._deleting():
             if deleted := self.spills.keep_only(state.run):
-                what = "spills of another run or an earlier start: their steps are made again"
-                self._node.note(f"deleted {deleted} {what}")
+                what = "of another run or an earlier start: what they were of is made again"
+                self._node.note(f"deleted {number_of(deleted, 'spill')} {what}")
+
+    def _say_progress(self, state: RunState) -> None:
+        now_s = time.monotonic()
+        if state.phase == "training" and now_s >= self._progress_s + PROGRESS_S:
+            self._progress_s = now_s
+            self._node.report(
+                Following(
+                    node=self._node.name,
+                    round=state.round + 1,
+                    rounds=state.rounds,
+                    window=state.window,
+                    windows=state.windows,
+                    version=state.version,
+                )
+            )
 
     async def until_aggregator(self, *, other_than: NodeCard | None) -> NodeCard:
         """The aggregator that this node follows, once it is not `other_than`; NoPeer when none comes in time."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from zsfl.errors import ConfigError
+from zsfl.words import number_of
 
 
 def parse_shards(text: str, total: int) -> tuple[int, ...]:
@@ -17,7 +18,7 @@ def parse_shards(text: str, total: int) -> tuple[int, ...]:
     beyond = [last for _, last in given if last >= total]
     if beyond:
         raise ConfigError(
-            f"shard {max(beyond)} is out of range: the data has {total} shards, 0 to {total - 1}; "
+            f"shard {max(beyond)} is out of range: the data has {number_of(total, 'shard')}, 0 to {total - 1}; "
             f"shards were given as {text!r}"
         )
     return tuple(sorted({shard for first, last in given for shard in range(first, last + 1)}))
@@ -33,6 +34,11 @@ def shard_ranges(text: str) -> list[tuple[int, int]]:
             raise ValueError("shard numbers and rising ranges, such as 3, 0-19 or 1,4-6")
         ranges.append((first, last))
     return ranges
+
+
+def clients_for(shards: Sequence[int]) -> str:
+    """`a client for shard 3`, `clients for shards 0-3, 7`."""
+    return f"{'a client for shard' if len(shards) == 1 else 'clients for shards'} {ranges(shards)}"
 
 
 def ranges(numbers: Sequence[int]) -> str:

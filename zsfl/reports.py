@@ -48,6 +48,23 @@ class Waiting(Report, frozen=True, kw_only=True, tag="waiting"):
     hints: tuple[str, ...] = ()
 
 
+class Starting(Report, frozen=True, kw_only=True, tag="starting"):
+    """A cluster starts so many nodes."""
+
+    nodes: int
+
+
+class Following(Report, frozen=True, kw_only=True, tag="following"):
+    """How far the run is that a client or split server takes part in, once a second at most."""
+
+    round: int
+    """The one under way, from 1."""
+    rounds: int
+    window: int
+    windows: int
+    version: int
+
+
 class Assembled(Report, frozen=True, kw_only=True, tag="assembled"):
     """The aggregator knows every expected client and at least one split server."""
 
@@ -161,7 +178,10 @@ class Exited(Report, frozen=True, kw_only=True, tag="exited"):
     code: int
 
 
-AnyReport = Ready | Met | Waiting | Assembled | WindowReport | RoundReport | Tested | Finished | Failed | Note | Exited
+AnyReport = (
+    Ready | Met | Waiting | Starting | Following | Assembled | WindowReport | RoundReport | Tested | Finished | Failed
+    | Note | Exited
+)  # fmt: skip
 
 _decoder = msgspec.json.Decoder(AnyReport)
 

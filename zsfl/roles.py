@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import dataclasses
 import os
@@ -26,8 +25,9 @@ from zsfl.aggregator.run_folder import RunFolder
 from zsfl.aggregator.standby import Elected, StandbyRole
 from zsfl.aggregator.standing import Standing
 from zsfl.client.role import ClientRole
-from zsfl.dashboard.progress import plain_line, ready_line
+from zsfl.dashboard.printer import NodePrinter
 from zsfl.errors import ConfigError, Fenced, StorageError, ZsflError
+from zsfl.flags import Parser
 from zsfl.front import Front, failed
 from zsfl.ids import Role
 from zsfl.lane import compute, use_threads
@@ -38,7 +38,7 @@ from zsfl.locks import LOCK, lock_folder
 from zsfl.node import Node, RoleShell
 from zsfl.outputs import drop_unread
 from zsfl.ranges import parse_shards
-from zsfl.reports import AnyReport, Failed, Note, Ready, to_line
+from zsfl.reports import AnyReport, Note, to_line
 from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings
 from zsfl.split_server.role import SplitServerRole
 from zsfl.tensors.codec import SUPPORTED
@@ -46,6 +46,7 @@ from zsfl.tensors.plan import CodecPlan
 from zsfl.wire.door import door_for
 from zsfl.wire.gatekeeper import kept
 from zsfl.wire.sockets import is_free, open_context
+from zsfl.words import number_of
 
 Reporter = Callable[[AnyReport], None]
 MOST_KNOWN = 16
@@ -61,7 +62,9 @@ def choose_device(wanted: str) -> torch.device:
     device = torch.device(wanted)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise ConfigError(f"device {wanted} is not there: torch sees {count} CUDA devices; use --device cpu or auto")
+        raise ConfigError(
+            f"device {wanted} is not there: torch sees {number_of(count, 'CUDA device')}; use --device cpu or auto"
+        )
     return device
 
 
@@ -251,16 +254,21 @@ def describe(job: Job, settings: NodeSettings, facts: Mapping[str, str]) -> dict
     return {"job": shown_job, "node": shown, "versions": versions}
 
 
+@contextmanager
+def _reporting() -> Iterator[Reporter]:
+    """Reports on standard output: JSON for a program that reads it, words for a person at a terminal."""
+    if not sys.stdout.isatty():
+        yield print_report
+        return
+    with NodePrinter() as printer:
+        yield printer.on
+
+
 def print_report(report: AnyReport) -> None:
-    """One line on standard output: JSON for a program that reads it, words for a person at a terminal."""
+    """One line of JSON on standard output."""
     try:
-        if not sys.stdout.isatty():
-            sys.stdout.buffer.write(to_line(report))
-            sys.stdout.buffer.flush()
-        elif isinstance(report, Ready):
-            print(ready_line(report), flush=True)
-        elif (line := plain_line(report)) is not None and not isinstance(report, Failed):
-            print(line, flush=True)
+        sys.stdout.buffer.write(to_line(report))
+        sys.stdout.buffer.flush()
     except BrokenPipeError:  # a node goes on when nobody watches any more
         drop_unread()
 
@@ -271,13 +279,16 @@ def main(role: str, job: Job, argv: Sequence[str] | None = None) -> int:
     What a file in `nodes/` ends with.
     """
     wanted = Role(role)
-    parser = argparse.ArgumentParser(description=f"Run one {role} of job {job.name!r}.")
+    parser = Parser(description=f"Run one {role} of job {job.name!r}.")
     add_flags(parser, NODE_FLAGS[wanted])
     return run_node(wanted, job, vars(parser.parse_args(argv)))
 
 
-def run_node(role: Role, job: Job | Path, flags: Mapping[str, Any], report: Reporter = print_report) -> int:
+def run_node(role: Role, job: Job | Path, flags: Mapping[str, Any], report: Reporter | None = None) -> int:
     """Run one node in this process; 0 when it ended well, 1 when it failed, 2 when its job or settings are wrong."""
+    if report is None:
+        with _reporting() as told:
+            return run_node(role, job, flags, told)
     name = str(flags.get("name") or role)
     try:
         settings = load_settings(flags, os.environ)

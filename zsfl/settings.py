@@ -17,6 +17,7 @@ import msgspec
 from zsfl.errors import ConfigError
 from zsfl.ids import Role
 from zsfl.ranges import shard_ranges
+from zsfl.words import meant
 
 CONFIG_FILE = Path("zsfl.toml")
 """Read from the working directory when neither the caller nor ZSFL_CONFIG names another file."""
@@ -148,42 +149,18 @@ class NodeSettings:
 
 
 _COMMON = (
-    "clients",
-    "mode",
-    "codec",
-    "cluster",
-    "host",
-    "port",
-    "peers",
-    "keys",
-    "insecure",
-    "io_threads",
-    "mdns",
-    "name",
-    "runs",
-    "run",
-    "threads",
-    "join_s",
-    "patience_s",
-    "request_s",
-)
+    "clients", "mode", "codec", "cluster", "host", "port", "peers", "keys", "insecure", "io_threads", "mdns", "name",
+    "runs", "run", "threads", "join_s", "patience_s", "request_s",
+)  # fmt: skip
 NODE_FLAGS: dict[Role, tuple[str, ...]] = {
     Role.CLIENT: ("shards", "device", "spill_mib", *_COMMON),
     Role.SPLIT_SERVER: ("device", "slots", "spill_mib", *_COMMON),
     Role.AGGREGATOR: (
-        "rounds",
-        "start_with",
-        "resume",
-        "hold",
-        "durability",
-        "keep_mib",
-        "takeover",
-        "clients_per_key",
-        "reassign",
+        "rounds", "start_with", "resume", "hold", "durability", "keep_mib", "takeover", "clients_per_key", "reassign",
         *_COMMON,
     ),
     Role.STANDBY: ("rounds", "durability", "keep_mib", "takeover", "clients_per_key", *_COMMON),
-}
+}  # fmt: skip
 """Settings that make sense for a role on the command line."""
 
 
@@ -214,11 +191,13 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
             options["metavar"] = _METAVARS.get(kind, name.upper())
         if kind == "tuple[str, ...]":
             options["action"] = "append"
+        if name in CHOICES:
+            options["choices"] = CHOICES[name]
         parser.add_argument(*_flags(name), **options)
 
 
 def _from_toml(path: Path | None, env: Mapping[str, str]) -> dict[str, Any]:
-    """The [node] table; other tables are left to others."""
+    """The [node] table, which is all that the file may have."""
     named = path or (Path(env["ZSFL_CONFIG"]) if env.get("ZSFL_CONFIG") else None)
     file = named or CONFIG_FILE
     if named is None and not file.exists():
@@ -231,6 +210,13 @@ def _from_toml(path: Path | None, env: Mapping[str, str]) -> dict[str, Any]:
         ) from None
     except ValueError as err:
         raise ConfigError(f"{file} is not a TOML file: {err}") from None
+    for name, value in document.items():
+        if name in _FIELDS and not isinstance(value, dict):
+            raise ConfigError(f"{file}: {name} is outside of any table: put it below a line [node]")
+        if name != "node":
+            raise ConfigError(
+                f"{file}: unknown table or key {name!r}{meant(name, ['node'])}; all settings are in [node]"
+            )
     table = document.get("node", {})
     if not isinstance(table, dict):
         raise ConfigError(f"{file}: expected a table [node], found {table!r}")
@@ -241,7 +227,8 @@ def check_settings(table: Mapping[str, Any], place: str) -> dict[str, Any]:
     """Settings of a table in a file, as what they are; ConfigError, naming the place, when one is unknown or wrong."""
     for key in table:
         if key not in _FIELDS:
-            raise ConfigError(f"{place} has an unknown key {key!r}; known are {', '.join(_FIELDS)}")
+            near = meant(key, _FIELDS)
+            raise ConfigError(f"{place} has an unknown key {key!r}{near}; known are {', '.join(_FIELDS)}")
     return {key: _value(key, value, f"{place} {key}", is_text=False) for key, value in table.items()}
 
 
@@ -322,6 +309,11 @@ def _matches(pattern: str, expected: str) -> Callable[[str], None]:
     return check
 
 
+def _one_of(*words: str) -> Callable[[str], None]:
+    *most, last = (word for word in words if word)
+    return _matches("|".join(words), f"{', '.join(most)} or {last}")
+
+
 def _kind(name: str) -> str:
     return str(_FIELDS[name].type)
 
@@ -360,6 +352,13 @@ _EXPECTED = {
 }
 _METAVARS = {"int": "N", "int | None": "N", "float": "S", "tuple[str, ...]": "HOST:PORT"}
 
+CHOICES = {
+    "mode": ("exact", "elastic", "async"),
+    "durability": ("process", "power", "replica"),
+    "takeover": ("majority", "always", "never"),
+}
+"""Of settings that take one of a few words."""
+
 _CHECKS: dict[str, Callable[[Any], None]] = {
     "host": _check_host,
     "port": _at_least(0, 65535),
@@ -379,9 +378,9 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "slots": _at_least(1, 1 << 20),
     "clients": _at_least(0),
     "start_with": _at_least(0),
-    "mode": _matches(r"|exact|elastic|async", "exact, elastic or async"),
-    "durability": _matches(r"process|power|replica", "process, power or replica"),
-    "takeover": _matches(r"majority|always|never", "majority, always or never"),
+    "mode": _one_of("", *CHOICES["mode"]),
+    "durability": _one_of(*CHOICES["durability"]),
+    "takeover": _one_of(*CHOICES["takeover"]),
     "keep_mib": _at_least(0, 1 << 30),
     "spill_mib": _at_least(0, 1 << 30),
     "shards": _check_shards,

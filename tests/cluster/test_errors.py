@@ -148,6 +148,12 @@ def test_data_that_is_missing_or_truncated(said: Said, tmp_path: Path) -> None:
     assert "truncated" in error
 
 
+def test_a_start_that_fails_leaves_no_run(said: Said, tmp_path: Path) -> None:
+    code, error = said("up", write_job(tmp_path, body=7), "--no-mdns")
+    assert (code, "aggregator" in error or "client" in error or "split-server" in error) == (2, True), error
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["logs", "spills"]
+
+
 def test_the_loss_is_no_number(said: Said, tmp_path: Path) -> None:
     code, error = said("up", write_job(tmp_path, lr=1e307, rounds=50))
     assert code == 1
@@ -172,10 +178,10 @@ def test_the_loss_is_no_number(said: Said, tmp_path: Path) -> None:
         (("up", "JOB", "--device", "tpu"), "--device is 'tpu': expected auto, cpu, cuda or cuda:N"),
         (("up", "JOB", "--host", "0.0.0.0"), "--host is '0.0.0.0': expected the IPv4 address of one interface"),
         (("up", "JOB", "--clients", "some"), "invalid int value: 'some'"),
-        (("up", "JOB", "--speed", "9"), "unrecognized arguments: --speed 9"),
+        (("up", "JOB", "--speed", "9"), "zsfl up: there is no --speed (see zsfl up --help)"),
         (("up", "JOB", "--run", "Logs"), "--run is 'Logs': expected up to 100 letters, digits, dots, - and _; not"),
         (("node", "client", "JOB", "--run", "spills"), "not spills, logs or noise, which are folders beside the runs"),
-        (("fly",), "invalid choice: 'fly'"),
+        (("fly",), "there is no command 'fly': choose from demo, up"),
         (("node", "client", "JOB", "--peer", "here"), "host:port"),
     ],
 )

@@ -10,7 +10,17 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from zsfl.reports import AnyReport, Finished, RoundReport, from_line
+import pytest
+import zmq.asyncio
+from helpers.gated import gated_job
+from helpers.waiting import until
+
+import zsfl
+from zsfl.dashboard.progress import plain_line
+from zsfl.ids import Role
+from zsfl.reports import AnyReport, Finished, Ready, RoundReport, Waiting, from_line
+from zsfl.roles import run_role
+from zsfl.settings import NodeSettings
 
 NODES = Path(__file__).resolve().parents[2] / "nodes"
 
@@ -54,3 +64,26 @@ async def test_the_programs_find_each_other_and_finish(tmp_path: Path) -> None:
     assert set(rounds[-1].serving) == {"client-0", "client-1"}
     (finished,) = [report for report in said[3] if isinstance(report, Finished)]
     assert (tmp_path / finished.folder / "model.safetensors").is_file()
+
+
+async def test_a_node_whose_data_takes_long_to_load_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zsfl.waits.FIRST_WORD_S", 0.0)
+    path, gate = gated_job(tmp_path, '"exact"')
+    gate.close()
+    told: asyncio.Queue[AnyReport] = asyncio.Queue()
+    context = zmq.asyncio.Context()
+    settings = NodeSettings(runs=tmp_path, mdns=False, shards="0", name="slow")
+    client = run_role(Role.CLIENT, zsfl.load_job(path), settings, told.put_nowait, context=context)
+    running = asyncio.create_task(client)
+    try:
+        await gate.is_reached()
+        first = await until(told.get())
+        assert isinstance(first, Waiting)
+        assert (plain_line(first) or "").startswith("slow waits for its model and data to be loaded (")
+        gate.open()
+        while not isinstance(await until(told.get()), Ready):
+            pass
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        context.destroy(linger=0)

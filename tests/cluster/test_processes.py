@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -11,10 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers.jobs import write_job
-from helpers.processes import MARK, command, marked
+from helpers.processes import MARK, command, finished, marked
 from helpers.waiting import eventually
 
 import zsfl
+from zsfl.dashboard.runs import read_run
+
+NOT_TRAINED = ", before anything was trained"
+GO_ON = ", and runs/digits is kept; go on with: zsfl demo --clients 2 --rounds 100000 --run digits --resume"
 
 
 @pytest.fixture
@@ -55,8 +60,25 @@ async def test_ctrl_c_at_any_moment(tmp_path: Path, mark: str, moment: str) -> N
             await eventually(lambda: moment in demo.text)
         demo.signal(signal.SIGINT)
         assert await demo.ended() == 130
-        assert demo.err == ["zsfl: interrupted; all nodes have left\n"]
+        kept = (tmp_path / "runs" / "digits").exists()
+        assert demo.err == [f"zsfl: interrupted; all nodes have left{GO_ON if kept else NOT_TRAINED}\n"]
+        assert kept or moment != "round 2/"
+        assert not kept or moment != "fork server"
     assert not marked(mark)
+
+
+async def test_what_ctrl_c_says_goes_on_with_the_run(tmp_path: Path) -> None:
+    async with command("up", write_job(tmp_path, rounds=100_000), "--run=mine", "--no-mdns", cwd=tmp_path) as up:
+        await eventually(lambda: "round 2/" in up.text)
+        up.signal(signal.SIGINT)
+        assert await up.ended() == 130
+    said = up.err[-1].partition("go on with: zsfl ")[2]
+    before = read_run(tmp_path / "runs" / "mine")
+    words = [word for word in shlex.split(said) if word != "--no-mdns"]
+    assert words == ["up", str(tmp_path / "tiny.py"), "--run", "mine", "--resume"]
+    code, again = await finished(*words, "--rounds", str(len(before.rounds) + 1), "--in-process", cwd=tmp_path)
+    assert code == 0, again.text
+    assert len(read_run(tmp_path / "runs" / "mine").rounds) == len(before.rounds) + 1
 
 
 async def test_ctrl_c_while_it_imports(tmp_path: Path) -> None:
@@ -86,7 +108,11 @@ def test_on_a_terminal(tmp_path: Path, mark: str) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
     text = shown.decode()
     assert "Traceback" not in text
-    assert text.rstrip().endswith("zsfl: interrupted; all nodes have left")
+    again = "--clients 2 --split-servers 1 --rounds 100000 --run digits --resume"
+    assert text.rstrip().endswith(f"all nodes have left, and runs/digits is kept; go on with: zsfl demo {again}")
+    assert "loading PyTorch and demo.py" in text
+    assert "of 4 nodes: " in text
+    assert " left" in text
     assert not marked(mark)
 
 

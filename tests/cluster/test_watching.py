@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from helpers.waiting import eventually, until
 
 import zsfl
 from zsfl.ids import Role
+
+PATIENT = ("--wait-s", "60")
 
 
 async def listed(folder: Path, *flags: str) -> tuple[int, dict[str, Any], str]:
@@ -45,7 +48,9 @@ async def test_ls_finds_all_nodes_of_the_newest_run_or_of_one_that_is_named(tmp_
         assert all(name in text for name in (*everybody, seed))
         code, _, said = await listed(tmp_path, "other", "--peer", seed)
         assert code == 2
-        assert "runs another job than observer: name is tiny there and other here" in said
+        assert re.search("runs another job than observer-[0-9a-f]+: name is tiny there and other here", said), said
+        for code, found, said in await asyncio.gather(listed(tmp_path, *PATIENT), listed(tmp_path, *PATIENT)):
+            assert (code, [node["name"] for node in found["nodes"]], said) == (0, everybody, "")
     finally:
         await nodes.close()
     code, found, said = await listed(tmp_path, "--wait-s", "0.5")
@@ -56,12 +61,19 @@ async def test_ls_finds_all_nodes_of_the_newest_run_or_of_one_that_is_named(tmp_
     ("args", "said"),
     [
         ((), "there is no run in runs: name the job whose nodes to look for"),
+        (
+            ("broken",),
+            "runs/broken/address is to say where the run's aggregator is, as host:port, and says 'no\\x00where'",
+        ),
         (("job.py",), "job.py is no folder of a run; name one"),
         (("nothing-of-the-sort", "--no-mdns", "--wait-s", "0.1"), "nobody of nothing-of-the-sort answers"),
     ],
 )
 async def test_ls_says_what_to_name(tmp_path: Path, args: tuple[str, ...], said: str) -> None:
     (tmp_path / "job.py").touch()
+    if args == ("broken",):
+        (tmp_path / "runs" / "broken").mkdir(parents=True)
+        (tmp_path / "runs" / "broken" / "address").write_text("no\0where\n")
     code, printed = await finished("ls", *args, cwd=tmp_path)
     assert code in (1, 2)
     assert said in "".join(printed.err)

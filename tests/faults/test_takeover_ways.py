@@ -77,7 +77,7 @@ async def test_with_half_of_the_clients_one_takes_over_alone_where_it_is_told_to
         for name in ("aggregator", "split-server-0", "client-0"):
             await nodes.kill(name)
         await rounds.until(led_by("standby-0"))
-        assert seen.notes("going on without clients for shards 0, until they are back")
+        assert seen.notes("going on without a client for shard 0, until they are back")
         await nodes.restart("client-0")
         await rounds.until_with("client-0")
     first, second = ledger(tmp_path / LED), ledger(tmp_path / COPY)

@@ -33,7 +33,9 @@ FLAGS = {
     "demo": {*CLUSTER, "--print-job"},
     "up": {*CLUSTER, "JOB"},
     "audit": {"RUN", "--replay", "--job"},
-    "baseline": {"NAME", "JOB", "--clients", "--rounds", "--threads"},
+    "new": {"DIR"},
+    "completion": {"SHELL"},
+    "baseline": {"ALGORITHM", "JOB", "--clients", "--rounds", "--threads"},
     "drain": {"HOST:PORT", "--wait-s", "--keys", "--insecure", "--no-insecure"},
     "ls": {
         "RUN",
@@ -161,8 +163,9 @@ def test_a_baseline_is_told_round_by_round(
         assert [int(row.split()[-1]) for row in rows] == [14, 28]  # of shards of 40, 41 and 42 samples
         expected = [done.accuracy for done in zsfl.baselines.run("fedavg", replace(zsfl.load_job(job), shards=3), 2)]
         assert [row.split()[3] for row in rows] == [f"{accuracy:.2%}" for accuracy in expected if accuracy is not None]
-        assert main(["baseline", "fedavgg", str(job)]) == 2
-        assert "no baseline 'fedavgg': use one of centralised, merged" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            main(["baseline", "fedavgg", str(job)])
+        assert "there is no algorithm 'fedavgg': did you mean fedavg?" in capsys.readouterr().err
     finally:
         torch.set_num_threads(threads)
 
@@ -180,3 +183,30 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
     assert zsfl.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("noed client", "zsfl: there is no command 'noed': did you mean node?"),
+        ("xyz", "zsfl: there is no command 'xyz': choose from demo, up, node"),
+        ("node agregator", "zsfl node: there is no role 'agregator': did you mean aggregator?"),
+        ("up --ruonds 3 job.py", "zsfl up: there is no --ruonds: did you mean --rounds?"),
+        ("up --ruonds=3", "zsfl up: there is no --ruonds: did you mean --rounds?"),
+        ("up --round 3 job.py", "zsfl up: there is no --round: did you mean --rounds?"),
+        ("up job.py --xyzzy", "zsfl up: there is no --xyzzy (see"),
+        ("up job.py -x", "zsfl up: there is no -x (see"),
+        ("up job.py other.py", "zsfl up: 'other.py' is an argument too many"),
+        ("node client job.py --mode exat", "zsfl node client: --mode is 'exat': choose from exact, elastic, async"),
+    ],
+)
+def test_what_is_not_known_is_told_with_what_may_have_been_meant(
+    line: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(line.split())
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert said in error
+    assert error.endswith(f" (see {said.partition(':')[0]} --help)\n")
+    assert error.count("\n") == 1

@@ -8,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import torch
 
 from zsfl.ids import NodeCard, NodeId, Role, RunId, Version, step_cid
 from zsfl.member import OFFERS_BYTES, Member
+from zsfl.reports import AnyReport, Following, Note
 from zsfl.settings import NodeSettings
 from zsfl.spill.layout import SpillMeta
 from zsfl.wire.fields import MAX_CARRIED_BYTES, MAX_OFFERS
@@ -23,12 +25,20 @@ class Said:
     """A node that only listens to itself."""
 
     def __init__(self) -> None:
+        self.name = "me"
         self.card = SimpleNamespace(id=NodeId("me"))
+        self.reports: list[AnyReport] = []
         self.settings = NodeSettings()
         self.digests: list[tuple[Offers, list[Buffer]]] = []
 
     def counted(self) -> dict[str, float]:
         return {"steps": 1.0}
+
+    def report(self, report: AnyReport) -> None:
+        self.reports.append(report)
+
+    def note(self, message: str, level: str = "info") -> None:
+        self.report(Note(node=self.name, message=message, level=level))
 
     def publish(self, digest: Offers, parts: Sequence[Buffer] = ()) -> None:
         self.digests.append((digest, list(parts)))
@@ -67,6 +77,24 @@ async def test_a_digest_is_bounded(tmp_path: Path) -> None:
     assert all(len(digest.offers) <= MAX_OFFERS for digest, _ in node.digests)
     assert all(sum(map(len, parts)) <= OFFERS_BYTES for _, parts in node.digests)
     assert len(node.digests) > 3
+
+
+async def test_how_far_the_run_is_is_said_once_a_second_at_most_and_that_it_is_finished_once(tmp_path: Path) -> None:
+    node = Said()
+    member = Member(cast(Any, node), [], tmp_path)
+    card = NodeCard(id=NodeId("1"), name="agg", role=Role.AGGREGATOR, host="127.0.0.1", control_port=1)
+    member.aggregator.set(card)
+    state = RunState(run=RunId("3fa9c1"), phase="training", version=Version(7), round=1, rounds=3, window=3, windows=4)
+    for serial in range(1, 4):
+        said = msgspec.structs.replace(state, serial=serial)
+        member.heard(Announcement(node=card.id, state=said))
+    for serial in (9, 9):
+        said = msgspec.structs.replace(state, serial=serial, phase="finished")
+        member.heard(Announcement(node=card.id, state=said))
+    assert node.reports == [
+        Following(node="me", round=2, rounds=3, window=3, windows=4, version=7),
+        Note(node="me", message="the run is finished, at version 7"),
+    ]
 
 
 async def test_the_state_of_a_run_never_goes_back(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_without_any_layer_the_defaults_hold() -> None:
 
 def test_each_layer_wins_over_the_one_before(tmp_path: Path) -> None:
     file = tmp_path / "zsfl.toml"
-    file.write_text("[node]\nport = 1\nslots = 2\nthreads = 3\n[other]\nx = 1\n")
+    file.write_text("[node]\nport = 1\nslots = 2\nthreads = 3\n")
     found = load_settings(parsed("--threads", "7"), {"ZSFL_SLOTS": "5", "ZSFL_THREADS": "6"})
     assert (found.port, found.slots, found.threads) == (1, 5, 7)
 
@@ -117,7 +117,12 @@ def test_a_bad_value_is_refused_by_its_source(flags: dict[str, Any], env: dict[s
         ("[node]\nmdns = 1\n", "mdns is 1: expected true or false"),
         ('[node]\npeers = "a:1"\n', "peers is 'a:1': expected a list"),
         ("[node]\nruns = 3\n", "runs is 3: expected a path"),
-        ("[node]\nprot = 5\n", "has an unknown key 'prot'; known are host, port"),
+        (
+            "[node]\nprot = 5\n",
+            r"zsfl.toml .node. has an unknown key 'prot': did you mean port\?; known are host, port",
+        ),
+        ("[nodes]\nport = 5\n", r"zsfl.toml: unknown table or key 'nodes': did you mean node\?"),
+        ("port = 5\n", r"zsfl.toml: port is outside of any table: put it below a line \[node\]"),
         ("node = 3\n", r"expected a table \[node\]"),
         ("[node\n", "is not a TOML file"),
     ],

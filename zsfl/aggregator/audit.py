@@ -18,6 +18,7 @@ from zsfl.ids import Cid, Version, parse_cid
 from zsfl.learning.job import Job
 from zsfl.learning.master import Master, saved_state, state_digest
 from zsfl.spill.segments import SUFFIX
+from zsfl.words import number_of
 
 
 @dataclass(slots=True)
@@ -122,7 +123,7 @@ def _is_verified(record: Record, kept: Kept, since: int, fault: Callable[[str], 
         return False
     steps = [one for one in window if one.part == "client"]
     if sum(one.samples for one in steps) != record.samples or not math.isclose(sum(o.n for o in steps), record.n):
-        fault(f"version {record.version} counts {record.samples} samples, its contributions have others")
+        fault(f"version {record.version} counts {number_of(record.samples, 'sample')}, its contributions have others")
         return False
     return True
 

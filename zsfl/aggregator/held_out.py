@@ -21,6 +21,7 @@ from zsfl.node import Node
 from zsfl.reports import Tested
 from zsfl.weights.shelf import Shelf
 from zsfl.wire.messages import Evaluated
+from zsfl.words import number_of
 
 MAX_WAITING = 4
 """Tests ordered and not over: each holds a version of the weights."""
@@ -124,8 +125,8 @@ class HeldOut:
             raise RemoteProtocolError(f"the held-out test of shard {evaluated.shard} cannot be counted: {why}")
         if (evaluated.correct or 0.0) > evaluated.samples * ROUNDED:
             raise RemoteProtocolError(
-                f"{evaluated.correct:g} of {evaluated.samples} held-out samples of shard {evaluated.shard} cannot be "
-                "right: Job.metric gives the number of correct samples"
+                f"{evaluated.correct:g} of {number_of(evaluated.samples, 'held-out sample')} of shard "
+                f"{evaluated.shard} cannot be right: Job.metric gives the number of correct samples"
             )
         self._silent -= {evaluated.shard}
         if evaluated.version == self._stage.state.tested and evaluated.shard in self._roster.value.tested():

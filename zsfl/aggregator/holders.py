@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from zsfl.errors import ConfigError
 from zsfl.ids import NodeCard, PublicKey
 from zsfl.keys.machine import machine_id
+from zsfl.words import number_of
 
 
 class Holders:
@@ -51,8 +52,8 @@ class Holders:
         held = {shard for shard, key in self._key_of.items() if key == card.key} | set(shards)
         if len(held) > self._most:
             raise ConfigError(
-                f"the machine of {card.name} would hold {len(held)} shards, and clients with one key may hold "
-                f"{self._most}: start fewer clients there, or the aggregator with a higher --clients-per-key"
+                f"the machine of {card.name} would hold {number_of(len(held), 'shard')}, and clients with one key may "
+                f"hold {self._most}: start fewer clients there, or the aggregator with a higher --clients-per-key"
             )
 
     def take(self, key: str, shards: Iterable[int]) -> bool:

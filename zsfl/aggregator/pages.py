@@ -11,6 +11,7 @@ from pathlib import Path
 from zsfl.aggregator.audit import Audit, audit, replay_versions
 from zsfl.errors import ConfigError
 from zsfl.learning.job import Job, load_job
+from zsfl.words import number_of
 
 MOST_FAULTS = 20
 """Printed; the rest is counted."""
@@ -20,7 +21,7 @@ def print_audit(folder: Path, versions: str | None, job: Path | None) -> int:
     """Audit a run's folder, and make versions such as `12..15` again; 0 when all is well, else 1."""
     found = audit(folder)
     print(f"{folder}: {_summary(found)}")
-    print(f"contributions kept whole for {_count(found.verified, 'version')}")
+    print(f"contributions kept whole for {number_of(found.verified, 'version')}")
     for fault in found.faults[:MOST_FAULTS]:
         print(f"WRONG: {fault}")
     if len(found.faults) > MOST_FAULTS:
@@ -34,22 +35,19 @@ def print_audit(folder: Path, versions: str | None, job: Path | None) -> int:
             if sys.stdout.isatty():
                 print(f"made again: version {version} of {first} to {last}", end="\r", flush=True)
         print(f"versions {first} to {last} made again: the same weights, bit for bit")
-    print("all is well" if not found.faults else f"{_count(len(found.faults), 'thing')} wrong")
+    print("all is well" if not found.faults else f"{number_of(len(found.faults), 'thing')} wrong")
     return 1 if found.faults else 0
 
 
 def _summary(found: Audit) -> str:
     void = f", {found.void:,} void since the run failed" if found.void else ""
     return (
-        f"{_count(found.versions, 'version')} in one unbroken chain, {_count(found.counted, 'step')} of "
-        f"{found.samples:,} samples counted, {found.dropped:,} dropped, {found.pending:,} pending{void}"
+        f"{number_of(found.versions, 'version')} in one unbroken chain, {number_of(found.counted, 'step')} of "
+        f"{number_of(found.samples, 'sample')} counted, {found.dropped:,} dropped, {found.pending:,} pending{void}"
         if not found.faults
-        else f"{_count(found.versions, 'version')}, {found.counted:,} steps counted, {found.dropped:,} dropped"
+        else f"{number_of(found.versions, 'version')}, {number_of(found.counted, 'step')} counted, "
+        f"{found.dropped:,} dropped"
     )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from zsfl.latest import Latest
 from zsfl.learning.averaging import Contribution, StepShare
 from zsfl.learning.job import Job
 from zsfl.learning.master import Master
+from zsfl.words import number_of
 
 MOST_REASON = 500
 """Characters, in a record."""
@@ -68,7 +69,9 @@ class Refusals:
         shard = parse_cid(step.cid).shard
         held = self._roster.value.train_samples(shard)
         most = math.inf if held is None else self._job.most_samples(held)
-        return f"it is of {step.samples} samples, and a batch of its shard of {most} at most" * (step.samples > most)
+        return f"it is of {number_of(step.samples, 'sample')}, and a batch of its shard of {most} at most" * (
+            step.samples > most
+        )
 
     def give_up(self, one: Contribution, why: str) -> None:
         """It was made again in vain."""

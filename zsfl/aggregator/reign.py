@@ -25,6 +25,7 @@ from zsfl.ranges import parse_shards
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Beat, Committed, Reply, Request
 from zsfl.wire.succession import FetchPiece, Follow, Grant, Granted
+from zsfl.words import number_of
 
 MIN_RENEWAL_S = 0.05
 COPYING_S = 2.0
@@ -193,7 +194,8 @@ class Reign:
 
     def _lacking(self) -> str:
         held = self._lease.held_of(clock_s())
-        return f"consent of most clients ({held} of {self._shards} shards, {most_of(self._shards)} are needed)"
+        shards = number_of(self._shards, "shard")
+        return f"consent of most clients ({held} of {shards}, {most_of(self._shards)} are needed)"
 
     async def abdicate(self, timeout_s: float) -> bool:
         """Record nothing more, and let the clients follow another at once; whether there is one who stands by.

@@ -29,7 +29,7 @@ from zsfl.learning.job import Job
 from zsfl.learning.master import Master
 from zsfl.learning.modes import Exact, max_staleness
 from zsfl.node import OFFERS_TOPIC, BeatExtras, Node
-from zsfl.ranges import ranges
+from zsfl.ranges import clients_for
 from zsfl.reports import Assembled, Failed, Finished, RoundReport
 from zsfl.tensors.plan import CodecPlan
 from zsfl.weights.shelf import Shelf
@@ -51,6 +51,7 @@ from zsfl.wire.messages import (
     Request,
     Train,
 )
+from zsfl.words import number_of
 
 FAREWELL_S = 30.0
 """How long the aggregator of a finished run stays for peers that are there and have not heard of the end: busy ones."""
@@ -183,8 +184,8 @@ class AggregatorRole:
         if card.news_port:
             ear = self._node.listen(card, [OFFERS_TOPIC], lambda offers, parts: self._heard_of(card, offers, parts))
             self._ears[card.id] = self._node.start(ear.run(), f"offers of {card.name}")
-        if card.role not in (Role.OBSERVER, Role.STANDBY):
-            self._node.note(f"{card.name} joined from {card.address}")
+        if card.role not in (Role.OBSERVER, Role.STANDBY) and card.key == self._node.card.key:
+            self._node.note(f"{card.name} joined from {card.address}")  # of another machine `Met` says more
         self._roster.value.returned(card.id)
         self._roster.touch()
 
@@ -270,7 +271,7 @@ class AggregatorRole:
                 async with asyncio.timeout(self._node.settings.join_s):
                     await self._roster.wait_for(lambda _: not self._missing())
         except TimeoutError:
-            raise NoPeer(f"after {self._node.settings.join_s:g} s there is still no {self._missing()}") from None
+            raise NoPeer(f"after {self._node.settings.join_s:g} s it still waits for {self._missing()}") from None
         samples = self._roster.value.samples()
         before = {} if self._resumed is None else self._resumed.samples
         if any(before.get(shard, count) != count for shard, count in samples.items()):
@@ -295,23 +296,22 @@ class AggregatorRole:
             async with asyncio.timeout(max(how.return_s if isinstance(how, Exact) else 0.0, settings.lost_after_s)):
                 await self._roster.wait_for(lambda _: not self._missing())
         if absent := self._roster.value.absent(self._without, 0):
-            self._node.note(f"going on without clients for shards {ranges(absent)}, until they are back", "warning")
+            self._node.note(f"going on without {clients_for(absent)}, until they are back", "warning")
             self._training.left |= frozenset(absent)
         self._start_with = 1
 
     def _missing(self) -> str:
         """What the run cannot begin without, for people."""
         absent = self._roster.value.absent(self._without, self._start_with)
-        wanted = [f"clients for shards {ranges(absent)}"] if absent else []
-        if not self._node.peers(Role.SPLIT_SERVER):
-            wanted.append("a split server")
+        wanted = [clients_for(absent)] if absent else []
+        wanted += [] if self._node.peers(Role.SPLIT_SERVER) else ["a split server"]
         return " and ".join(wanted)
 
     async def _train(self, rounds: int) -> None:
         begun_s = time.monotonic()
         total = self._training.round + rounds
         if not rounds:
-            self._node.note(f"the run has its {total} rounds already; ask for more with --rounds", "warning")
+            self._node.note(f"the run has its {number_of(total, 'round')} already; ask for more: --rounds", "warning")
         while self._training.round < total and (self._training.is_in_round or not self._trials.is_enough):
             await self._train_round(total)
         self._stage.enter(phase="idle", version=self._training.version)

@@ -11,6 +11,7 @@ from itertools import zip_longest
 from zsfl.errors import ConfigError, Held
 from zsfl.ids import NodeId
 from zsfl.wire.fields import ShardInfo
+from zsfl.words import number_of
 
 MOST_NAMED = 64
 """Clients named in one report."""
@@ -55,7 +56,7 @@ class Roster:
                 raise Held(f"shard {info.shard} is already held by {seat.name}; give this client another with --shard")
             if seat is not None and seat.info.train_samples != info.train_samples:
                 raise ConfigError(
-                    f"shard {info.shard} has {info.train_samples} samples at {name} and had "
+                    f"shard {info.shard} has {number_of(info.train_samples, 'sample')} at {name} and had "
                     f"{seat.info.train_samples} when the run began; start it with the same data"
                 )
         for info in infos:

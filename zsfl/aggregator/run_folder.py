@@ -16,9 +16,11 @@ runs/NAME/
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -45,6 +47,7 @@ from zsfl.reports import (
     to_line,
 )
 from zsfl.settings import BESIDE_RUNS
+from zsfl.words import number_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,9 +61,11 @@ _TRAIN, _TEST = "#7f7f7f", "#1f6fb4"
 class RunFolder:
     """One run's folder, locked against every other process until it is closed."""
 
-    def __init__(self, path: Path, lock: int) -> None:
+    def __init__(self, path: Path, lock: int, *, is_new: bool) -> None:
+        """`is_new`: this process made it, and takes it away again should nothing come of it."""
         self.path = path
         self._lock = lock
+        self._is_new = is_new
         self._ends: dict[str, int] = {}
         """By file, where the last line ends that was appended whole."""
 
@@ -83,19 +88,20 @@ class RunFolder:
             lock = lock_folder(path, "stop it first, or give this run another name with --run")
             for file in (METRICS, LEDGER):
                 _drop_torn_line(path / file)
-        return cls(path, lock)
+        return cls(path, lock, is_new=not resume)
 
     @classmethod
     def of_copy(cls, runs: Path, name: str) -> Self:
         """The copy of a run that whoever stands by keeps in `runs`/`name`, a new one or the one that is there."""
         path = runs / name
+        is_new = not path.exists()
         with _storing(runs):
             path.mkdir(parents=True, exist_ok=True)
             lock = lock_folder(path, "does it stand by already? Give this node another --name")
         if any(entry.name != LOCK for entry in path.iterdir()) and not (path / STANDING).exists():
             os.close(lock)
             raise ConfigError(f"{path} is no copy of a run; give this node another --name, or move that folder away")
-        return cls(path, lock)
+        return cls(path, lock, is_new=is_new)
 
     def close(self) -> None:
         """Let another process have the folder."""
@@ -104,8 +110,23 @@ class RunFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Who was cancelled may be started again, as one that was killed.
+        if self._is_new and not (kind and issubclass(kind, asyncio.CancelledError)):
+            self._remove_if_idle()
         self.close()
+
+    def _remove_if_idle(self) -> None:
+        """Away with a run that never trained, unless it says why, or whoever stands by may go on with it."""
+        if self.commits() or (self.path / METRICS).exists():
+            return
+        with suppress(OSError, ValueError):
+            if json.loads((self.path / STANDING).read_bytes()).get("shared"):
+                return
+        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}.gone")  # at once, should somebody want the name
+        with suppress(OSError):
+            self.path.rename(aside)
+            shutil.rmtree(aside)
 
     @property
     def checkpoint_path(self) -> Path:
@@ -226,8 +247,8 @@ def _write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
 
 def _summary(last: RoundReport) -> str:
     if last.accuracy is None:
-        return f"{last.round} of {last.rounds} rounds"
-    return f"{last.accuracy:.2%} test accuracy after {last.round} of {last.rounds} rounds"
+        return f"{last.round} of {number_of(last.rounds, 'round')}"
+    return f"{last.accuracy:.2%} test accuracy after {last.round} of {number_of(last.rounds, 'round')}"
 
 
 def _plot_losses(axes: Axes, rounds: list[RoundReport]) -> None:
@@ -283,6 +304,8 @@ def _new_folder(runs: Path, name: str) -> Path:
             (path / LOCK).touch(exist_ok=False)
         except FileExistsError:
             number += 1
+        except FileNotFoundError:  # somebody has just removed it
+            continue
         else:
             return path
 

@@ -24,6 +24,7 @@ from zsfl.learning.job import Job
 from zsfl.learning.modes import Async, max_staleness
 from zsfl.learning.plan import Sizes
 from zsfl.learning.robust import voters
+from zsfl.words import number_of
 
 OFTEN = 3
 """Refusals after which a client is named in a warning."""
@@ -107,7 +108,7 @@ class Sieve:
             return 0.0, why
         asked = self._asked(cid)
         if asked is not None and samples not in asked:
-            return 0.0, f"it is of {samples} samples where {asked.stop - 1} were asked for"
+            return 0.0, f"it is of {number_of(samples, 'sample')} where {asked.stop - 1} were asked for"
         total = 0.0
         for one in parts:
             if name := next((name for name, buffer in one.buffers.items() if not _is_finite(buffer)), None):

@@ -33,6 +33,7 @@ from zsfl.wire.connection import Connection
 from zsfl.wire.framing import nbytes
 from zsfl.wire.messages import Announcement, Beat, Broadcast, Committed, Reply, Request, RunState
 from zsfl.wire.succession import MAX_FILES, PIECE_BYTES, FetchPiece, FileInfo, Following, Grant, Granted, Piece
+from zsfl.words import number_of
 
 RIVAL_LEASES = (0.5, 3.0)
 """How long whoever finds another standing too asks nobody, in leases: the promises that each has run out meanwhile."""
@@ -341,8 +342,8 @@ class StandbyRole:
     def _lacking(self) -> str:
         held = self._lease.held_of(clock_s())
         return (
-            f"an aggregator, or the consent of most clients to take over ({held} of {self._shards} shards, "
-            f"{most_of(self._shards)} are needed)"
+            f"an aggregator, or the consent of most clients to take over ({held} of "
+            f"{number_of(self._shards, 'shard')}, {most_of(self._shards)} are needed)"
         )
 
     async def _asked(self) -> bool:

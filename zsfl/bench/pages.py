@@ -8,6 +8,7 @@ from pathlib import Path
 from zsfl.bench.network import RoundTrips, measure, serve
 from zsfl.errors import ConfigError
 from zsfl.settings import NodeSettings, is_address
+from zsfl.words import number_of
 
 
 def serve_aloud(settings: NodeSettings) -> int:
@@ -64,8 +65,8 @@ def print_job(path: Path, settings: NodeSettings, seconds: float) -> int:
         sent = cost.activations
         shape = "x".join(map(str, sent.shape))
         cut = f", cut {cost.cut!r}" if cost.cut else ""
-        print(f"job {job.name}{cut} on {where}: {cost.samples} samples a step, initial weights\n")
-        print(f"  body         {cost.parameters:,} parameters")
+        print(f"job {job.name}{cut} on {where}: {number_of(cost.samples, 'sample')} a step, initial weights\n")
+        print(f"  body         {number_of(cost.parameters, 'parameter')}")
         print(f"  forward      {1e3 * cost.forward_s:.3f} ms")
         print(f"  backward     {1e3 * cost.backward_s:.3f} ms")
         print(f"  alone        {cost.steps_per_s:,.0f} steps/s, {cost.steps_per_s * cost.samples:,.0f} samples/s")

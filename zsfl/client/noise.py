@@ -16,6 +16,7 @@ from torch import Tensor
 from zsfl.errors import ConfigError, StorageError
 from zsfl.ids import Cid, parse_cid
 from zsfl.learning.privacy import Protection, normal
+from zsfl.words import number_of
 
 KEY_BYTES = 32
 
@@ -63,7 +64,7 @@ class Noise:
         if not activations.is_floating_point() or activations.shape[:1] != (samples,):
             raise ConfigError(
                 f"the job protects activations, and its head gives {activations.dtype} {list(activations.shape)} for "
-                f"{samples} samples: it must give one row of floating point numbers for each"
+                f"{number_of(samples, 'sample')}: it must give one row of floating point numbers for each"
             )
         return self._protection.apply(activations, self._stream(activations.detach(), cid, seed))
 

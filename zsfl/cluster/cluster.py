@@ -23,7 +23,7 @@ from zsfl.cluster.spawner import NodeCommand, Spawner
 from zsfl.errors import ConfigError, RemoteProtocolError, RunFailed, Unavailable
 from zsfl.ids import Address, Role
 from zsfl.ranges import ranges
-from zsfl.reports import AnyReport, Assembled, Exited, Failed, Finished, Ready, RoundReport
+from zsfl.reports import AnyReport, Assembled, Exited, Failed, Finished, Ready, RoundReport, Starting
 from zsfl.settings import load_settings
 from zsfl.wire.messages import Train
 
@@ -230,6 +230,8 @@ class Cluster:
     async def _start_all(self) -> None:
         plan = self._plan()
         self._shards = plan.shards
+        nodes = 1 + len(plan.split_servers) + len(plan.clients) + len(plan.standbys)
+        self._spawner.reports.put_nowait(Starting(nodes=nodes))
         await self._start("aggregator", Role.AGGREGATOR, {"hold": True, **plan.aggregator})
         if not self._mdns:
             await self.until(lambda: self.nodes["aggregator"].address is not None)

@@ -17,6 +17,7 @@ from zsfl.wire.connection import Connection
 from zsfl.wire.greeting import mechanism_at
 from zsfl.wire.messages import Drain, Draining
 from zsfl.wire.reaching import connected
+from zsfl.words import number_of
 
 ANSWER_S = 10.0
 """What a node may take to answer: it is never busy with anything else."""
@@ -44,7 +45,7 @@ def print_drain(addresses: Sequence[str], wait_s: float, settings: NodeSettings 
 async def _print_one(address: Address, wait_s: float, settings: NodeSettings | None) -> bool:
     def tell(node: Draining) -> None:
         requests = f"{node.busy} request{'s' * (node.busy != 1)} in hand"
-        spills = f"{node.offered} spill{'s' * (node.offered != 1)} that no version has counted yet"
+        spills = f"{number_of(node.offered, 'spill')} that no version has counted yet"
         print(f"{node.name} at {address} is leaving: {requests}, {spills}", flush=True)
 
     begun_s = time.monotonic()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -73,7 +72,6 @@ class Dash:
         self._find = find
         self._beat_s = beat_s
         self._say = note
-        self._name = f"dash-{secrets.token_hex(3)}"
         """Of its own, as several may look at one run."""
         self._place: Place | None = None
         self._watch = Watch(beat_s)
@@ -146,7 +144,7 @@ class Dash:
                 await self._moved.wait()
                 continue
             try:
-                settings = replace(place.settings, name=self._name, port=0)
+                settings = replace(place.settings, port=0)
                 async with observing(settings, place.facts, self._note, self._news.set, self._watch):
                     while (self._place.settings, self._place.facts) == (place.settings, place.facts):
                         await self._moved.wait()

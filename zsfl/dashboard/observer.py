@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -31,7 +32,7 @@ class ObserverRole:
         self._node = node
         self._watch = watch
         self._tell = tell
-        self.hears = frozenset(Role)
+        self.hears = frozenset(Role) - {Role.OBSERVER}
 
     async def run(self) -> None:
         """Look until cancelled."""
@@ -46,11 +47,13 @@ class ObserverRole:
 
     def joined(self, card: NodeCard) -> None:
         """A peer is there."""
-        self._tell(lambda now_s: self._watch.joined(card, now_s))
+        if card.role in self.hears:
+            self._tell(lambda now_s: self._watch.joined(card, now_s))
 
     def lost(self, card: NodeCard, reason: str) -> None:
         """A peer is gone."""
-        self._tell(lambda now_s: self._watch.lost(card, reason, now_s))
+        if card.role in self.hears:
+            self._tell(lambda now_s: self._watch.lost(card, reason, now_s))
 
     def heard(self, broadcast: Broadcast) -> None:
         """A peer said something."""
@@ -72,7 +75,8 @@ async def observing(
 ) -> AsyncGenerator[Watch, None]:
     """What is seen, from now on; `is_new` is called whenever that changes. A `watch` that is given sees on.
 
-    Of the job only those `facts` have to agree that are given: its `name`, without which mDNS finds nobody.
+    Of the job only those `facts` have to agree that are given: its `name`, without which mDNS finds nobody. Several may
+    look at once, so that each has a name of its own, and they do not show one another.
     """
     watch, loop = watch or Watch(settings.beat_s), asyncio.get_running_loop()
     settings = replace(settings, mdns=settings.mdns and "name" in facts)
@@ -92,8 +96,8 @@ async def observing(
     context = open_context(settings.io_threads)
     with kept(context, door):
         front = Front(
-            Role.OBSERVER, name=settings.name or "observer", settings=settings, facts=facts, codecs=(), report=report,
-            context=context, door=door,
+            Role.OBSERVER, name=f"observer-{secrets.token_hex(3)}", settings=settings, facts=facts, codecs=(),
+            report=report, context=context, door=door,
         )  # fmt: skip
 
         async def make(node: Node) -> RoleShell:

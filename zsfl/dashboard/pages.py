@@ -15,7 +15,7 @@ from zsfl.dashboard.observer import changed_within, observing
 from zsfl.dashboard.watch import Participant, Snapshot
 from zsfl.errors import ConfigError, NoPeer
 from zsfl.reports import ADDRESS, METRICS
-from zsfl.settings import NodeSettings
+from zsfl.settings import NodeSettings, is_address
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,9 +63,15 @@ def where(run: str | None, settings: NodeSettings) -> tuple[NodeSettings, Mappin
 
 def _address(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        address = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path} ({error}), which says where the run's aggregator is") from None
+    if not is_address(address):
+        raise ConfigError(
+            f"{path} is to say where the run's aggregator is, as host:port, and says {address[:80]!r}: "
+            "name a node with --peer"
+        )
+    return address
 
 
 def print_nodes(run: str | None, settings: NodeSettings, wait_s: float, *, as_json: bool) -> int:

@@ -2,26 +2,57 @@
 
 from __future__ import annotations
 
+import asyncio
+import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from zsfl.dashboard.progress import REDRAW_S, REPEAT_S, RunView, plain_line, render
-from zsfl.reports import AnyReport, Exited, Failed, Finished, RoundReport, Waiting, WindowReport
+from zsfl.dashboard.progress import REDRAW_S, REPEAT_S, RunView, plain_line, progress_bar, ready_line, render
+from zsfl.dashboard.runs import LEDGER
+from zsfl.reports import AnyReport, Exited, Failed, Finished, Following, Ready, RoundReport, Waiting, WindowReport
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.live import Live
+
+
+TICK_S = 0.5
+
+
+def how_to_go_on(view: RunView, given: Sequence[str]) -> str:
+    """What there is to say of a run that was interrupted; `given` are the words that it was started with."""
+    if view.finished is not None:
+        return ""
+    if view.folder is None or not (view.rounds or view.window or _has_versions(view.folder)):
+        return ", before anything was trained"
+    words = list(given)
+    for number, word in reversed(list(enumerate(given))):
+        if word in ("--resume", "--no-resume") or word.startswith("--run="):
+            del words[number]
+        elif word == "--run":
+            del words[number : number + 2]
+    again = shlex.join(["zsfl", *words, "--run", view.folder.name, "--resume"])
+    return f", and {view.folder} is kept; go on with: {again}"
+
+
+def _has_versions(folder: Path) -> bool:
+    """Whether a run on this machine has any."""
+    return (folder / LEDGER).is_file() and (folder / LEDGER).stat().st_size > 0
 
 
 class ProgressPrinter:
     """Shows reports as they come: redrawn in place on a terminal, else one line for each that matters."""
 
-    def __init__(self, console: Console | None = None, clock_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, console: Console | None = None, clock_s: Callable[[], float] = time.monotonic, first: str = ""
+    ) -> None:
+        """`first`: what is done before any node reports."""
         from rich.console import Console
 
-        self.view = RunView()
+        self.view = RunView(first)
         self._console = console or Console()
         self._clock_s = clock_s
         self._live: Live | None = None
@@ -35,8 +66,10 @@ class ProgressPrinter:
             from rich.live import Live
 
             # Redrawn by `on` alone: rich's refresh thread would read the view while it changes.
-            self._live = Live(console=self._console, auto_refresh=False)
+            self._live = Live(render(self.view), console=self._console, auto_refresh=False)
             self._live.start()
+        elif self.view.first:
+            self._console.out(self.view.first, highlight=False)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -52,6 +85,13 @@ class ProgressPrinter:
             with suppress(SystemExit):  # as in `on`
                 self._console.print(render(self.view))
 
+    async def keep_drawing(self) -> None:
+        """Draw now and then, also while nobody reports anything, so that it is seen how long that takes."""
+        while self._live is not None:
+            self.view.tick(self._clock_s())
+            self._live.update(render(self.view), refresh=True)
+            await asyncio.sleep(TICK_S)
+
     def on(self, report: AnyReport) -> None:
         """Take one report in and show what it changes."""
         now_s = self._clock_s()
@@ -62,7 +102,7 @@ class ProgressPrinter:
     def _show(self, report: AnyReport, now_s: float) -> None:
         if self._live is None:
             self._tell(report, now_s)
-        elif not isinstance(report, WindowReport) or now_s - self._drawn_s >= REDRAW_S:
+        elif not isinstance(report, WindowReport | Following) or now_s - self._drawn_s >= REDRAW_S:
             self._live.update(render(self.view), refresh=True)
             self._drawn_s = now_s
 
@@ -91,3 +131,46 @@ class ProgressPrinter:
             self._told[report.node] = (news, now_s)
         if line := plain_line(report):
             self._console.out(line, highlight=False)
+
+
+class NodePrinter:
+    """What one node reports to the person who started it at a terminal: a line each, and below how far the run is."""
+
+    def __init__(self, console: Console | None = None, clock_s: Callable[[], float] = time.monotonic) -> None:
+        from rich.console import Console
+
+        self._view = RunView()
+        self._console = console or Console()
+        self._clock_s = clock_s
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._draw(None)
+
+    def on(self, report: AnyReport) -> None:
+        """Take one report in and show it."""
+        self._view.on(report, self._clock_s())
+        line = ready_line(report) if isinstance(report, Ready) else plain_line(report)
+        if line is not None and not isinstance(report, Failed):  # its error is told once, at the end
+            self._console.out(line, highlight=False)
+        if isinstance(report, WindowReport | Following):
+            self._draw(progress_bar(self._view))
+        elif isinstance(report, Finished | Failed):
+            self._draw(None)
+
+    def _draw(self, what: RenderableType | None) -> None:
+        """Redraw the last line; None: away with it."""
+        from rich.live import Live
+
+        if what is None:
+            if self._live is not None:
+                self._live.stop()
+            self._live = None
+        elif self._live is None:
+            self._live = Live(what, console=self._console, auto_refresh=False, transient=True)
+            self._live.start(refresh=True)
+        else:
+            self._live.update(what, refresh=True)

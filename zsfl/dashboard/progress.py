@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zsfl.reports import (
@@ -14,14 +15,17 @@ from zsfl.reports import (
     Exited,
     Failed,
     Finished,
+    Following,
     Met,
     Note,
     Ready,
     RoundReport,
+    Starting,
     Tested,
     Waiting,
     WindowReport,
 )
+from zsfl.words import number_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -52,13 +56,21 @@ Serving = Mapping[str, Mapping[str, int]]
 class RunView:
     """What the reports of one run add up to; `on` is the only way in."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: str = "") -> None:
+        """`first`: what is done before any node reports."""
+        self.first = first
+        self.folder: Path | None = None
+        """Of the run, once there is one."""
+        self.nodes = 0
+        """How many are started; 0 while unknown."""
         self.ready: dict[str, str] = {}
         """Node name to role."""
         self.waiting: dict[str, Waiting] = {}
         """What each node waits for, by node name; cleared once the run moves."""
         self.window: WindowReport | None = None
         """The latest of the current round."""
+        self.following: Following | None = None
+        """What others than the aggregator said last of how far the run is."""
         self.rounds: list[RoundReport] = []
         self.notes: deque[tuple[str, bool]] = deque(maxlen=SHOWN_NOTES)
         """Lines, and whether each is a warning; at the end only those are left."""
@@ -70,11 +82,17 @@ class RunView:
         self._recent: deque[Mapping[str, str]] = deque(maxlen=RECENT_WINDOWS)
         self._started: tuple[float, float] | None = None
         self._now_s = 0.0
+        self._begun_s: float | None = None
 
     def on(self, report: AnyReport, now_s: float) -> None:
         """Take one report in; `now_s` is monotonic."""
-        self._now_s = now_s
+        self.tick(now_s)
         match report:
+            case Starting():
+                self.nodes = report.nodes
+            case Following():
+                self.following = report
+                self._started = self._started or (now_s, self.done)
             case Ready():
                 self.ready[report.node] = report.role
                 self.waiting.pop(report.node, None)
@@ -102,9 +120,20 @@ class RunView:
             case Assembled() | Met() | Note() | Tested() | Exited():
                 if isinstance(report, Assembled):
                     self.waiting.clear()
+                    self.folder = Path(report.folder) if report.folder else None
                 if line := plain_line(report):
                     warns = isinstance(report, Exited) or (isinstance(report, Note) and report.level != "info")
                     self.notes.append((line, warns))
+
+    def tick(self, now_s: float) -> None:
+        """So late it is."""
+        self._now_s = now_s
+        self._begun_s = now_s if self._begun_s is None else self._begun_s
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been looked at."""
+        return self._now_s - (self._now_s if self._begun_s is None else self._begun_s)
 
     def _moved(self) -> None:
         self.waiting.clear()
@@ -113,14 +142,15 @@ class RunView:
     @property
     def done(self) -> float:
         """Rounds trained so far, the current one as a fraction."""
-        if self.window is not None:
-            return self.window.round - 1 + self.window.window / max(self.window.windows, 1)
+        now = self.window or (None if self.rounds else self.following)
+        if now is not None:  # in async mode windows count on for ever
+            return now.round - 1 + (now.window / now.windows if 0 < now.window <= now.windows else 0.0)
         return float(self.rounds[-1].round) if self.rounds else 0.0
 
     @property
     def total(self) -> int:
         """Rounds to train; 0 while unknown."""
-        latest = self.window or (self.rounds[-1] if self.rounds else None)
+        latest = self.window or (self.rounds[-1] if self.rounds else self.following)
         return latest.rounds if latest else 0
 
     @property
@@ -200,13 +230,13 @@ def plain_line(report: AnyReport) -> str | None:
     match report:
         case Met() if not report.here and report.role != "observer":
             called = f"{report.known_as}, " if report.known_as else ""
-            return f"{report.node}: {report.peer} is on {called}machine {report.machine}"
+            return f"{report.node}: {report.peer} joined from {report.address}, on {called}machine {report.machine}"
         case Waiting():
             hints = "".join(f"\n    check: {hint}" for hint in report.hints)
             return f"{report.node} waits for {report.what} ({report.seconds:.0f} s){hints}"
         case Assembled():
-            servers = "split server" if report.split_servers == 1 else "split servers"
-            return f"assembled: {report.clients} clients, {report.split_servers} {servers}"
+            servers = number_of(report.split_servers, "split server")
+            return f"assembled: {number_of(report.clients, 'client')}, {servers}"
         case RoundReport():
             return (
                 f"round {report.round}/{report.rounds}: train loss {report.train_loss:.4f}, "
@@ -233,13 +263,13 @@ def plain_line(report: AnyReport) -> str | None:
                 else ""
             )
             return (
-                f"finished: {report.rounds} rounds in {report.seconds:.1f} s{early}, "
+                f"finished: {number_of(report.rounds, 'round')} in {report.seconds:.1f} s{early}, "
                 f"test accuracy {_percent(report.accuracy)}{best}, test loss {_number(report.loss)}; "
                 f"see {report.folder}"
             )
         case Failed():
             return f"{report.node} failed: {report.message} ({report.kind})"
-        case Ready() | Met() | WindowReport() | Tested() | Exited():
+        case Ready() | Met() | Starting() | Following() | WindowReport() | Tested() | Exited():
             return None
 
 
@@ -255,8 +285,8 @@ def render(view: RunView) -> RenderableType:
     from rich.text import Text
 
     parts: list[RenderableType] = []
-    if not view.total and view.ready:
-        parts.append(Text(f"ready: {short_names(view.ready)}", style="dim"))
+    if not view.total and (view.ready or view.first):
+        parts.append(Text(_starting(view) + f" ({view.seconds:.0f} s)" * (view.seconds >= 1), style="dim"))
     for waiting in view.waiting.values():
         parts.append(Text(plain_line(waiting) or "", style="yellow"))
     if view.rounds:
@@ -265,13 +295,22 @@ def render(view: RunView) -> RenderableType:
     if view.serving:
         parts += [_serving_table(view.serving), Text()]
     if view.total and view.finished is None:
-        parts.append(_bar(view))
+        parts.append(progress_bar(view))
     parts += [Text(note, style="yellow" if warns else "dim") for note, warns in view.notes]
     if view.finished is not None:
         parts += [_result_table(view.finished)]
     if view.failed is not None:
         parts.append(Text(plain_line(view.failed) or "", style="bold red"))
     return Group(*parts)
+
+
+def _starting(view: RunView) -> str:
+    """What goes on until the first version is there."""
+    if not view.ready:
+        return view.first
+    if view.folder is not None:
+        return "the first steps are made"
+    return "ready" + f", {len(view.ready)} of {view.nodes} nodes" * bool(view.nodes) + f": {short_names(view.ready)}"
 
 
 def _rounds_table(rounds: Collection[RoundReport]) -> Table:
@@ -326,17 +365,20 @@ def _table(*columns: str) -> Table:
     return Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
 
 
-def _bar(view: RunView) -> Table:
+def progress_bar(view: RunView) -> Table:
+    """How far the run is, and how long it goes on."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
     cells: list[RenderableType] = [
         ProgressBar(total=view.total, completed=view.done, width=24),
-        f"round {math.ceil(view.done)}/{view.total}",
+        f"round {max(1, math.ceil(view.done))}/{view.total}",
     ]
     if view.window is not None:
         cells += [f"loss {view.window.loss:.4f}", f"{view.window.steps_per_s:,.0f} steps/s"]
-    if view.left_s is not None:
+    if view.done >= view.total:
+        cells.append("last test and plot")
+    elif view.left_s is not None:
         cells.append(f"{_clock(view.left_s)} left")
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_row(*cells)

@@ -17,6 +17,7 @@ from zsfl.dashboard.pages import console, in_bytes
 from zsfl.dashboard.runs import LEDGER, Run, all_runs, find_run, read_run
 from zsfl.errors import ConfigError, StorageError
 from zsfl.reports import Failed
+from zsfl.words import number_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,7 +95,8 @@ def print_status(named: str | None, runs: Path, *, as_json: bool) -> int:
         _print_json(in_short(run))
         return int(run.state == "failed")
     last, best = run.rounds[-1] if run.rounds else None, run.best
-    print(f"{run.folder}: {run.state}, {len(run.rounds)} of {run.planned} rounds, {run.versions:,} versions")
+    rounds, versions = number_of(run.planned, "round"), number_of(run.versions, "version")
+    print(f"{run.folder}: {run.state}, {len(run.rounds)} of {rounds}, {versions}")
     print(
         f"job {run.job.get('name', '')}, {_mode(run)}, {run.job.get('shards', '?')} shards, {run.job.get('optimizer')}"
     )
@@ -102,7 +104,7 @@ def print_status(named: str | None, runs: Path, *, as_json: bool) -> int:
         tested = f", held-out loss {last.loss:.4f}" if last.loss is not None else ""
         tested += f", accuracy {last.accuracy:.2%}" if last.accuracy is not None else ""
         print(f"round {last.round}: training loss {last.train_loss:.4f}{tested}")
-        print(f"{run.steps:,} steps in {in_time(run.seconds)}, {in_bytes(run.bytes_sent)} sent")
+        print(f"{number_of(run.steps, 'step')} in {in_time(run.seconds)}, {in_bytes(run.bytes_sent)} sent")
     if best is not None:
         print(f"best: {_percent(best.accuracy)} at version {best.version} (best.safetensors)")
     if last is not None and last.without:

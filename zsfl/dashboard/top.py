@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -39,11 +37,10 @@ def watch_nodes(run: str | None, settings: NodeSettings) -> int:
 async def _watch(run: str | None, settings: NodeSettings, console: Console) -> None:
     found, facts = where(run, settings)
     watch, loop, said = Watch(settings.beat_s), asyncio.get_running_loop(), list[str]()
-    name = f"top-{secrets.token_hex(3)}"  # several may look at one run
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
             looked_for = found, facts
-            async with observing(replace(found, name=name), facts, said.append, lambda: None, watch):
+            async with observing(found, facts, said.append, lambda: None, watch):
                 while looked_for == (found, facts):
                     live.update(drawn(watch.snapshot(loop.time()), said, console.height), refresh=True)
                     del said[:-1]

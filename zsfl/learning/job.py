@@ -220,7 +220,7 @@ class Job:
         if self.local_lr is not None:
             raise self._wrong(f"{what} takes one gradient of each client, and with local_lr it has one for each step")
         if self.shards < self.average.least:
-            raise self._wrong(f"{what} needs {self.average.least} clients, and there are {self.shards} shards")
+            raise self._wrong(f"{what} needs {self.average.least} clients, and this job has {self.shards}")
         if isinstance(self.average, Krum) and self.average.m > self.shards - self.average.f - 2:
             most = self.shards - self.average.f - 2
             raise self._wrong(f"{what} can take the gradients of {most} of {self.shards} clients at most")

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from zsfl.errors import ConfigError
 from zsfl.learning.pictures import Pictures
+from zsfl.words import number_of
 
 Partition = Callable[[Tensor | None, int, int, int], list[Tensor]]
 """Of labels [samples] (None: unknown), samples, shards and seed: sorted int64 indices for each shard."""
@@ -113,8 +114,9 @@ def classes_per_client(k: int) -> Partition:
         if not len(classes) <= shards * k or k > len(classes):
             least = -(-len(classes) // shards)
             raise ConfigError(
-                f"classes_per_client({k}): {shards} shards of {k} classes cannot share {len(classes)} "
-                f"classes; use {least} to {len(classes)} classes per client, or another number of shards"
+                f"classes_per_client({k}): {number_of(shards, 'shard')} of {number_of(k, 'class', 'classes')} cannot "
+                f"share {len(classes)} classes; use {least} to {len(classes)} classes per client, or another number "
+                "of shards"
             )
         draw.shuffle(classes)
         seats = [seat % len(classes) for seat in range(shards * k)]  # k neighbours in the ring are different classes
@@ -145,7 +147,7 @@ def _classes(labels: Tensor | None, samples: int, draw: np.random.Generator) -> 
     if labels is None or labels.shape != (samples,):
         found = "none" if labels is None else f"labels of shape {list(labels.shape)}"
         raise ConfigError(
-            f"dividing by label needs one label for each of {samples} samples and found {found}: use a "
+            f"dividing by label needs one label for each of {number_of(samples, 'sample')} and found {found}: use a "
             "TensorDataset of inputs and labels, or give the dataset a `targets` attribute"
         )
     values = labels.numpy()
@@ -175,7 +177,8 @@ def _tensors(piles: Any) -> list[Tensor]:
 
 def _enough(samples: int, shards: int) -> None:
     if not 1 <= shards <= samples:
-        raise ConfigError(f"{samples} samples cannot be divided among {shards} shards: use 1 to {samples} shards")
+        among = number_of(shards, "shard")
+        raise ConfigError(f"{number_of(samples, 'sample')} cannot be divided among {among}: use 1 to {samples} shards")
 
 
 def _positive(alpha: float) -> None:

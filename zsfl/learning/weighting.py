@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from zsfl.words import number_of
+
 HORIZON = 32.0
 """Versions after which a half is forgotten of what a client moved: several times as long as a slow client's step."""
 
@@ -22,10 +24,14 @@ MOST_WEIGHT = 100.0
 def weight_objection(n: float, samples: int, most: float | None) -> str:
     """Why a batch of so many samples cannot weigh `n`; `most`: what one may weigh, None where each weighs 1."""
     if most is None:
-        return "" if n == samples else f"it weighs n={n:g} for {samples} samples, and the job has no loss_weight"
+        return (
+            ""
+            if n == samples
+            else f"it weighs n={n:g} for {number_of(samples, 'sample')}, and the job has no loss_weight"
+        )
     if 0 <= n <= most * samples:
         return ""
-    return f"it weighs n={n:g} for {samples} samples, and most_weight of the job is {most:g} for each"
+    return f"it weighs n={n:g} for {number_of(samples, 'sample')}, and most_weight of the job is {most:g} for each"
 
 
 def staleness_weight(staleness: int) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 from zsfl.errors import ConfigError
 from zsfl.ids import PublicKey, Role
 from zsfl.settings import NodeSettings, add_flags, load_settings
+from zsfl.words import number_of
 
 INVITE_EXAMPLES = """\
 examples, to pair two machines, once:
@@ -169,7 +170,7 @@ def _invite(args: argparse.Namespace) -> int:
     hosts = [settings.host] if args.host else _hosts(settings.host)
 
     def told(token: str) -> None:
-        within = f"{valid_s / 60:.3g} minutes" if valid_s >= 120 else f"{valid_s:.3g} seconds"
+        within = f"{valid_s / 60:.3g} minutes" if valid_s >= 120 else f"{valid_s:.3g} second{'s' * (valid_s != 1)}"
         print(f"On the other machine, within {within}, run:\n\n    zsfl join {token}\n")
         print("or, where others see what runs there, `zsfl join -`, which asks for the token.", flush=True)
 
@@ -181,7 +182,10 @@ def _invite(args: argparse.Namespace) -> int:
             if inviter.trusted is not None:
                 print(_told(inviter.trusted), flush=True)
             if inviter.wrong:
-                print(f"Somebody came {inviter.wrong} times with a wrong secret, and was turned away.", flush=True)
+                print(
+                    f"Somebody came {number_of(inviter.wrong, 'time')} with a wrong secret, and was turned away.",
+                    flush=True,
+                )
         return 0
 
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zsfl.errors import ConfigError
+from zsfl.words import number_of
 
 if TYPE_CHECKING:
     from zsfl.aggregator.commit import Record
@@ -51,7 +52,7 @@ def check_equal_weights(folder: str | Path, other: str | Path) -> None:
     _check_equal(ours, theirs, f"{folder} and {other}")
     if len(ours) != len(theirs):
         raise AssertionError(
-            f"{folder} has {len(ours)} versions, {other} has {len(theirs)}: the same as far as both go"
+            f"{folder} has {number_of(len(ours), 'version')}, {other} has {len(theirs)}: the same as far as both go"
         )
 
 

@@ -109,7 +109,7 @@ def test_a_batch_has_no_more_samples_than_its_shard_can_give(part: PartName, exa
     assert said == f"{CIDS[0]} of client-0: it is of 10 samples, and a batch of its shard of 9 at most"
     members = [StepShare(cid=cid, n=n, samples=n, client=f"c{n}") for cid, n in zip(CIDS, (9, 1 << 40), strict=True)]
     merged = case.step(0, "body", n=9.0 + (1 << 40), samples=9 + (1 << 40), members=tuple(members))
-    assert f"of c{1 << 40}: it is of {1 << 40} samples" in case.refusals.objection(merged)
+    assert f"of c{1 << 40}: it is of {1 << 40:,} samples" in case.refusals.objection(merged)
 
 
 def test_parts_of_one_step_are_of_one_batch() -> None:

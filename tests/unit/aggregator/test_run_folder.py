@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import resource
 import signal
@@ -11,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from zsfl.aggregator.run_folder import RunFolder
+from zsfl.aggregator.standing import Standing
 from zsfl.errors import ConfigError, StorageError
-from zsfl.reports import RoundReport, WindowReport
+from zsfl.reports import Failed, RoundReport, WindowReport
 
 
 def round_report(number: int, *, loss: float | None = 0.5, accuracy: float | None = 0.9) -> RoundReport:
@@ -42,7 +44,34 @@ def test_a_taken_name_gets_a_number(tmp_path: Path) -> None:
     for _ in range(3):
         with RunFolder.create(runs, "digits", resume=False) as folder:
             names.append(folder.path.name)
+            folder.append_metrics(WINDOW)
     assert names == ["digits", "digits-2", "digits-3"]
+
+
+def test_a_run_that_never_trained_leaves_no_folder(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, "digits", resume=False) as folder:
+        folder.write_address("127.0.0.1:1")
+        folder.checkpoint_path.mkdir()
+    with pytest.raises(ConfigError), RunFolder.create(tmp_path, "digits", resume=False) as again:
+        raise ConfigError("that name was free again")
+    with RunFolder.of_copy(tmp_path, "digits.standby"):
+        pass
+    assert again.path == folder.path
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_which_something_may_come_keeps_its_folder(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, "trained", resume=False) as folder:
+        folder.append_commit({"version": 1})
+    with RunFolder.create(tmp_path, "trained", resume=True) as folder:
+        folder.ledger_path.unlink()
+    with RunFolder.create(tmp_path, "failed", resume=False) as folder:
+        folder.append_metrics(Failed(node="aggregator", kind="RunFailed", message="the loss became nan"))
+    with RunFolder.create(tmp_path, "stood-by-for", resume=False) as folder:
+        Standing(holder="a", shared=True).keep(folder.path)
+    with pytest.raises(asyncio.CancelledError), RunFolder.create(tmp_path, "killed", resume=False):
+        raise asyncio.CancelledError
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["failed", "killed", "stood-by-for", "trained"]
 
 
 @pytest.mark.parametrize("name", ["spills", "logs", "Logs"])

@@ -118,7 +118,7 @@ NAN = torch.full((2, 2), math.nan)
         (step(1, loss_sum=math.nan), "has a loss of nan"),
         (step(1, n=2.0), "n=2.0 for 4 samples|weighs n=2 for 4 samples"),
         (step(1, n=1e9), "it weighs n=1e"),
-        (step(1, n=1e9, samples=10**9), "it is of 1000000000 samples where 4 were asked for"),
+        (step(1, n=1e9, samples=10**9), "it is of 1,000,000,000 samples where 4 were asked for"),
         (step(1, n=3.0), "they are not of one batch|it weighs n=3 for 4 samples"),
         ([replace(step(1)[0], n=9.0, samples=9), step(1)[1]], "they are not of one batch"),
     ],

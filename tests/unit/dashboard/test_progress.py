@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import pytest
 from rich.console import Console
 
 from zsfl import reports
-from zsfl.dashboard.printer import ProgressPrinter
+from zsfl.dashboard.printer import NodePrinter, ProgressPrinter, how_to_go_on
 from zsfl.dashboard.progress import (
     LEFT,
     REPEAT_S,
@@ -25,10 +26,12 @@ from zsfl.reports import (
     Exited,
     Failed,
     Finished,
+    Following,
     Met,
     Note,
     Ready,
     RoundReport,
+    Starting,
     Waiting,
     WindowReport,
 )
@@ -112,8 +115,8 @@ def test_it_is_said_whether_keys_are_used_and_whose_machine_a_peer_is_on() -> No
     assert ready_line(ready) == "a is ready at x:1, without keys: nothing is encrypted"
     assert ready_line(msgspec.structs.replace(ready, machine="ID")) == "a is ready at x:1, encrypted, as machine ID"
     met = Met(node="a", peer="c", role="client", address="x:2", machine="ID", known_as="laptop")
-    assert plain_line(met) == "a: c is on laptop, machine ID"
-    assert plain_line(msgspec.structs.replace(met, known_as="")) == "a: c is on machine ID"
+    assert plain_line(met) == "a: c joined from x:2, on laptop, machine ID"
+    assert plain_line(msgspec.structs.replace(met, known_as="")) == "a: c joined from x:2, on machine ID"
     for silent in (msgspec.structs.replace(met, here=True), msgspec.structs.replace(met, role="observer")):
         assert plain_line(silent) is None
 
@@ -306,3 +309,80 @@ def test_a_mistake_that_every_node_finds_is_told_once() -> None:
     view = folded(*wrong, *gone)
     assert view.failed == wrong[0]
     assert not view.notes
+
+
+def test_what_a_run_does_before_its_first_version_is_shown_with_how_long_it_has_taken() -> None:
+    view = RunView("loading PyTorch and job.py")
+    assert drawn(view) == "loading PyTorch and job.py\n"
+    view.tick(10.0)
+    view.tick(14.4)
+    assert drawn(view) == "loading PyTorch and job.py (4 s)\n"
+    view.on(Starting(nodes=8), 15.0)
+    for name in ("client-0", "client-1"):
+        view.on(Ready(node=name, role="client", address="a:1", pid=1), 15.0)
+    assert drawn(view) == "ready, 2 of 8 nodes: client-[0-1] (5 s)\n"
+    view.on(Assembled(clients=2, split_servers=1, folder="runs/mine"), 16.0)
+    assert drawn(view).splitlines()[0] == "the first steps are made (6 s)"
+
+
+def test_after_the_last_window_it_says_what_is_still_to_do() -> None:
+    view = RunView()
+    view.on(window(1, round=4), 0.0)
+    view.on(window(5, round=4), 4.0)
+    assert "round 4/4" in drawn(view)
+    assert "0:05 left" in drawn(view)
+    view.on(window(10, round=4), 9.0)
+    assert "last test and plot" in drawn(view)
+
+
+def following(round: int, window: int, windows: int = 10) -> Following:
+    return Following(node="client-0", round=round, rounds=4, window=window, windows=windows, version=7)
+
+
+def test_at_a_terminal_a_node_says_a_line_for_each_thing_and_how_far_its_run_is() -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=80, height=24, force_terminal=True, color_system=None)
+    reports = (
+        Ready(node="client-0", role="client", address="a:1", pid=1),
+        following(1, 0),
+        following(2, 0),
+        Note(node="client-0", message="the run is finished, at version 40"),
+        Failed(node="client-0", kind="RunFailed", message="told elsewhere"),
+    )
+    with NodePrinter(console, ticking(10.0)) as printer:
+        for report in reports:
+            printer.on(report)
+    text = file.getvalue()
+    assert text.startswith("client-0 is ready at a:1")
+    assert "round 1/4" in text
+    assert "0:30 left" in text
+    assert "client-0: the run is finished, at version 40" in text
+    assert "told elsewhere" not in text
+    assert text.endswith("\x1b[2K")  # the last line is gone
+
+
+def test_in_async_mode_where_windows_count_on_only_rounds_tell_how_far_a_run_is() -> None:
+    view = RunView()
+    view.on(following(2, 70), 0.0)
+    assert (view.done, view.total) == (1.0, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "again"),
+    [
+        (["up", "job.py"], "up job.py --run mine --resume"),
+        (["up", "job.py", "--run", "mine", "--rounds", "9"], "up job.py --rounds 9 --run mine --resume"),
+        (["up", "--run=mine", "--resume", "a b.py"], "up 'a b.py' --run mine --resume"),
+        (["demo", "--no-resume"], "demo --run mine --resume"),
+    ],
+)
+def test_whoever_interrupts_a_run_is_told_how_to_go_on(given: list[str], again: str, tmp_path: Path) -> None:
+    view, folder = RunView(), tmp_path / "mine"
+    assert how_to_go_on(view, given) == ", before anything was trained"
+    view.on(Assembled(clients=2, split_servers=1, folder=str(folder)), 0.0)
+    assert how_to_go_on(view, given) == ", before anything was trained"
+    folder.mkdir()
+    (folder / "ledger.jsonl").write_text("{}\n")
+    assert how_to_go_on(view, given) == f", and {folder} is kept; go on with: zsfl {again}"
+    view.on(FINISHED, 1.0)
+    assert how_to_go_on(view, given) == ""

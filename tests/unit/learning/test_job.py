@@ -99,7 +99,7 @@ def test_good_names(name: str) -> None:
         ({"average": Median(), "batch_norm": "merged"}, r"average=Median\(f=1\) needs .* batch_norm='merged' does not"),
         ({"average": Median(), "mode": "async"}, "those who are quick would have most of them: use mode='elastic'"),
         ({"average": Median(), "local_lr": 0.1, "steps": 2}, "with local_lr it has one for each step"),
-        ({"average": Krum(f=2)}, r"average=Krum\(f=2, m=1\) needs 7 clients, and there are 5 shards"),
+        ({"average": Krum(f=2)}, r"average=Krum\(f=2, m=1\) needs 7 clients, and this job has 5"),
         ({"average": Krum(m=3)}, "can take the gradients of 2 of 5 clients at most"),
     ],
 )
