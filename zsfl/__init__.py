@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from zsfl import baselines as baselines
     from zsfl.cluster.chaos import Chaos as Chaos
     from zsfl.cluster.local import LocalCluster as LocalCluster
+    from zsfl.dashboard.runs import Run as Run
+    from zsfl.dashboard.runs import read_run as read_run
     from zsfl.errors import ConfigError as ConfigError
     from zsfl.errors import RunFailed as RunFailed
     from zsfl.errors import Unavailable as Unavailable
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "zsfl.cluster.chaos": ("Chaos",),
     "zsfl.cluster.local": ("LocalCluster",),
+    "zsfl.dashboard.runs": ("Run", "read_run"),
     "zsfl.errors": ("ConfigError", "RunFailed", "Unavailable", "ZsflError"),
     "zsfl.learning.batches": ("by_speed",),
     "zsfl.learning.datasets": ("cifar10", "digits", "fashion_mnist", "mnist"),

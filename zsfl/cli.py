@@ -129,7 +129,7 @@ It ends with 0 when all have left, with 1 when not.
 
 UP_FLAGS = (
     "rounds", "mode", "cluster", "run", "runs", "resume", "device", "slots", "codec", "mdns", "host", "threads",
-    "patience_s", "durability", "keep_mib", "spill_mib", "keys", "insecure", "io_threads",
+    "patience_s", "durability", "keep_mib", "spill_mib", "keys", "insecure", "io_threads", "metrics", "tensorboard",
 )  # fmt: skip
 
 

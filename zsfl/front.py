@@ -72,8 +72,12 @@ class Front:
         limits: WireLimits | None = None,
         stopping: asyncio.Event | None = None,
         door: Door | None = None,
+        on_beat: Callable[[Beat], None] = lambda _: None,
     ) -> None:
-        """Opens the control sockets, locked by the `door`; `stopping`, once set, asks the node to drain and leave."""
+        """Opens the control sockets, locked by the `door`; `stopping`, once set, asks the node to drain and leave.
+        `on_beat` is told each heartbeat.
+        """
+        self._on_beat = on_beat
         self._door = door or Door(name)
         self.name = name
         self.settings = settings
@@ -227,6 +231,7 @@ class Front:
                 state=extras.state,
             )
             self._publisher.publish(TOPIC, beat)
+            self._on_beat(beat)
             await asyncio.sleep(self.settings.beat_s)
 
     # --- what the role says -----------------------------------------------------------------------------

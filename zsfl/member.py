@@ -208,6 +208,8 @@ class Member:
         if self._former and parse_cid(spilled.cid).run in self._former:  # its step was under way when the run changed
             self._release(spilled.members or (spilled.cid,))
             return
+        self._node.counters.add("spills")
+        self._node.counters.add("spilled_bytes", spilled.size_bytes)
         self._new.append(spilled)
         if len(self._new) == 1:
             asyncio.get_running_loop().call_soon(self._say_new)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
 import msgspec
 
 ADDRESS = "address"
@@ -112,6 +116,8 @@ class RoundReport(Report, frozen=True, kw_only=True, tag="round"):
     """Steps that counted although they were made at an earlier version."""
     dropped: int = 0
     """Steps that came too late to count; the ledger has each one's reason."""
+    staleness: float = 0.0
+    """By how many versions the steps that counted were behind, on average."""
     without: tuple[str, ...] = ()
     """Clients that were not there when it ended: held-out figures are without their samples, too."""
     serving: dict[str, dict[str, int]]
@@ -194,3 +200,20 @@ def to_line(report: AnyReport) -> bytes:
 def from_line(line: bytes | str) -> AnyReport:
     """The report in one JSON line; `msgspec.ValidationError` when it is not one."""
     return _decoder.decode(line)
+
+
+def readable(lines: Iterable[bytes]) -> Iterator[AnyReport]:
+    """The reports in these lines, but for those that cannot be read: JSON has no infinity, so that of a run that
+    diverged some cannot.
+    """
+    for line in lines:
+        with suppress(msgspec.DecodeError, UnicodeDecodeError):
+            yield from_line(line)
+
+
+def reports_in(folder: Path) -> list[AnyReport]:
+    """Those that a run's folder has, but for a last one that is not written to its end; none where it has no file."""
+    path = folder / METRICS
+    if not path.is_file():  # a pipe, say, would be waited for
+        return []
+    return list(readable(path.read_bytes().split(b"\n")[:-1]))

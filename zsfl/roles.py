@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import zmq.asyncio
 
+from zsfl.aggregator.curves import check_tensorboard, drawing
 from zsfl.aggregator.mirror import Mirror
 from zsfl.aggregator.role import AggregatorRole
 from zsfl.aggregator.run_folder import RunFolder
@@ -38,13 +39,14 @@ from zsfl.locks import LOCK, lock_folder
 from zsfl.node import Node, RoleShell
 from zsfl.outputs import drop_unread
 from zsfl.ranges import parse_shards
-from zsfl.reports import AnyReport, Note, to_line
+from zsfl.reports import AnyReport, Note, Ready, to_line
 from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings
 from zsfl.split_server.role import SplitServerRole
 from zsfl.tensors.codec import SUPPORTED
 from zsfl.tensors.plan import CodecPlan
 from zsfl.wire.door import door_for
 from zsfl.wire.gatekeeper import kept
+from zsfl.wire.messages import Beat
 from zsfl.wire.sockets import is_free, open_context
 from zsfl.words import number_of
 
@@ -93,23 +95,49 @@ async def run_role(
             loop.call_soon_threadsafe(report, Note(node=name, message=message, level="warning"))
 
     door = door_for(settings, name, warn)
-    front = partial(
-        Front,
-        name=name,
-        settings=settings,
-        facts=job.facts(cuts) | {"cluster": settings.cluster},
-        codecs=SUPPORTED,
-        report=report,
-        context=context,
-        stopping=stop or asyncio.Event(),
-        door=door,
-    )
     spills = settings.runs / "spills" / (settings.cluster or settings.run or job.name) / name
-    with _own_folder(spills), kept(context, door):
+    with _metered(settings, report) as (report, on_beat), _own_folder(spills), kept(context, door):
+        front = partial(
+            Front,
+            name=name,
+            settings=settings,
+            facts=job.facts(cuts) | {"cluster": settings.cluster},
+            codecs=SUPPORTED,
+            report=report,
+            context=context,
+            stopping=stop or asyncio.Event(),
+            door=door,
+            on_beat=on_beat,
+        )
         if role in (Role.AGGREGATOR, Role.STANDBY):
             await _aggregate(role, front, name, job, cuts, settings)
         else:
             await _play(front(role), job, cuts, spills)
+
+
+@contextmanager
+def _metered(settings: NodeSettings, report: Reporter) -> Iterator[tuple[Reporter, Callable[[Beat], None]]]:
+    """Where the settings ask for it, the node's metrics are served meanwhile; who is to be told its reports and
+    heartbeats.
+    """
+    if not settings.metrics:
+        yield report, lambda _: None
+        return
+    from zsfl.dashboard.metering import NodeMetrics
+
+    metrics = NodeMetrics(settings)
+    where = metrics.open()
+
+    def tell(said: AnyReport) -> None:
+        metrics.tell(said)
+        report(said)
+        if isinstance(said, Ready):
+            report(Note(node=said.node, message=where))
+
+    try:
+        yield tell, metrics.beat
+    finally:
+        metrics.close()
 
 
 @contextmanager
@@ -165,6 +193,8 @@ async def _aggregate(
     Where somebody else may have taken over meanwhile, it is found out first who aggregates.
     """
     run = settings.run or job.name
+    if settings.tensorboard:
+        check_tensorboard()
     with (
         RunFolder.of_copy(settings.runs, f"{run}.{name}")
         if role is Role.STANDBY
@@ -182,16 +212,20 @@ async def _aggregate(
                 await _until_free(settings)
             rounds = settings.rounds or ((elected and elected.rounds) or None)
             leading = front(Role.AGGREGATOR, settings=dataclasses.replace(_knowing(settings, known), rounds=rounds))
+            drawn = ExitStack()
 
-            async def make(node: Node, elected: Elected | None = elected) -> RoleShell:
+            async def make(node: Node, elected: Elected | None = elected, drawn: ExitStack = drawn) -> RoleShell:
                 aggregator = AggregatorRole(node, job, cuts, folder, elected)
                 aggregator.prepare()
                 folder.write_settings(describe(job, settings, node.facts))
                 folder.write_address(node.card.address)
+                if settings.tensorboard:
+                    drawn.enter_context(drawing(folder, node.note))
                 return aggregator
 
             try:
-                await leading.run(make)
+                with drawn:
+                    await leading.run(make)
             except Fenced as fenced:
                 leading.note(str(fenced), "warning")
                 role, known = Role.STANDBY, leading.known()

@@ -21,8 +21,6 @@ from zsfl.words import meant
 
 CONFIG_FILE = Path("zsfl.toml")
 """Read from the working directory when neither the caller nor ZSFL_CONFIG names another file."""
-
-
 BESIDE_RUNS = ("spills", "logs", "noise")
 """Folders that lie among those of the runs."""
 
@@ -59,9 +57,9 @@ class WireLimits:
         return min(stated_s or self.default_deadline_s, self.max_deadline_s)
 
 
-def _doc(text: str, *flags: str) -> dict[str, Any]:
-    """Metadata of a field: its help text, and its flags where they are not just `--name`."""
-    return {"help": text, "flags": flags}
+def _doc(text: str, *flags: str, metavar: str = "") -> dict[str, Any]:
+    """Metadata of a field: its help text, and its flags and what to write after them, where that is not as usual."""
+    return {"help": text, "flags": flags, "metavar": metavar}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +134,11 @@ class NodeSettings:
     request_s: float = field(default=30.0, metadata=_doc("deadline of one request, in seconds"))
     beat_s: float = field(default=0.5, metadata=_doc("seconds between two heartbeats"))
     lost_after_s: float = field(default=2.0, metadata=_doc("seconds of silence after which a peer counts as lost"))
+    metrics: str = field(
+        default="",
+        metadata=_doc("serve what is counted, for Prometheus, at this port of this machine", metavar="[HOST:]PORT"),
+    )
+    tensorboard: bool = field(default=False, metadata=_doc("leave the curves in RUN/tensorboard, for TensorBoard, too"))
     codec: str = field(default="", metadata=_doc("how tensors travel, and weights=CODEC; default: what the job says"))
 
     def __post_init__(self) -> None:
@@ -150,16 +153,16 @@ class NodeSettings:
 
 _COMMON = (
     "clients", "mode", "codec", "cluster", "host", "port", "peers", "keys", "insecure", "io_threads", "mdns", "name",
-    "runs", "run", "threads", "join_s", "patience_s", "request_s",
+    "runs", "run", "threads", "join_s", "patience_s", "request_s", "metrics",
 )  # fmt: skip
 NODE_FLAGS: dict[Role, tuple[str, ...]] = {
     Role.CLIENT: ("shards", "device", "spill_mib", *_COMMON),
     Role.SPLIT_SERVER: ("device", "slots", "spill_mib", *_COMMON),
     Role.AGGREGATOR: (
         "rounds", "start_with", "resume", "hold", "durability", "keep_mib", "takeover", "clients_per_key", "reassign",
-        *_COMMON,
+        "tensorboard", *_COMMON,
     ),
-    Role.STANDBY: ("rounds", "durability", "keep_mib", "takeover", "clients_per_key", *_COMMON),
+    Role.STANDBY: ("rounds", "durability", "keep_mib", "takeover", "clients_per_key", "tensorboard", *_COMMON),
 }  # fmt: skip
 """Settings that make sense for a role on the command line."""
 
@@ -188,7 +191,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
         if kind == "bool":
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["metavar"] = _METAVARS.get(kind, name.upper())
+            options["metavar"] = entry.metadata["metavar"] or _METAVARS.get(kind, name.upper())
         if kind == "tuple[str, ...]":
             options["action"] = "append"
         if name in CHOICES:
@@ -387,6 +390,7 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "reassign": _check_shards,
     "clients_per_key": _at_least(1),
     "rounds": _at_least(1, 1 << 31),
+    "metrics": _matches(r"|((\d+\.){3}\d+:)?\d{1,5}", "a port such as 9464, or HOST:PORT such as 192.168.1.5:9464"),
     "join_s": _positive,
     "patience_s": _positive,
     "request_s": _positive,

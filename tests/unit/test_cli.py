@@ -19,13 +19,13 @@ from zsfl.cli import main, parser
 COMMON = {
     "--clients", "--cluster", "--codec", "--host", "--join-s", "--mdns", "--mode", "--name", "--no-mdns",
     "--patience-s", "--peer", "--port", "--request-s", "--run", "--runs", "--threads", "--insecure", "--no-insecure",
-    "--io-threads", "--keys",
+    "--io-threads", "--keys", "--metrics",
 }  # fmt: skip
 CLUSTER = {
     "--client-processes", "--clients", "--cluster", "--codec", "--device", "--durability", "--host", "--in-process",
     "--keep-mib", "--mdns", "--mode", "--no-mdns", "--no-resume", "--patience-s", "--resume", "--rounds", "--run",
     "--runs", "--slots", "--spill-mib", "--split-servers", "--standbys", "--threads", "--insecure", "--no-insecure",
-    "--io-threads", "--keys", "--dash", "--dash-port",
+    "--io-threads", "--keys", "--dash", "--dash-port", "--metrics", "--tensorboard", "--no-tensorboard",
 }  # fmt: skip
 RESUMING = {"--no-resume", "--resume", "--rounds"}
 FLAGS = {
@@ -102,8 +102,20 @@ FLAGS = {
         *RESUMING,
         "--start-with",
         "--takeover",
+        "--tensorboard",
+        "--no-tensorboard",
     },
-    "node standby": {*COMMON, "JOB", "--clients-per-key", "--durability", "--keep-mib", "--rounds", "--takeover"},
+    "node standby": {
+        *COMMON,
+        "JOB",
+        "--clients-per-key",
+        "--durability",
+        "--keep-mib",
+        "--rounds",
+        "--takeover",
+        "--tensorboard",
+        "--no-tensorboard",
+    },
 }
 """Every flag of every command. A change here is a change that people notice."""
 

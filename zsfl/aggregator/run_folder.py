@@ -6,6 +6,7 @@ runs/NAME/
 ├── ledger.jsonl        one commit record a line
 ├── journal/            the contributions that were counted, as far back as the settings keep them
 ├── plot.png            loss and accuracy by round
+├── tensorboard/        the same and more as TensorBoard's event files, where the settings ask for them
 ├── model.safetensors   the merged weights
 ├── best.safetensors    those of the version that was best in its held-out test
 ├── load_model.py       the lines that load them into ordinary PyTorch
@@ -43,7 +44,7 @@ from zsfl.reports import (
     RoundReport,
     Tested,
     WindowReport,
-    from_line,
+    reports_in,
     to_line,
 )
 from zsfl.settings import BESIDE_RUNS
@@ -68,6 +69,8 @@ class RunFolder:
         self._is_new = is_new
         self._ends: dict[str, int] = {}
         """By file, where the last line ends that was appended whole."""
+        self.on_report: Callable[[AnyReport], None] = lambda _: None
+        """Called with each report that metrics.jsonl has one line more of."""
 
     @classmethod
     def create(cls, runs: Path, name: str, resume: bool) -> Self:
@@ -157,6 +160,7 @@ class RunFolder:
     def append_metrics(self, report: RoundReport | WindowReport | Tested | Finished | Failed) -> None:
         """One more line of metrics.jsonl."""
         self._append(METRICS, to_line(report))
+        self.on_report(report)
 
     def append_commit(self, record: Mapping[str, Any], *, sync: bool = False) -> None:
         """One more line of ledger.jsonl, handed to the operating system when this returns; with `sync` to the disk."""
@@ -192,18 +196,17 @@ class RunFolder:
 
     def rounds(self) -> list[RoundReport]:
         """The rounds in metrics.jsonl, in order; of a round that was redone after a resume, the last."""
-        found = {report.round: report for report in self._metrics() if isinstance(report, RoundReport)}
+        found = {report.round: report for report in self.reports() if isinstance(report, RoundReport)}
         return [found[number] for number in sorted(found)]
 
     def tests(self) -> list[Tested]:
         """The held-out tests in metrics.jsonl, as they came."""
-        return [report for report in self._metrics() if isinstance(report, Tested)]
+        return [report for report in self.reports() if isinstance(report, Tested)]
 
-    def _metrics(self) -> Iterator[AnyReport]:
-        """Those that can be read: JSON has no infinity, so that of a run that diverged some cannot."""
-        for line in whole_lines(self.path / METRICS):
-            with suppress(msgspec.DecodeError, UnicodeDecodeError):
-                yield from_line(line)
+    def reports(self) -> list[AnyReport]:
+        """All that metrics.jsonl has."""
+        with _storing(self.path / METRICS):
+            return reports_in(self.path)
 
     def write_model(self, state: Mapping[str, Tensor], load_lines: str) -> None:
         """The merged weights as safetensors, and the code that loads them without zsfl.

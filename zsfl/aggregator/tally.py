@@ -26,7 +26,7 @@ class Tally:
         self._begun_s = now_s
         self._reported_s = now_s
         self._loss_sum = self._weight = 0.0
-        self._steps = self._late = self._dropped = 0
+        self._steps = self._late = self._behind = self._dropped = 0
         self.samples = self._refused = 0
         self._served: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._last: dict[str, str] = {}
@@ -50,6 +50,7 @@ class Tally:
             if contribution.part == "client":
                 self._steps += 1
                 self._late += contribution.version < at
+                self._behind += at - contribution.version
                 self.samples += contribution.samples
                 self._weight += contribution.n
                 self._loss_sum += contribution.loss_sum or 0.0
@@ -103,6 +104,7 @@ class Tally:
             steps_per_s=self._steps / max(seconds, 1e-9),
             late=self._late,
             dropped=self._dropped,
+            staleness=self._behind / max(self._steps, 1),
             bytes_sent=int(sum(peer.get("bytes_sent", 0.0) for peer in peers.values())),
             serving={client: dict(servers) for client, servers in sorted(self._served.items())},
             peers=peers,

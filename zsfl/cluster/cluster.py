@@ -17,13 +17,14 @@ import msgspec
 
 from zsfl.cluster.chaos import Chaos, wreck
 from zsfl.cluster.keeper import Keeper
-from zsfl.cluster.nodes import Leader, NodeInfo, death, given_up, is_done_without, port_again, rounds_in
+from zsfl.cluster.metered import Metered
+from zsfl.cluster.nodes import Leader, NodeInfo, death, given_up, is_done_without, port_again
 from zsfl.cluster.orders import deadline, order
 from zsfl.cluster.spawner import NodeCommand, Spawner
 from zsfl.errors import ConfigError, RemoteProtocolError, RunFailed, Unavailable
 from zsfl.ids import Address, Role
 from zsfl.ranges import ranges
-from zsfl.reports import AnyReport, Assembled, Exited, Failed, Finished, Ready, RoundReport, Starting
+from zsfl.reports import AnyReport, Assembled, Exited, Failed, Finished, Ready, RoundReport, Starting, reports_in
 from zsfl.settings import load_settings
 from zsfl.wire.messages import Train
 
@@ -87,9 +88,10 @@ class Cluster:
         self._keeper = Keeper() if keep_alive or chaos else None
         # A name of its own, or two clusters of one job on one machine would find each other by mDNS.
         name = self._base.cluster or (secrets.token_hex(4) if self._mdns else "")
-        self._settings = {**settings, "cluster": name, "runs": self._base.runs, "mdns": self._mdns}
+        self._settings = {**settings, "cluster": name, "runs": self._base.runs, "mdns": self._mdns, "metrics": ""}
         self._join_s = min(self._base.join_s, START_S)
         self._runs = self._base.runs
+        self._metrics = Metered(self._base)
         self._leader = Leader()
         self._spawner: Spawner
         self._events: asyncio.Queue[AnyReport | None] = asyncio.Queue()
@@ -121,7 +123,7 @@ class Cluster:
 
     def _rounds_in(self, folder: Path) -> Iterable[RoundReport]:
         """What an aggregator has left in its folder of its rounds."""
-        return rounds_in(folder)
+        return [one for one in reports_in(folder) if isinstance(one, RoundReport)]
 
     # --- life -------------------------------------------------------------------------------------------
 
@@ -132,6 +134,7 @@ class Cluster:
         try:
             async with asyncio.timeout(self._join_s):
                 await self._spawner.open()
+                await self._metrics.open(self._spawner.reports.put_nowait)
                 await self._start_all()
         except TimeoutError:
             await self._close()
@@ -159,6 +162,7 @@ class Cluster:
         await asyncio.shield(self._spawner.close())
         self._pump.cancel()
         await asyncio.gather(self._pump, *self._errands, return_exceptions=True)
+        await self._metrics.close()
 
     # --- what one does with a cluster -------------------------------------------------------------------
 
@@ -270,6 +274,7 @@ class Cluster:
                 folder, seconds = self._folder_of(report), time.monotonic() - self._ordered_s
                 report = msgspec.structs.replace(report, folder=folder, seconds=seconds)
             self._take(report)
+            self._metrics.tell(report)
             if self._on_report is not None and not self._closing:
                 try:
                     self._on_report(report)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from zsfl.errors import ConfigError, RunFailed, ZsflError
 from zsfl.ids import AGGREGATING, Address, Role
-from zsfl.reports import Failed, RoundReport, from_line
+from zsfl.reports import Failed
 from zsfl.wire.sockets import is_free
 
 
@@ -104,18 +101,6 @@ def given_up(name: str, node: NodeInfo, logs: Path, deaths: int) -> RunFailed:
         f"{name} died {deaths} times, one soon after another, at last {how}: it is not started again. "
         f"See {logs / name}.log, then go on with --resume"
     )
-
-
-def rounds_in(folder: Path) -> Iterator[RoundReport]:
-    """What a run has left in its folder of its rounds: its aggregator may have been killed before it could tell."""
-    try:
-        lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return
-    for line in lines:
-        with suppress(msgspec.DecodeError):  # JSON has no infinity, so that of a run that diverged some are none
-            if isinstance(report := from_line(line), RoundReport):
-                yield report
 
 
 def port_again(address: Address | None) -> int:

@@ -1,4 +1,4 @@
-"""The page that shows a run: what its nodes say and what its folder has, brought together a few times a second."""
+"""Looks at a run: what its nodes say and what its folder has, brought together a few times a second, to be served."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from zsfl.dashboard.history import History
 from zsfl.dashboard.hub import Hub
 from zsfl.dashboard.observer import changed_within, observing
 from zsfl.dashboard.runs import SETTINGS
-from zsfl.dashboard.serving import Page, PageServer
+from zsfl.dashboard.serving import HttpServer
 from zsfl.dashboard.tail import Tail
 from zsfl.dashboard.watch import Snapshot, Watch
 from zsfl.errors import ConfigError, ZsflError
 from zsfl.front import root_cause
 from zsfl.ids import Role
-from zsfl.reports import METRICS, AnyReport, Assembled, Exited, Failed, Finished, Note, Ready, WindowReport, from_line
+from zsfl.reports import METRICS, AnyReport, Assembled, Exited, Failed, Finished, Note, Ready, WindowReport, readable
 from zsfl.settings import NodeSettings
 
 SOON_S = 0.4
@@ -76,19 +76,18 @@ class Dash:
         self._place: Place | None = None
         self._watch = Watch(beat_s)
         self._history = History()
-        self._hub = Hub(self._history)
+        self.hub = Hub(self._history)
         self._tail: Tail | None = None
         self._job: dict[str, Any] = {}
         self._job_at: int | None = None
         self._notes: deque[str] = deque(maxlen=MAX_NOTES)
         self._news = asyncio.Event()
         self._moved = asyncio.Event()
-        self._hub.on_viewer = self._news.set
+        self.hub.on_viewer = self._news.set
 
-    async def run(self, host: str, port: int, token: str, is_open: Callable[[str], None]) -> None:
-        """Serve until cancelled; `is_open` is called with the page's address."""
+    async def run(self, server: HttpServer, host: str, port: int, token: str, is_open: Callable[[str], None]) -> None:
+        """Look, and serve, until cancelled; `is_open` is called with the address."""
         self._move(await asyncio.to_thread(self._find))
-        server = PageServer(Page.load(), self._hub)
         await server.open(host, port, token)
         is_open(server.url)
         try:
@@ -99,6 +98,10 @@ class Dash:
             raise root_cause(group) from group
         finally:
             await server.close()
+
+    def seen(self) -> Snapshot:
+        """Who is there now."""
+        return self._watch.snapshot(time.monotonic())
 
     def tell(self, report: AnyReport) -> None:
         """What a node told whoever started it, who shows it here."""
@@ -131,7 +134,7 @@ class Dash:
             if before is not None and before.folder is not None:  # another run
                 self._watch = Watch(self._beat_s)
             self._history = History()
-            self._hub.follow(self._history)
+            self.hub.follow(self._history)
             self._tail = Tail(to.folder / METRICS)
             self._job, self._job_at = {}, None
         self._moved.set()
@@ -177,13 +180,10 @@ class Dash:
     def _take(self, lines: list[bytes], begins: bool) -> None:
         if begins:
             self._history.begin_again()
-        for line in lines:
-            try:
-                report = from_line(line)
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                self._history.unread += 1
-            else:
-                self._history.on(report)
+        reports = list(readable(lines))
+        self._history.unread += len(lines) - len(reports)
+        for report in reports:
+            self._history.on(report)
         if lines:
             self._news.set()
 
@@ -197,11 +197,11 @@ class Dash:
 
     async def _publish(self) -> None:
         while True:
-            if self._hub.viewers:
-                self._hub.publish(self._live())
+            if self.hub.viewers:
+                self.hub.publish(self._live())
             else:
-                self._hub.forget()
-            await asyncio.sleep(SOON_S if self._hub.viewers else 0.0)
+                self.hub.forget()
+            await asyncio.sleep(SOON_S if self.hub.viewers else 0.0)
             await changed_within(self._news, LATE_S - SOON_S)
 
     def _live(self) -> Live:
@@ -210,7 +210,7 @@ class Dash:
             title=folder.name if folder else self._place.facts.get("name", "run") if self._place else "run",
             folder=str(folder) if folder else "",
             job=self._job,
-            seen=self._watch.snapshot(time.monotonic()),
+            seen=self.seen(),
             window=self._history.window,
             end=self._history.end,
             unread=self._history.unread,

@@ -6,24 +6,21 @@ import asyncio
 import os
 import secrets
 import signal
-import sys
-import threading
 from collections.abc import Callable, Generator, Mapping
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
+from zsfl.dashboard.beside import Beside, warn
 from zsfl.dashboard.dash import Dash, Place, Started
 from zsfl.dashboard.pages import folder_of, where
+from zsfl.dashboard.serving import Page, PageServer
 from zsfl.errors import ConfigError
 from zsfl.reports import ADDRESS, AnyReport
 from zsfl.settings import NodeSettings, load_settings
 from zsfl.wire.door import is_loopback
 
 LOOPBACK = "127.0.0.1"
-LEAVE_S = 5.0
-"""What the page beside a run may take to end."""
 
 
 def find_place(run: str | None, settings: NodeSettings) -> Place:
@@ -43,8 +40,11 @@ def serve_dash(run: str | None, settings: NodeSettings, host: str, port: int) ->
     token = "" if is_loopback(host) else secrets.token_urlsafe(24)
 
     async def serve() -> None:
-        dash = Dash(lambda: find_place(run, settings), settings.beat_s, _warn)
-        serving, loop = asyncio.ensure_future(dash.run(host, port, token, _say_url)), asyncio.get_running_loop()
+        dash = Dash(lambda: find_place(run, settings), settings.beat_s, warn)
+        serving, loop = (
+            asyncio.ensure_future(dash.run(PageServer(Page.load(), dash.hub), host, port, token, _say_url)),
+            asyncio.get_running_loop(),
+        )
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, serving.cancel)
         with suppress(asyncio.CancelledError):
@@ -54,55 +54,24 @@ def serve_dash(run: str | None, settings: NodeSettings, host: str, port: int) ->
     return 0
 
 
-class _Beside:
-    """The page beside a run, in a thread with an event loop of its own, so that neither waits for the other."""
+class _PageBeside:
+    """The page beside a run."""
 
     def __init__(self, settings: NodeSettings, port: int) -> None:
         self._started = Started(settings)
         self._port = port
-        self._opened = Future[str]()
         self._dash: Dash
-        self._loop: asyncio.AbstractEventLoop
-        self._ended: asyncio.Event
-        self._thread = threading.Thread(target=self._run, name="zsfl-dash", daemon=True)
-
-    def open(self) -> str:
-        """The page's address, once it is served."""
-        self._thread.start()
-        return self._opened.result()
-
-    def close(self) -> None:
-        """End the page, unless it has ended."""
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._ended.set)
-        self._thread.join(LEAVE_S)
+        self._beside = Beside("the page", self._serve)
+        self.open, self.close = self._beside.open, self._beside.close
 
     def tell(self, report: AnyReport) -> None:
         """What the nodes report."""
         self._started.take(report)
-        with suppress(RuntimeError):  # the page has ended
-            self._loop.call_soon_threadsafe(self._dash.tell, report)
+        self._beside.soon(lambda: self._dash.tell(report))
 
-    def _run(self) -> None:
-        try:
-            asyncio.run(self._serve())
-        except Exception as error:
-            if self._opened.done():
-                _warn(f"the page has ended: {error}")
-            else:
-                self._opened.set_exception(error)
-
-    async def _serve(self) -> None:
-        settings = self._started.settings
-        self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
-        self._dash = Dash(self._started.find, settings.beat_s, lambda _: None)
-        serving = asyncio.ensure_future(self._dash.run(LOOPBACK, self._port, "", self._opened.set_result))
-        ended = asyncio.ensure_future(self._ended.wait())
-        await asyncio.wait({serving, ended}, return_when=asyncio.FIRST_COMPLETED)
-        ended.cancel()
-        serving.cancel()
-        with suppress(asyncio.CancelledError):
-            await serving
+    async def _serve(self, is_open: Callable[[str], None]) -> None:
+        self._dash = Dash(self._started.find, self._started.settings.beat_s, lambda _: None)
+        await self._dash.run(PageServer(Page.load(), self._dash.hub), LOOPBACK, self._port, "", is_open)
 
 
 @contextmanager
@@ -112,7 +81,7 @@ def watched(flags: Mapping[str, Any]) -> Generator[Callable[[AnyReport], None], 
         yield lambda _: None
         return
     _check_port(flags["dash_port"])
-    beside = _Beside(load_settings(flags, os.environ), flags["dash_port"])
+    beside = _PageBeside(load_settings(flags, os.environ), flags["dash_port"])
     _say_url(beside.open())
     try:
         yield beside.tell
@@ -127,7 +96,3 @@ def _check_port(port: int) -> None:
 
 def _say_url(url: str) -> None:
     print(f"watch it at {url}", flush=True)
-
-
-def _warn(message: str) -> None:
-    print(f"zsfl: {message}", file=sys.stderr, flush=True)

@@ -41,6 +41,7 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     bytes_sent: int
     late: int
     dropped: int
+    staleness: float
     without: tuple[str, ...]
     sent: dict[str, float]
     """Bytes sent by clients, split servers, and all others."""
@@ -160,6 +161,7 @@ class History:
             bytes_sent=report.bytes_sent,
             late=report.late,
             dropped=report.dropped,
+            staleness=report.staleness,
             without=report.without,
             sent=_sent(report),
             step_time=step_time(report.peers),

@@ -1,4 +1,4 @@
-"""As much of HTTP/1.1 as one page needs: what a request may look like, and who may make one. No sockets here."""
+"""As much of HTTP/1.1 as is needed here: what a request may look like, and who may make one. No sockets here."""
 
 from __future__ import annotations
 
@@ -56,6 +56,12 @@ class Request(NamedTuple):
                 return value
         return ""
 
+    @property
+    def bearer(self) -> str:
+        """The token that programs send; empty where there is none."""
+        scheme, _, token = self.headers.get("authorization", "").partition(" ")
+        return token.strip() if scheme.lower() == "bearer" else ""
+
 
 def parse(head: bytes) -> Request:
     """The request in `head`, the empty line at its end included; HttpError says what is wrong with it."""
@@ -88,10 +94,11 @@ def parse(head: bytes) -> Request:
 
 
 class Gate:
-    """Who may see the page: on loopback whoever asks this machine for it, elsewhere whoever has the token."""
+    """Who may see what is served: on loopback whoever asks this machine for it, elsewhere whoever has the token."""
 
-    def __init__(self, host: str, port: int, token: str) -> None:
-        """`token` is empty on loopback."""
+    def __init__(self, host: str, port: int, token: str, whose: str) -> None:
+        """`token` is empty on loopback; `whose` is what those are told who come without it."""
+        self._whose = whose
         self._names = {f"{name}:{port}" for name in (host, "localhost", "127.0.0.1")}
         self._names |= {name.removesuffix(":80") for name in self._names} if port == 80 else set()
         self._token = token
@@ -103,14 +110,15 @@ class Gate:
         host = request.headers.get("host", "")
         if not self._token and host.lower() not in self._names:
             # A page of the world whose name was made to mean 127.0.0.1 would else read everything here.
-            raise HttpError(421, "ask for this page by the address that `zsfl dash` printed")
+            raise HttpError(421, "ask for this by the address that was printed when it began")
         origin = request.headers.get("origin", "")
         if origin and origin.lower() != f"http://{host.lower()}":
             raise HttpError(403, "pages from elsewhere may not read this")
         if request.path != "/" and request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             raise HttpError(403, "pages from elsewhere may not read this")
-        if self._token and not (self.has_token(request) or self._fits(request.cookie(self.cookie))):
-            raise HttpError(401, "open the whole address that `zsfl dash` printed: it has a token, new with each start")
+        given = (request.query.get("token", ""), request.cookie(self.cookie), request.bearer)
+        if self._token and not any(map(self._fits, given)):
+            raise HttpError(401, self._whose)
 
     def has_token(self, request: Request) -> bool:
         """Whether the token is in the request's query."""

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import msgspec
-
 from zsfl.errors import ConfigError, StorageError, ZsflError
 from zsfl.locks import is_locked
-from zsfl.reports import METRICS, AnyReport, Failed, Finished, RoundReport, Tested, from_line
+from zsfl.reports import Failed, Finished, RoundReport, Tested, reports_in
 
 SETTINGS, LEDGER = "settings.json", "ledger.jsonl"
 
@@ -87,13 +85,14 @@ class Run:
         return sum(one.steps for one in self.rounds)
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: str | Path) -> Run:
     """What a folder says; ConfigError when it is no run's, StorageError when it cannot be read."""
+    folder = Path(folder)
     if not (folder / SETTINGS).is_file():
         raise ConfigError(f"{folder} is no folder of a run: name one, such as runs/mnist")
     try:
         settings = json.loads((folder / SETTINGS).read_bytes())
-        reports = list(_reports(folder / METRICS))
+        reports = reports_in(folder)
         versions = (folder / LEDGER).read_bytes().count(b"\n") if (folder / LEDGER).exists() else 0
     except (OSError, ValueError) as error:
         raise StorageError(f"cannot read the run in {folder}: {error}") from error
@@ -113,15 +112,6 @@ def read_run(folder: Path) -> Run:
         is_on=is_locked(folder),
         job=cast("dict[str, Any]", job),
     )
-
-
-def _reports(path: Path) -> Iterator[AnyReport]:
-    """Those that can be read: JSON has no infinity, so that of a run that diverged some cannot."""
-    if not path.is_file():  # a pipe, say, would be waited for
-        return
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        with suppress(msgspec.DecodeError, UnicodeDecodeError):
-            yield from_line(line)
 
 
 def all_runs(runs: Path) -> list[Run]:

@@ -1,4 +1,4 @@
-"""Serves the page and its stream of snapshots over HTTP, to few and slow viewers as to many and hostile ones."""
+"""Serves over HTTP, to few and slow clients as to many and hostile ones: the page and its stream of snapshots."""
 
 from __future__ import annotations
 
@@ -49,30 +49,34 @@ def _hash(html: bytes, tag: bytes) -> str:
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-class PageServer:
-    """Listens on one address from `open` to `close`."""
+class HttpServer:
+    """Listens on one address from `open` to `close`; what there is to get is for the classes below it to say."""
 
-    def __init__(self, page: Page, hub: Hub, *, stall_s: float = STALL_S, head_s: float = HEAD_S) -> None:
-        self._page = page
-        self._hub = hub
+    what, flag, path = "the page", "--port", "/"
+    """For people: what is served, which flag says where, and what to ask for."""
+    whose = "open the whole address that `zsfl dash` printed: it has a token, new with each start"
+    """What those who come without the token are told."""
+
+    def __init__(self, *, stall_s: float = STALL_S, head_s: float = HEAD_S) -> None:
         self._stall_s = stall_s
         self._head_s = head_s
         self._tasks: set[asyncio.Task[None]] = set()
         self._gate: Gate
         self._server: asyncio.Server
-        self.url = ""
+        self.url: str = ""
 
     async def open(self, host: str, port: int, token: str) -> None:
         """Listen, on any free port where `port` is 0; ConfigError where that cannot be."""
         try:
             self._server = await asyncio.start_server(self._connected, host, port, limit=MAX_HEAD_BYTES)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
+            said = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"cannot serve the page at {host}:{port} ({error.strerror}); choose another --port"
+                f"cannot serve {self.what} at {host}:{port} ({said}); choose another {self.flag}"
             ) from None
         port = self._server.sockets[0].getsockname()[1]
-        self._gate = Gate(host, port, token)
-        self.url = f"http://{host}:{port}/" + (f"?token={quote(token)}" if token else "")
+        self._gate = Gate(host, port, token, self.whose)
+        self.url = f"http://{host}:{port}{self.path}"
 
     async def close(self) -> None:
         """Let everybody go."""
@@ -95,7 +99,7 @@ class PageServer:
                 try:
                     request = await self._request(reader)
                     if is_full:
-                        raise HttpError(503, "too many look at this page: close some, and come back")
+                        raise HttpError(503, "too many ask at once: come back later")
                     await self._answer(request, writer)
                 except HttpError as error:
                     await self._say(writer, error.status, f"{error}\n".encode(), head_only=False)
@@ -128,21 +132,8 @@ class PageServer:
         return request
 
     async def _answer(self, request: Request, writer: asyncio.StreamWriter) -> None:
-        head_only = request.method == "HEAD"
-        match request.path:
-            case "/" if self._gate.has_token(request):
-                # The token leaves the address bar, and with it whatever keeps addresses.
-                headers = {"Location": "/", "Set-Cookie": self._gate.set_cookie()}
-                await self._say(writer, 303, b"", headers, head_only=head_only)
-            case "/":
-                headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": self._page.policy}
-                await self._say(writer, 200, self._page.html, headers, head_only=head_only)
-            case "/events":
-                writer.write(head_of(200, {"Content-Type": "text/event-stream"}))
-                if not head_only:
-                    await self._stream(writer)
-            case _:
-                raise HttpError(404, "there is one page here: /")
+        """Answer a request that may be made; HttpError where there is nothing to get."""
+        raise NotImplementedError
 
     async def _say(
         self,
@@ -159,6 +150,42 @@ class PageServer:
         writer.write(head_of(status, said) + (b"" if head_only else body))
         await self._drained(writer)
 
+    async def _drained(self, writer: asyncio.StreamWriter) -> None:
+        async with asyncio.timeout(self._stall_s):
+            await writer.drain()
+
+
+class PageServer(HttpServer):
+    """The page, and what viewers of it are sent."""
+
+    def __init__(self, page: Page, hub: Hub, *, stall_s: float = STALL_S, head_s: float = HEAD_S) -> None:
+        super().__init__(stall_s=stall_s, head_s=head_s)
+        self._page = page
+        self._hub = hub
+
+    async def open(self, host: str, port: int, token: str) -> None:
+        """The same; the token is in the address."""
+        await super().open(host, port, token)
+        if token:
+            self.url = f"{self.url}?token={quote(token)}"
+
+    async def _answer(self, request: Request, writer: asyncio.StreamWriter) -> None:
+        head_only = request.method == "HEAD"
+        match request.path:
+            case "/" if self._gate.has_token(request):
+                # The token leaves the address bar, and with it whatever keeps addresses.
+                headers = {"Location": "/", "Set-Cookie": self._gate.set_cookie()}
+                await self._say(writer, 303, b"", headers, head_only=head_only)
+            case "/":
+                headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": self._page.policy}
+                await self._say(writer, 200, self._page.html, headers, head_only=head_only)
+            case "/events":
+                writer.write(head_of(200, {"Content-Type": "text/event-stream"}))
+                if not head_only:
+                    await self._stream(writer)
+            case _:
+                raise HttpError(404, "there is one page here: /")
+
     async def _stream(self, writer: asyncio.StreamWriter) -> None:
         """Snapshots, until the viewer leaves or takes no more; those that come while it is slow are passed over."""
         has = Has()
@@ -168,7 +195,3 @@ class PageServer:
                 frame, has = await self._hub.next(has)
                 writer.write(frame)
                 await self._drained(writer)
-
-    async def _drained(self, writer: asyncio.StreamWriter) -> None:
-        async with asyncio.timeout(self._stall_s):
-            await writer.drain()

@@ -49,6 +49,8 @@ class Participant(msgspec.Struct, frozen=True, kw_only=True):
     """What one request takes to compute, a moving average."""
     held: int = 0
     """Spills that it offers, which no version has counted yet, as far as one heartbeat tells."""
+    peers: int = 0
+    """Live ones that it knows, as far as one heartbeat tells."""
     counters: dict[str, float]
     """Since it started."""
     rates: dict[str, float]
@@ -202,6 +204,7 @@ class Watch:
             busy=load.busy if load else None,
             service_s=load.service_s if load else None,
             held=len(beat.offers) if beat else 0,
+            peers=len(beat.peers) if beat else 0,
             counters=dict(beat.counters) if beat else {},
             rates={} if seen.gone_for else _rates(seen.marks),
         )

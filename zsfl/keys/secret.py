@@ -1,8 +1,9 @@
-"""The key pair of this machine: CURVE keys, the secret one in a file that nobody else may read."""
+"""The key pair of this machine: CURVE keys, the secret one in a file that nobody else may read; and tokens, as well."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -58,6 +59,23 @@ def own_keys(folder: Path) -> KeyPair:
             f"{path} holds no secret key: remove it, and another one is made; then pair this machine again, and have "
             "the others revoke its former key"
         ) from None
+
+
+def own_token(path: Path) -> str:
+    """What a file beside the keys holds, which whoever shows it was given by this user; made if there is none."""
+    try:
+        make_folder(path.parent)
+        if not path.exists():
+            with written_aside(path, f"{secrets.token_urlsafe(24)}\n") as aside, suppress(FileExistsError):
+                os.link(aside, path)
+        check_private(path)
+        token = path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot keep a token in {path}: {said}; name another folder with --keys") from error
+    if len(token) < 16:
+        raise ConfigError(f"{path} holds no token of 16 letters or more: remove it, and another one is made")
+    return token
 
 
 def make_folder(folder: Path) -> None:

@@ -187,7 +187,7 @@ async def test_a_name_of_the_world_that_means_this_machine_opens_nothing(host: s
         for path in ("/", "/events"):
             status, _, body = await page.ask(path, Host=host.replace("PORT", str(page.port)))
             assert status == 421
-            assert "by the address that `zsfl dash` printed" in body
+            assert "by the address that was printed" in body
         assert (await page.ask(Host=f"localhost:{page.port}"))[0] == 200
 
 
