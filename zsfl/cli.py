@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zsfl.dashboard import commands as looking
+from zsfl.doctor import commands as doctor
 from zsfl.errors import ConfigError, ZsflError
 from zsfl.flags import Parser
 from zsfl.ids import Role
@@ -34,6 +35,7 @@ examples:
   zsfl audit runs/mnist                            was every step counted once?
   zsfl ls                                          who is there, and what they do
   zsfl dash                                        the same and the curves of the run, as a page
+  zsfl doctor mnist.py                             why do nodes not find one another, or not run?
   zsfl drain 192.168.1.20:7700                     have a node finish what it has in hand and leave
   zsfl invite                                      pair this machine with another, once: then they trust each other
 
@@ -193,7 +195,7 @@ def parser() -> argparse.ArgumentParser:
     add_flags(drain, ("keys", "insecure"))
     drain.set_defaults(run_command=_drain)
 
-    for room in (looking, pairing):
+    for room in (looking, doctor, pairing):
         room.add_commands(commands, _parser)
     starting.add_commands(commands, _parser, top)
 

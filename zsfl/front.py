@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import zmq.asyncio
 
+from zsfl.condition import condition
 from zsfl.errors import Rejected, ZsflError
 from zsfl.ids import Address, NodeCard, NodeId, PublicKey, Role
 from zsfl.keys.machine import machine_id
@@ -29,6 +30,7 @@ from zsfl.settings import NodeSettings, WireLimits
 from zsfl.waits import LOOK_S, Overdue, Waits
 from zsfl.wire.connection import Connection, Dialer
 from zsfl.wire.door import Door
+from zsfl.wire.examining import Examine
 from zsfl.wire.fields import MAX_OFFERS
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import (
@@ -318,6 +320,9 @@ class Front:
             return self._peers.answer(request), ()
         if isinstance(request, Drain):
             return self._drain(request), ()
+        if isinstance(request, Examine):
+            waits = to_lane(self._node.waits())
+            return await condition(self.card, self.settings, self.facts, self._peers.table, waits), ()
         return await to_lane(self._role.control(request)), ()
 
     def _drain(self, request: Drain) -> Draining:

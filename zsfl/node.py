@@ -229,6 +229,10 @@ class Node:
         """While inside, the node says now and then what it waits for, and after a while what to check."""
         return self._waits.waiting(what)
 
+    async def waits(self) -> list[tuple[str, float]]:
+        """What it waits for now, and for how many seconds it has."""
+        return self._waits.now()
+
     async def persistently(self, write: Callable[[], _Result]) -> _Result:
         """Write what a disk may refuse to take, again and again until it does not; its last refusal after `patience_s`.
 

@@ -154,6 +154,7 @@ class Peers:
             advice += self._mdns.others.values()
             if self._mdns.ignored:
                 advice.append(f"{self._mdns.ignored} announcements by mDNS made no sense, or were too many at once")
+        advice.append("`zsfl doctor`, with the flags of this node, finds out more")
         advice.append("is every node started with the same job file, and on the same network?")
         if self._settings.mdns:
             advice.append("Wi-Fi, VPNs and containers often block multicast: try --peer HOST:PORT of any one node")

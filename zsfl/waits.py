@@ -50,6 +50,11 @@ class Waits:
         finally:
             self._waits.remove(wait)
 
+    def now(self) -> list[tuple[str, float]]:
+        """All of them, and how many seconds each has lasted."""
+        now_s = self._clock()
+        return [(_said(wait), now_s - wait.since_s) for wait in self._waits]
+
     def overdue(self, now_s: float) -> list[Overdue]:
         """Waits to speak of now: after `FIRST_WORD_S`, then each time `LONELY_S` more have passed."""
         found: list[Overdue] = []
@@ -58,6 +63,9 @@ class Waits:
                 continue
             waited_s = now_s - wait.since_s
             wait.due_s = wait.since_s + LONELY_S * (waited_s // LONELY_S + 1)
-            what = wait.what if isinstance(wait.what, str) else wait.what()
-            found.append(Overdue(what, waited_s, waited_s >= LONELY_S))
+            found.append(Overdue(_said(wait), waited_s, waited_s >= LONELY_S))
         return found
+
+
+def _said(wait: _Wait) -> str:
+    return wait.what if isinstance(wait.what, str) else wait.what()

@@ -36,5 +36,17 @@ def read_only(folder: Path) -> Iterator[None]:
         assert _run("umount", "--lazy", folder) == 0  # lazily, as somebody may be reading there
 
 
+@contextmanager
+def small(folder: Path, size_mib: int) -> Iterator[None]:
+    """`folder` is a disk of its own meanwhile, of so many MiB."""
+    folder.mkdir()
+    if os.geteuid() or _run("mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", folder):
+        pytest.skip("no disk can be mounted here: that takes root, and the right to mount")
+    try:
+        yield
+    finally:
+        assert _run("umount", "--lazy", folder) == 0
+
+
 def _run(*command: str | Path) -> int:
     return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -31,16 +32,37 @@ def _ip(*words: str) -> None:
 @pytest.fixture
 def machines() -> Iterator[tuple[Machine, Machine]]:
     """Two machines on one LAN, and no way out of it."""
+    with _lan(switched=False) as both:
+        yield both
+
+
+@pytest.fixture
+def machines_without_multicast() -> Iterator[tuple[Machine, Machine]]:
+    """The same on a LAN that passes no multicast, as many Wi-Fis do."""
+    with _lan(switched=True) as both:
+        yield both
+
+
+@contextmanager
+def _lan(*, switched: bool) -> Iterator[tuple[Machine, Machine]]:
     if shutil.which("ip") is None:
         pytest.skip("network namespaces need iproute2 (the command ip)")
     tag = uuid4().hex[:6]
     left, right = Machine(f"zsfl-{tag}-a", "10.99.7.1"), Machine(f"zsfl-{tag}-b", "10.99.7.2")
+    switch = f"zsfl-{tag}-s"
     try:
         try:
-            for machine in (left, right):
-                _ip("netns", "add", machine.namespace)
-            _ip("link", "add", f"a{tag}", "netns", left.namespace, "type", "veth",
-                "peer", "name", f"b{tag}", "netns", right.namespace)  # fmt: skip
+            for namespace in (left.namespace, right.namespace, *([switch] if switched else [])):
+                _ip("netns", "add", namespace)
+            if switched:
+                _ip("-n", switch, "link", "add", "name", "sw0", "type", "bridge")
+                _ip("-n", switch, "link", "set", "sw0", "up")
+                for machine, link in ((left, f"a{tag}"), (right, f"b{tag}")):
+                    _cable(machine.namespace, link, switch, f"p{link}")
+                    _ip("-n", switch, "link", "set", f"p{link}", "master", "sw0", "up")
+                    _ip("-n", switch, "link", "set", f"p{link}", "type", "bridge_slave", "mcast_flood", "off")
+            else:
+                _cable(left.namespace, f"a{tag}", right.namespace, f"b{tag}")
         except subprocess.CalledProcessError as error:
             pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
         for machine, link in ((left, f"a{tag}"), (right, f"b{tag}")):
@@ -49,5 +71,23 @@ def machines() -> Iterator[tuple[Machine, Machine]]:
             _ip("-n", machine.namespace, "link", "set", link, "up")
         yield left, right
     finally:
-        for machine in (left, right):
-            subprocess.run(["ip", "netns", "delete", machine.namespace], check=False, capture_output=True)
+        for namespace in (left.namespace, right.namespace, switch):
+            subprocess.run(["ip", "netns", "delete", namespace], check=False, capture_output=True)
+
+
+def _cable(one: str, link: str, other: str, end: str) -> None:
+    _ip("link", "add", link, "netns", one, "type", "veth", "peer", "name", end, "netns", other)
+
+
+@contextmanager
+def dropped(machine: Machine, port: int) -> Iterator[None]:
+    """A firewall drops what comes from a port of this machine: its peers hear nothing at all of it."""
+    rule = ("ipproto", "tcp", "sport", str(port), "blackhole")
+    try:
+        _ip("-n", machine.namespace, "rule", "add", *rule)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"this system has no rules for ports: {error.stderr.strip()}")
+    try:
+        yield
+    finally:
+        _ip("-n", machine.namespace, "rule", "del", *rule)

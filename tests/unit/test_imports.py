@@ -38,8 +38,10 @@ for name in sys.argv[2:]:
 LIGHT = (
     "cli",
     "cluster",
+    "condition",
     "dashboard",
     "discovery",
+    "doctor",
     "errors",
     "ids",
     "metrics",

@@ -110,8 +110,8 @@ class Mdns:
 
     @asynccontextmanager
     async def _run(self) -> AsyncGenerator[None, None]:
-        async with _network(self._card.host) as network:
-            announcing = await _announce(network, self._service())
+        async with open_network(self._card.host) as network:
+            announcing = await announce(network, self._service())
             browser = AsyncServiceBrowser(network.zeroconf, SERVICE, handlers=[self._on_change])
             try:
                 yield
@@ -147,12 +147,7 @@ class Mdns:
         task.add_done_callback(self._resolving.discard)
 
     async def _resolve(self, zeroconf: zc.Zeroconf, name: str) -> None:
-        try:
-            info = AsyncServiceInfo(SERVICE, name)
-            resolved = await info.async_request(zeroconf, RESOLVE_S * 1000)
-        except zc.Error:
-            resolved, info = False, None
-        announcement = read_announcement(info) if resolved and info else None
+        announcement = await resolved(zeroconf, name)
         if announcement is None:
             self.ignored += 1
         else:
@@ -192,19 +187,30 @@ class Mdns:
         return "of this job, but not of a machine that this one trusts (or without keys, where this one has them),"
 
 
+async def resolved(zeroconf: zc.Zeroconf, name: str, question: zc.DNSQuestionType | None = None) -> Announcement | None:
+    """What the node that is announced by this name says of itself; None where it says nothing, or makes no sense."""
+    try:
+        info = AsyncServiceInfo(SERVICE, name)
+        told = await info.async_request(zeroconf, RESOLVE_S * 1000, question)
+    except zc.Error:
+        return None
+    return read_announcement(info) if told else None
+
+
 @asynccontextmanager
-async def _network(host: str) -> AsyncGenerator[AsyncZeroconf, None]:
-    """An open zeroconf on the interface that has the IPv4 address `host`."""
+async def open_network(*hosts: str) -> AsyncGenerator[AsyncZeroconf, None]:
+    """An open zeroconf on the interfaces that have these IPv4 addresses; Unavailable where there can be none."""
     try:
-        address = str(ipaddress.IPv4Address(host))
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as trial:
-            # zeroconf leaks its listening socket when the address is not one of this machine.
-            trial.bind((address, 0))
-        network = AsyncZeroconf(interfaces=[address], ip_version=zc.IPVersion.V4Only)
+        addresses = [str(ipaddress.IPv4Address(host)) for host in hosts]
+        for address in addresses:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as trial:
+                # zeroconf leaks its listening socket when the address is not one of this machine.
+                trial.bind((address, 0))
+        network = AsyncZeroconf(interfaces=addresses, ip_version=zc.IPVersion.V4Only)
     except (ValueError, OSError) as error:
-        raise _unavailable(host, str(error)) from error
+        raise _unavailable(", ".join(hosts), str(error)) from error
     try:
-        await _started(network, host)
+        await _started(network, ", ".join(hosts))
         yield network
     finally:
         try:
@@ -215,7 +221,8 @@ async def _network(host: str) -> AsyncGenerator[AsyncZeroconf, None]:
             await network.async_close()
 
 
-async def _announce(network: AsyncZeroconf, service: zc.ServiceInfo) -> asyncio.Future[None]:
+async def announce(network: AsyncZeroconf, service: zc.ServiceInfo) -> asyncio.Future[None]:
+    """Begin to announce a service."""
     # The name is unique, so nobody is asked for it first: probing takes about a second.
     register = network.async_register_service  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     sending: Awaitable[None] = await register(service, cooperating_responders=True)  # pyright: ignore[reportUnknownVariableType]

@@ -193,6 +193,10 @@ class PeerTable:
         """At most `count` live peers to tell another node of: those that serve first."""
         return tuple(sorted(self.peers(), key=lambda card: _EXCHANGE_ORDER.index(card.role))[:count])
 
+    def silences(self, now_s: float) -> dict[NodeId, float]:
+        """For how many seconds each live peer has not been heard."""
+        return {node_id: max(0.0, now_s - peer.heard_s) for node_id, peer in self._peers.items()}
+
     def refusals(self) -> dict[Address, str]:
         """Why addresses did not become peers, for people."""
         return {address: c.refusal for address, c in self._candidates.items() if c.refusal is not None}

@@ -43,9 +43,12 @@ MAX_JOINED = 64
 """Shards in one Join; a client with more says it in several."""
 
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+MAX_LINE = 600
+"""Characters of a LineOfText."""
 _SHOWN = r"\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\U0010ffff"
 """No control characters, and none that turn the direction of writing: texts are shown on terminals."""
 ShortText = Annotated[str, Meta(max_length=200, pattern=rf"^[{_SHOWN}]*\Z")]
+LineOfText = Annotated[str, Meta(max_length=MAX_LINE, pattern=rf"^[{_SHOWN}]*\Z")]
 LongText = Annotated[str, Meta(max_length=4000, pattern=rf"^[{_SHOWN}\n\t]*\Z")]
 _NOT_SHOWN = re.compile(rf"[^{_SHOWN}\n\t]|[\ud800-\udfff]")
 MAX_SAID = 2000
@@ -68,6 +71,11 @@ Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 def fit_to_say(error: object) -> str:
     """What it says, as LongText: as much of it as travels, without what may not be shown."""
     return _NOT_SHOWN.sub("?", str(error)[:MAX_SAID])
+
+
+def fit_for_line(text: object) -> str:
+    """The same as LineOfText."""
+    return fit_to_say(text).replace("\n", " ").replace("\t", " ")[:MAX_LINE]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", forbid_unknown_fields=True):

@@ -1,5 +1,5 @@
 """Every message that travels between nodes, but for those about who aggregates (`succession.py`), pairing
-(`enrolment.py`), and whose steps are whose (`holding.py`).
+(`enrolment.py`), whose steps are whose (`holding.py`), and how a node is (`examining.py`).
 
 A message is a small header (one of the structs below, in msgpack) and parts (raw tensor or file bytes).
 Requests and their replies stand together; what is broadcast stands last.
@@ -15,6 +15,7 @@ from msgspec import Meta
 from zsfl.ids import NodeCard, PartName, Role, RunId, SpillKind
 from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.enrolment import Enrol, Enrolled
+from zsfl.wire.examining import Condition, Examine
 from zsfl.wire.fields import (
     MAX_CLASSES,
     MAX_JOINED,
@@ -387,12 +388,12 @@ class Goodbye(Message, frozen=True, kw_only=True, tag="goodbye"):
 
 
 Request = (
-    Hello | Join | Evaluated | Train | Drain | CheckNeed | Forward | Infer | Backward | Step
+    Hello | Join | Evaluated | Train | Drain | CheckNeed | Forward | Infer | Backward | Step | Examine
     | FetchSpills | Recheck | Remake | ReleaseSpills | FetchWeights | Grant | Follow | FetchPiece | Enrol | WhoHolds
 )  # fmt: skip
 Reply = (
     Welcome | Draining | Ok | Refusal | Output | Spilled | Spills | Weights | Granted | Following | Piece | Enrolled
-    | Holder
+    | Holder | Condition
 )  # fmt: skip
 Broadcast = Beat | Offers | Announcement | Committed | Goodbye | Weights
 AnyMessage = Request | Reply | Broadcast

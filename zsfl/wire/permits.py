@@ -8,6 +8,7 @@ from __future__ import annotations
 from zsfl.ids import Role
 from zsfl.wire import messages as m
 from zsfl.wire.enrolment import Enrol, Enrolled
+from zsfl.wire.examining import Condition, Examine
 from zsfl.wire.fields import Message
 from zsfl.wire.holding import Holder, WhoHolds
 from zsfl.wire.succession import FetchPiece, Follow, Following, Grant, Granted, Piece
@@ -30,6 +31,7 @@ MAY_SEND: dict[type[Message], frozenset[Role]] = {
     WhoHolds: _SERVER,
     m.Train: _OPERATOR,
     m.Drain: _OPERATOR,
+    Examine: _OPERATOR | {Role.OBSERVER},
     Grant: _AGGREGATOR | _STANDBY,
     Enrol: _NOBODY,  # to no node: `zsfl invite` takes it, and asks for a secret instead
     # Requests, on data sockets.
@@ -47,6 +49,7 @@ MAY_SEND: dict[type[Message], frozenset[Role]] = {
     # Replies.
     m.Welcome: _NODES,
     m.Draining: _NODES,
+    Condition: _NODES,
     m.Ok: _NODES,
     m.Refusal: _NODES,
     m.Output: _SERVER,

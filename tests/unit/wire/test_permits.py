@@ -9,6 +9,7 @@ import pytest
 from zsfl.ids import Role
 from zsfl.wire import messages as m
 from zsfl.wire.enrolment import Enrol, Enrolled
+from zsfl.wire.examining import Condition, Examine
 from zsfl.wire.fields import Message
 from zsfl.wire.permits import MAY_SEND, may_send
 from zsfl.wire.succession import FetchPiece, Follow, Grant, Granted
@@ -38,6 +39,8 @@ def test_what_has_no_entry_nobody_may_send() -> None:
         (m.Join, {Role.CLIENT}),
         (m.Train, {Role.OPERATOR}),
         (m.Drain, {Role.OPERATOR}),
+        (Examine, {Role.OPERATOR, Role.OBSERVER}),
+        (Condition, set(Role) - {Role.OPERATOR}),
         (m.ReleaseSpills, {Role.AGGREGATOR}),
         (m.FetchSpills, {Role.AGGREGATOR}),
         (m.Remake, {Role.AGGREGATOR}),

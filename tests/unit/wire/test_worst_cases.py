@@ -6,14 +6,17 @@ from collections.abc import Sequence
 
 import pytest
 from helpers.wires import HOST, wires
+from msgspec import structs
 
 from zsfl.front import in_turn
 from zsfl.ids import Address, Cid, NodeCard, NodeId, PartName, Portion, Role, RunId, Version
 from zsfl.settings import WireLimits
 from zsfl.tensors.spec import MAX_NDIM, MAX_TENSOR_BYTES, TensorSpec
+from zsfl.wire.examining import MAX_TOLD, Condition, Hearing, Wait
 from zsfl.wire.fields import (
     MAX_CLASSES,
     MAX_JOINED,
+    MAX_LINE,
     MAX_OFFERS,
     MAX_PEERS_EXCHANGED,
     MAX_SETTLED,
@@ -57,6 +60,7 @@ CARD = NodeCard(
     pub_port=65535,
     news_port=65535,
 )
+WIDEST = structs.replace(CARD, id=NodeId(WIDE * 200), name=WIDE * 200, key="k" * 40)
 HINTS = (PeerHint(id=CARD.id, role=CARD.role, address=Address(CARD.address)),) * MAX_PEERS_EXCHANGED
 TEXTS = {f"{number:02}" + WIDE * 198: WIDE * 200 for number in range(64)}
 COUNTERS = {text: 1e300 for text in TEXTS}
@@ -88,6 +92,20 @@ SHARD = ShardInfo(shard=MOST, train_samples=MOST_OF_ONE, test_samples=MOST_OF_ON
 WORST: Sequence[AnyMessage] = [
     Hello(protocol=MOST, facts=TEXTS, card=CARD, codecs=CODECS),
     Welcome(card=CARD, codecs=CODECS, peers=HINTS),
+    Condition(
+        card=CARD,
+        protocol=MOST,
+        facts=TEXTS,
+        clock_s=1e12,
+        mdns=True,
+        peers=MOST,
+        hears=(Hearing(card=WIDEST, heard_s=86_400.0),) * MAX_PEERS_EXCHANGED,
+        refused={f"{number:02}" + WIDE * 198: WIDE * MAX_LINE for number in range(MAX_TOLD)},
+        waits=(Wait(what=WIDE * MAX_LINE, seconds=86_400.0),) * MAX_TOLD,
+        versions=dict(list(TEXTS.items())[:16]),
+        free_bytes=MOST,
+        writable=True,
+    ),
     Join(node=CARD.id, shards=(SHARD,) * MAX_JOINED),
     Refusal(kind=WIDE * 200, message=WIDE * 4000, retry_after_s=86_400.0),
     FetchSpills(wanted=KEYS),
