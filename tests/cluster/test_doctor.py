@@ -21,7 +21,6 @@ from helpers.waiting import HANG_S, eventually
 
 import zsfl
 from zsfl.cli import main
-from zsfl.doctor.here import look_at_torch
 from zsfl.doctor.judging import findings
 from zsfl.doctor.looking import look
 from zsfl.doctor.seen import Finding, Torch
@@ -201,16 +200,19 @@ async def test_who_does_not_trust_whom(tmp_path: Path) -> None:
         await nodes.close()
 
 
-async def test_a_full_disk(tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
+async def test_a_full_disk_a_broken_job_file_and_a_device_that_is_not_there(tmp_path: Path) -> None:
+    runs, job = tmp_path / "runs", tmp_path / "broken.py"
+    job.write_text("print('hello')\nraise ValueError('no such data')\n")
     with small(runs, 2):
         (runs / "filling").write_bytes(bytes(3 << 19))
-        code, doctor = await finished("doctor", "--no-mdns", "--json", "--runs", runs, cwd=tmp_path)
+        flags = ("--no-mdns", "--json", "--device", "cuda:99", "--runs", runs)
+        code, doctor = await finished("doctor", job, *flags, cwd=tmp_path)
         left = [path.name for path in runs.iterdir()]
     assert (code, left) == (1, ["filling"]), doctor.text
-    told = json.loads("".join(doctor.out))
-    (disk,) = of("disk", [Finding(**finding) for finding in told["findings"]])
-    assert disk == f"cannot write in {runs}: {os.strerror(errno.ENOSPC)} (0.5 MiB free)"
+    found = [Finding(**finding) for finding in json.loads("".join(doctor.out))["findings"]]
+    assert of("disk", found) == [f"cannot write in {runs}: {os.strerror(errno.ENOSPC)} (0.5 MiB free)"]
+    assert of("torch", found)[0].startswith("device cuda:99 is not there: ")
+    assert of("job", found)[0].startswith(f"job file {job} cannot be imported: ValueError: no such data")
 
 
 async def test_what_listens_and_is_no_node_that_answers(tmp_path: Path) -> None:
@@ -254,11 +256,3 @@ def test_wrong_flags_are_refused(
     monkeypatch.chdir(tmp_path)
     assert main(["doctor", *flags]) == 2
     assert said in capsys.readouterr().err
-
-
-async def test_a_job_file_that_fails_and_a_device_that_is_not_there(tmp_path: Path) -> None:
-    (tmp_path / "broken.py").write_text("print('hello')\nraise ValueError('no such data')\n")
-    found = await look_at_torch("cuda:99", tmp_path / "broken.py")
-    assert "device cuda:99 is not there" in found.error
-    assert "broken.py cannot be imported: " in found.job_error
-    assert "no such data" in found.job_error

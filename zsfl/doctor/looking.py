@@ -36,6 +36,7 @@ async def look(settings: NodeSettings, finding: Awaitable[Torch], job: str = "")
 
     Otherwise `job` is the name of the one that is looked for; empty: whatever there is.
     """
+    settled_s = time.monotonic() + SETTLE_S
     keys, door = look_at_keys(settings)
     asker = Asker(door)
     try:
@@ -51,7 +52,7 @@ async def look(settings: NodeSettings, finding: Awaitable[Torch], job: str = "")
             cluster=settings.cluster,
             left_out=left_out,
         )
-        return await _look_again(seen, asker)
+        return await _look_again(seen, asker, settled_s)
     finally:
         asker.close()
 
@@ -176,12 +177,12 @@ async def _with_ports(nodes: Sequence[SeenNode], asker: Asker) -> list[SeenNode]
     return await asyncio.gather(*map(looked_at, nodes))
 
 
-async def _look_again(seen: Seen, asker: Asker) -> Seen:
+async def _look_again(seen: Seen, asker: Asker, settled_s: float) -> Seen:
     """Ask those again who do not hear each other yet."""
     deaf = {node.address for nodes in groups_of(seen)[0].values() for pair in unheard(nodes) for node in pair}
     if not deaf:
         return seen
-    await asyncio.sleep(SETTLE_S)
+    await asyncio.sleep(max(0.0, settled_s - time.monotonic()))
 
     async def again(node: SeenNode) -> SeenNode:
         if node.address not in deaf:
