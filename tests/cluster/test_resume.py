@@ -215,7 +215,7 @@ async def test_spills_of_before_are_not_counted_where_versions_were_lost(tmp_pat
     assert_equal(ran.weights, straight.weights)
     assert_sound(ran, 4)
     assert spills_left(tmp_path) == []
-    assert sum(note.startswith("deleted 1 spills of another run") for note in nodes.notes) == 2
+    assert sum(note.startswith("deleted 1 spill of another run") for note in nodes.notes) == 2
 
 
 def _no_held_out(shard: int, _: int) -> tuple[TensorDataset, TensorDataset]:

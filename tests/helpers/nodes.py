@@ -9,6 +9,7 @@ from typing import Any
 
 import zmq.asyncio
 from helpers.network import Network, in_node
+from helpers.waiting import until
 
 import zsfl
 from zsfl.ids import Role
@@ -43,7 +44,13 @@ class Nodes:
             self.tasks[name] = asyncio.create_task(
                 run_role(role, self._job, settings, self._report, context=self._context), name=name
             )
-        address = (await self.ready.get()).address
+        ready, task = asyncio.ensure_future(self.ready.get()), self.tasks[name]
+        await until(asyncio.wait((ready, task), return_when=asyncio.FIRST_COMPLETED))
+        if not ready.done():
+            ready.cancel()
+            await task
+            raise AssertionError(f"{name} has left before it was ready")
+        address = ready.result().address
         if self._network:
             self._network.knows(name, address)
         return address
