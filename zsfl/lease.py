@@ -197,7 +197,7 @@ class Lease:
     def epoch_for_all(self, epoch: int) -> int:
         """In which to lead so that all follow: later than what clients know who hear nothing of this one any more."""
         later = [known for known, _ in self._refused.values() if epoch < known <= epoch + NEAR_EPOCHS]
-        return max(later) + 1 if later else epoch
+        return min(max(later) + 1, epoch + NEAR_EPOCHS) if later else epoch
 
     def next_epoch(self, epoch: int) -> int:
         """In which to stand on where another stands in this one, or a later one; the same where nobody does.

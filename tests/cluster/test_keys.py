@@ -350,7 +350,7 @@ async def test_a_shard_of_a_replaced_machine_has_a_say_again_where_others_stood_
         await nodes.start("client-0", Role.CLIENT, peers=(seed,), shards="0", **at_bobs)
         await nodes.start("client-1", Role.CLIENT, peers=(seed,), shards="1", **at_eves)
         await nodes.start("standby", Role.STANDBY, peers=(seed,), **at_annas)
-        await eventually(lambda: any("may take over from now on" in note for note in nodes.notes))
+        await eventually(lambda: any("may take over from now on" in note for note in nodes.notes) and nodes.rounds)
         for task in nodes.tasks.values():
             task.cancel()
         await asyncio.gather(*nodes.tasks.values(), return_exceptions=True)

@@ -85,3 +85,39 @@ async def test_ctrl_c_stops_all_of_it_and_a_lost_machine_ends_what_ran_there(lan
         assert "machine gpu" in up.text
         assert "is lost" in up.text
         await eventually(lambda: not marked(lan.mark))
+
+
+def with_ssh(folder: Path, script: str, settings: str = "") -> Path:
+    """A LAN of this machine alone, which is reached by a command of our own."""
+    ssh = folder / "ssh.sh"
+    ssh.write_text(f"#!/bin/sh\nfor last; do :; done\n{script}\n")
+    ssh.chmod(0o755)
+    file = folder / "lan.toml"
+    file.write_text(
+        f"job = {json.dumps(write_job(folder).name)}\nssh = {json.dumps(str(ssh))}\n"
+        f"[settings]\nrounds = 1\n{settings}\n"
+        '[machines.all]\nssh = "me@127.0.0.1"\naggregator = true\nsplit_servers = 1\nshards = "0-1"\n'
+        f"python = {json.dumps(sys.executable)}\nfolder = {json.dumps(str(folder / 'all'))}\n"
+    )
+    return file
+
+
+async def test_what_ssh_prints_and_leaves_behind_holds_up_nothing(tmp_path: Path) -> None:
+    """A shell there that greets without an end of line, and a connection that is kept for the next one."""
+    file = with_ssh(tmp_path, 'sleep 3600 & echo $! > sleeping; printf "Welcome! "; exec sh -c "$last"')
+    try:
+        async with command("up", file, cwd=tmp_path) as up:
+            assert await up.process.wait() == 0, up.text
+            psutil.Process(int((tmp_path / "sleeping").read_text())).kill()
+    finally:
+        with suppress(psutil.Error):
+            psutil.Process(int((tmp_path / "sleeping").read_text())).kill()
+
+
+async def test_an_ssh_that_hangs_is_named_and_ended(tmp_path: Path) -> None:
+    file = with_ssh(tmp_path, "trap '' TERM; echo $$ > hanging; while :; do sleep 1; done", "join_s = 2.0")
+    async with command("up", file, cwd=tmp_path) as up:
+        assert await up.ended() == 1
+    assert "not started yet: machine all" in up.text
+    assert "multicast" not in up.text
+    assert not psutil.pid_exists(int((tmp_path / "hanging").read_text()))

@@ -336,6 +336,7 @@ class StandbyRole:
         settings = self._node.settings
         if self._has_rival:
             await asyncio.sleep(self._random.uniform(*RIVAL_LEASES) * settings.lost_after_s)
+            self._begun_s = clock_s()
         else:
             await self._states.changed_within(self._random.uniform(0.5, 1.0) * settings.beat_s)
 

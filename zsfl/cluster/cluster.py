@@ -6,9 +6,8 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,10 +19,10 @@ from zsfl.cluster.keeper import Keeper
 from zsfl.cluster.metered import Metered
 from zsfl.cluster.nodes import Leader, NodeInfo, death, given_up, is_done_without, port_again
 from zsfl.cluster.orders import deadline, order
+from zsfl.cluster.plan import Plan
 from zsfl.cluster.spawner import NodeCommand, Spawner
 from zsfl.errors import ConfigError, RemoteProtocolError, RunFailed, Unavailable
 from zsfl.ids import Address, Role
-from zsfl.ranges import ranges
 from zsfl.reports import AnyReport, Assembled, Exited, Failed, Finished, Ready, RoundReport, Starting, reports_in
 from zsfl.settings import load_settings
 from zsfl.wire.messages import Train
@@ -36,29 +35,6 @@ MOST_PEERS = 16
 STOP_S = 60.0
 """What one node may take to leave."""
 NOT_RUNNING = "this cluster is not running: use it inside its `async with` block"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """The nodes of a cluster: by name, in the order in which they are started, what each is set to beside the others.
-
-    The aggregator is called "aggregator".
-    """
-
-    shards: int
-    aggregator: Mapping[str, Any]
-    split_servers: Mapping[str, Mapping[str, Any]]
-    clients: Mapping[str, Mapping[str, Any]]
-    standbys: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
-
-
-def client_flags(shards: Sequence[int], processes: int) -> dict[str, dict[str, Any]]:
-    """Clients that hold these shards in so many processes, by name."""
-    found: dict[str, dict[str, Any]] = {}
-    for number in range(processes):
-        held = ranges(shards[number * len(shards) // processes : (number + 1) * len(shards) // processes])
-        found[f"client-{held.replace(', ', '_')}"] = {"shards": held}
-    return found
 
 
 class Cluster:
@@ -117,6 +93,10 @@ class Cluster:
         """Which nodes there are."""
         raise NotImplementedError
 
+    def _late(self) -> list[str]:
+        """What is not ready yet."""
+        return [name for name, node in self.nodes.items() if node.address is None]
+
     def _folder_of(self, report: Finished) -> str:
         """Where what the run leaves is to be found, for people."""
         return report.folder
@@ -138,10 +118,10 @@ class Cluster:
                 await self._start_all()
         except TimeoutError:
             await self._close()
-            late = [name for name, node in self.nodes.items() if node.address is None]
+            late = self._late()
             raise Unavailable(
                 f"the cluster was not ready after {self._join_s:g} s; not started yet: {', '.join(late) or 'none'}. "
-                f"See {self._logs}, and try mdns=False (--no-mdns) where multicast is blocked"
+                f"See {self._logs}" + ", and try mdns=False (--no-mdns) where multicast is blocked" * self._mdns
             ) from None
         except BaseException:
             await self._close()

@@ -109,7 +109,7 @@ class ForkServer:
             self._waiting.register(read, selectors.EVENT_READ)
             if printed:
                 os.close(printed[1])
-                self._prints[pid] = Input(printed[0])
+                self._prints[pid] = Prints(printed[0])
                 self._waiting.register(printed[0], selectors.EVENT_READ)
             return
         code = 1
@@ -235,6 +235,19 @@ class Input:
         os.close(self.pipe)
 
 
+class Prints(Input):
+    """The same of what people print: also lines that are drawn over one another, and the beginnings of long ones."""
+
+    def read(self) -> bytes:
+        """The lines that have come to their end."""
+        lines = super().read()
+        ended, end, rest = self.rest.rpartition(b"\r")
+        if len(rest) > MAX_PRINTED:
+            ended, end, rest = ended + end + rest, b"\n", b""
+        self.rest = rest
+        return lines + ended + end
+
+
 def obey_about_keys(order: Introduce | Trust, told: Output) -> None:
     """What concerns the keys of this machine; ConfigError when they cannot be read or changed."""
     from zsfl.keys.secret import keys_folder, own_keys
@@ -289,6 +302,7 @@ def main() -> None:
     """Serve the job named on the command line."""
     job = Path(sys.argv[1])
     reports = Output(os.dup(1))
+    reports.write(b"\n")  # a shell on the way may have printed something, and no end of a line
     # What the job prints while it is imported must not get between the reports.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)

@@ -18,6 +18,8 @@ from zsfl.ids import Role
 from zsfl.ranges import ranges, shard_ranges
 from zsfl.settings import check_settings
 
+MOST_SHARDS = 1 << 16
+"""Of one machine."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,40}$"
 OWN = ("host", "port", "name", "shards", "clients", "hold", "resume", "peers")
 """Settings that are said elsewhere: by the file's own words, or the command line."""
@@ -92,8 +94,9 @@ class Lan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     def uses_keys(self) -> bool:
         """Whether what travels is encrypted: wherever it leaves a machine, unless the settings say otherwise."""
         addresses = [machine.address or "127.0.0.1" for machine in self.machines.values()]
-        leaves = not all(ipaddress.IPv4Address(address).is_loopback for address in addresses)
-        return not self.settings.get("insecure", False) and (leaves or "keys" in self.settings)
+        leaves = not all(map(_is_loopback, addresses))
+        named = any(map(self.keys_of, self.machines))
+        return not self.settings.get("insecure", False) and (leaves or named)
 
     def keys_of(self, machine: str) -> str:
         """The folder of its keys; empty where it is the usual one."""
@@ -101,8 +104,8 @@ class Lan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     def ssh_words(self, machine: Machine) -> list[str]:
         """The command that has the machine run another one, which is to follow as one word."""
-        alive = ("-o", "BatchMode=yes", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
-        return [*shlex.split(self.ssh), *alive, "--", machine.ssh]
+        options = ("ConnectTimeout=15", "BatchMode=yes", "ServerAliveInterval=5", "ServerAliveCountMax=3")
+        return [*shlex.split(self.ssh), *(word for option in options for word in ("-o", option)), "--", machine.ssh]
 
 
 def read_lan(path: Path) -> Lan:
@@ -124,6 +127,12 @@ def read_lan(path: Path) -> Lan:
 
 def _check(lan: Lan) -> None:
     _check_settings(lan.settings, "[settings]")
+    try:
+        words = shlex.split(lan.ssh)
+    except ValueError as error:
+        raise ConfigError(f"ssh is {lan.ssh!r}: {error}") from None
+    if not words:
+        raise ConfigError("ssh is empty: name the command, or leave it out")
     for name in lan.files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ConfigError(f"files has {name!r}: name files in the job's folder, or below it")
@@ -131,9 +140,16 @@ def _check(lan: Lan) -> None:
         place = f"[machines.{name}]"
         _check_settings(machine.settings, f"[machines.{name}.settings]")
         try:
-            machine.held  # noqa: B018 - for its error
+            many = sum(last - first + 1 for first, last in shard_ranges(machine.shards)) if machine.shards else 0
         except ValueError as error:
             raise ConfigError(f"{place} shards is {machine.shards!r}: expected {error}") from None
+        if many > MOST_SHARDS:
+            raise ConfigError(f"{place} has {many} shards: use at most {MOST_SHARDS}")
+        for what, path in (("folder", machine.folder), ("python", machine.python)):
+            if path.startswith("~"):
+                raise ConfigError(f"{place} {what} is {path!r}: give the whole path, or one from the home folder there")
+        if "\0" in "".join((machine.ssh, machine.folder, machine.python, *machine.env.values())):
+            raise ConfigError(f"{place} has a character that no command can have, \\0")
         if not machine.roles:
             raise ConfigError(f"{place} has nothing to do: give it aggregator, standby, split_servers or shards")
         if machine.ssh.startswith("-"):
@@ -142,6 +158,10 @@ def _check(lan: Lan) -> None:
             raise ConfigError(f"{place} host is {machine.host!r}: expected an IPv4 address")
         if not machine.address and (machine.ssh or len(lan.machines) > 1):
             raise ConfigError(f"{place} says not where the others reach it: give its IPv4 address as host")
+    local = [name for name, machine in lan.machines.items() if machine.address and _is_loopback(machine.address)]
+    if local and len(local) < len(lan.machines):
+        address = lan.machines[local[0]].address
+        raise ConfigError(f"no other machine reaches {local[0]} at {address}: give its address on the LAN as host")
     _check_roles(lan)
 
 
@@ -165,6 +185,10 @@ def _check_settings(settings: Mapping[str, Any], place: str) -> None:
     if said := [name for name in OWN if name in settings]:
         raise ConfigError(f"{place} has {said[0]!r}, which is said otherwise: leave it out")
     check_settings(settings, place)
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.IPv4Address(address).is_loopback
 
 
 def _is_ipv4(text: str) -> bool:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zsfl.cluster.chaos import Chaos
-from zsfl.cluster.cluster import Cluster, Plan, client_flags
+from zsfl.cluster.cluster import Cluster
 from zsfl.cluster.nodes import check_counts
+from zsfl.cluster.plan import Plan, client_flags
 from zsfl.cluster.spawner import Spawner
 from zsfl.cluster.spawners import loaded, spawner_for
 from zsfl.errors import ConfigError

@@ -102,8 +102,11 @@ class ProcessSpawner:
             return
         try:
             async for line in server.stdout:
-                with suppress(msgspec.MsgspecError):  # an empty line, or what the job prints while it is imported
+                # An empty line, or what the job prints while it is imported.
+                with suppress(msgspec.MsgspecError, UnicodeDecodeError):
                     self._heard(line)
+        except ValueError:  # a line that is longer than any can be
+            server.kill()
         finally:
             if not self._closing:
                 await self._died(server)

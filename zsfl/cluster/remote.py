@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
 
-from zsfl.cluster.cluster import Cluster, Plan, client_flags
+from zsfl.cluster.cluster import Cluster
 from zsfl.cluster.lan import Machine, read_lan
+from zsfl.cluster.plan import Plan, client_flags
 from zsfl.cluster.spawner import Spawner
 from zsfl.cluster.ssh import LanSpawner
 from zsfl.errors import ConfigError
 from zsfl.ids import Role
 from zsfl.reports import AnyReport, Finished, RoundReport
+from zsfl.settings import load_settings
 
 Flags = dict[str, Any]
 
@@ -26,6 +29,8 @@ class LanCluster(Cluster):
         """`settings` are fields of `zsfl.settings.NodeSettings` for all nodes, and go before those of the file."""
         lan = read_lan(path)
         given = {**lan.settings, **{name: value for name, value in settings.items() if value is not None}}
+        if load_settings(given, os.environ).insecure:  # a variable says so as well as a flag
+            given["insecure"] = True
         self._lan = msgspec.structs.replace(lan, settings=given)
         self._job = path.parent / lan.job
         if not self._job.is_file():
@@ -40,7 +45,8 @@ class LanCluster(Cluster):
         super().__init__(given, mdns=bool(given.get("mdns", False)), clients=lan.shards, on_report=on_report)
 
     def _make_spawner(self) -> Spawner:
-        return LanSpawner(self._lan, self._job, self._logs, self._places, self._base.keys)
+        self._lan_spawner = LanSpawner(self._lan, self._job, self._logs, self._places, self._base.keys)
+        return self._lan_spawner
 
     def _plan(self) -> Plan:
         return Plan(
@@ -53,7 +59,10 @@ class LanCluster(Cluster):
 
     def _folder_of(self, report: Finished) -> str:
         machine = self._lan.machines[self._places[report.node]]
-        return f"{machine.ssh}:{machine.folder}/{report.folder}" if machine.ssh else report.folder
+        return f"{machine.ssh}:{PurePosixPath(machine.folder, report.folder)}" if machine.ssh else report.folder
+
+    def _late(self) -> list[str]:
+        return [f"machine {name}" for name in self._lan_spawner.unknown] + super()._late()
 
     def _rounds_in(self, folder: Path) -> Iterable[RoundReport]:
         return ()  # the folder is on another machine

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -24,6 +26,9 @@ from zsfl.reports import AnyReport, Exited, Failed, Note
 
 MOST_LAST_WORDS = 5
 """Lines of what ssh and the fork server said last, for an error."""
+LAST_WORDS_S = 2.0
+"""What the end of ssh, and what it still says then, may take."""
+LOOK_S = 0.02
 MOST_SENT = 8 << 20
 """Bytes of all files that are sent to a machine."""
 LOST = 255
@@ -46,7 +51,7 @@ class MachineSpawner(ProcessSpawner):
         """Nodes that were started and have not ended."""
         self._errors_read: asyncio.Task[None] | None = None
         self._introduction: asyncio.Future[Introduced] | None = None
-        self._is_known = False
+        self.is_known = False
 
     def _command(self) -> list[str]:
         here = [*(f"{name}={value}" for name, value in self._machine.env.items())]
@@ -64,8 +69,8 @@ class MachineSpawner(ProcessSpawner):
         """Start the fork server there, and send it the job."""
         try:
             await super().open()
-        except FileNotFoundError as error:
-            raise ConfigError(f"{self._called}: there is no command {error.filename}") from None
+        except OSError as error:
+            raise ConfigError(f"{self._called}: {error.filename} cannot be run: {error.strerror}") from None
         if self._server is not None and self._server.stderr is not None:
             self._errors_read = asyncio.create_task(self._read_errors(self._server.stderr))
         if self._machine.ssh:
@@ -85,7 +90,7 @@ class MachineSpawner(ProcessSpawner):
                 f"{self._called} has zsfl {told.version}, which speaks protocol {told.protocol}, and this machine "
                 f"speaks {PROTOCOL}: install the same version on both"
             )
-        self._is_known = True
+        self.is_known = True
         return told
 
     async def trust(self, keys: str, others: Iterable[tuple[str, str, frozenset[Role]]]) -> None:
@@ -99,9 +104,12 @@ class MachineSpawner(ProcessSpawner):
         await super().start(command)
 
     def _heard(self, line: bytes) -> None:
-        match told := read_told(line):
+        told = read_told(line)
+        if told.node and told.node not in self._there:
+            return  # nobody speaks for the nodes of another machine
+        match told:
             case Printed():
-                self._write(told.node, told.line)
+                self._write(told.node or self._name, told.line)
             case Introduced():
                 if self._introduction is not None and not self._introduction.done():
                     self._introduction.set_result(told)
@@ -132,11 +140,10 @@ class MachineSpawner(ProcessSpawner):
 
     async def _died(self, server: asyncio.subprocess.Process) -> None:
         """Its nodes count as killed; a run goes on without them where it would go on without any of them."""
-        code = await server.wait()
-        if self._errors_read is not None:
-            await self._errors_read
+        await self._ended(server, LAST_WORDS_S)
+        code = server.returncode
         said = "; ".join(self._last_words) or "the connection ended"
-        if not self._is_known:
+        if self._introduction is None or not self._introduction.done():
             advice = f"See whether this works: {shlex.join([*self._command()[:-1], 'true'])}"
             if code != LOST:
                 advice = f"Is zsfl installed for {self._machine.python} there? Name another one as python"
@@ -153,14 +160,24 @@ class MachineSpawner(ProcessSpawner):
             return
         if self._server.stdin is not None:
             self._server.stdin.close()
-        try:
-            async with asyncio.timeout(3 * GRACE_S + 1):
-                await self._server.wait()
-        except TimeoutError:
-            with suppress(ProcessLookupError):
-                self._server.terminate()
-            await self._server.wait()
-        await asyncio.gather(*(task for task in (self._reader, self._errors_read) if task), return_exceptions=True)
+        await self._ended(self._server, 3 * GRACE_S + 1 if self._there else LAST_WORDS_S)
+        if self._reader is not None:
+            await asyncio.wait([self._reader], timeout=LAST_WORDS_S)
+            self._reader.cancel()
+
+    async def _ended(self, server: asyncio.subprocess.Process, grace_s: float) -> None:
+        """Returns when ssh has ended, killed after `grace_s`; what it started may hold its pipes open for ever."""
+        for within_s in (grace_s, LAST_WORDS_S):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(within_s):
+                    while server.returncode is None:  # noqa: ASYNC110 - `wait` would wait for its pipes, too
+                        await asyncio.sleep(LOOK_S)
+            if server.returncode is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(server.pid, signal.SIGKILL)
+        if self._errors_read is not None:
+            await asyncio.wait([self._errors_read], timeout=LAST_WORDS_S)
+            self._errors_read.cancel()
 
 
 class LanSpawner:
@@ -209,6 +226,11 @@ class LanSpawner:
         for name, key in found.items():
             await self._machines[name].trust(self._lan.keys_of(name), [one for one in others if one[0] != key])
             await self._machines[name].introduce(self._lan.keys_of(name))  # when it answers that is done
+
+    @property
+    def unknown(self) -> list[str]:
+        """Machines that have not introduced themselves yet."""
+        return [name for name, one in self._machines.items() if not one.is_known]
 
     async def start(self, command: NodeCommand) -> None:
         """Start one node where it belongs."""

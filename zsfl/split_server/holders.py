@@ -21,6 +21,8 @@ class _Told:
     """What is known of one shard."""
 
     key: str = ""
+    error: Exception | None = None
+    """Why the last question was not answered."""
     asked_s: float = -AGAIN_S
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -54,8 +56,13 @@ class Holders:
             if told.asked_s < came_s:
                 await asyncio.sleep(max(0.0, told.asked_s + AGAIN_S - came_s))
                 asked_s = time.monotonic()
-                told.key = await self._ask(shard)
+                try:
+                    told.key, told.error = await self._ask(shard), None
+                except Exception as error:
+                    told.error = error
                 told.asked_s = asked_s
+        if told.error is not None:
+            raise told.error
         if not told.key:
             raise Unavailable(f"no client has joined with shard {shard} yet; join, and ask again")
         if told.key != key:

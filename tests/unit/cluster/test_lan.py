@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from zsfl.cluster.cluster import client_flags
 from zsfl.cluster.lan import read_lan
+from zsfl.cluster.plan import client_flags
 from zsfl.cluster.remote import LanCluster
 from zsfl.errors import ConfigError
 from zsfl.ids import Role
@@ -81,6 +81,10 @@ def test_it_says_who_plays_what(tmp_path: Path) -> None:
         (('device = "cuda"', 'host = "1.2.3.4"'), r"\[machines.gpu.settings\] has 'host', which is said otherwise"),
         (("[settings]", 'files = ["../x.py"]\n[settings]'), "files has '../x.py': name files in the job's folder"),
         (("[machines.ward]", "[machines.'my ward']"), "matching regex"),
+        (("[settings]", 'ssh = "ssh \'"\n[settings]'), "ssh is .*: No closing quotation"),
+        (('"3-4"', '"0-20000000"'), "has 20000001 shards: use at most"),
+        (('host = "192.168.1.30"', 'host = "127.0.0.1"'), "no other machine reaches ward at 127.0.0.1"),
+        (("split_servers = 2", 'split_servers = 2\nfolder = "~/zsfl"'), "folder is '~/zsfl': give the whole path"),
         (("[settings]", "[settings"), "lan.toml is not a TOML file"),
     ],
 )
@@ -112,4 +116,6 @@ def test_what_leaves_a_machine_is_encrypted(change: tuple[str, str], keys: bool,
 
 
 def test_clients_are_divided_among_processes() -> None:
+    odd = client_flags(range(1, 60, 2), 1)
+    assert list(odd) == ["client-1_and_29_more"]
     assert client_flags(range(5), 2) == {"client-0-1": {"shards": "0-1"}, "client-2-4": {"shards": "2-4"}}

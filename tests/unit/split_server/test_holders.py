@@ -137,6 +137,23 @@ async def test_many_who_are_refused_ask_few_questions() -> None:
     assert len(seats.asked) <= 2
 
 
+async def test_a_question_that_fails_fails_for_all_who_waited_for_it() -> None:
+    asked, may = [0], asyncio.Event()
+
+    async def nobody_to_ask(_: int) -> str:
+        asked[0] += 1
+        await may.wait()
+        raise NoPeer("there is no aggregator")
+
+    holders = Holders(nobody_to_ask, SHARDS)
+    steps = [asyncio.ensure_future(permitted(holders, forward(1), "A")) for _ in range(20)]
+    await eventually(lambda: asked[0])
+    may.set()
+    async with asyncio.timeout(HANG_S):
+        assert all(isinstance(one, NoPeer) for one in await asyncio.gather(*steps, return_exceptions=True))
+    assert asked[0] <= 2
+
+
 async def test_a_shard_that_there_is_not_is_not_asked_for() -> None:
     seats = Seats()
     with pytest.raises(RemoteProtocolError, match="there is no shard 8: the job has 8"):
