@@ -13,6 +13,7 @@ import torch
 
 from zsfl.ids import NodeCard, NodeId, Role, RunId, Version, step_cid
 from zsfl.member import OFFERS_BYTES, Member
+from zsfl.metrics import Counters
 from zsfl.reports import AnyReport, Following, Note
 from zsfl.settings import NodeSettings
 from zsfl.spill.layout import SpillMeta
@@ -27,6 +28,7 @@ class Said:
     def __init__(self) -> None:
         self.name = "me"
         self.card = SimpleNamespace(id=NodeId("me"))
+        self.counters = Counters()
         self.reports: list[AnyReport] = []
         self.settings = NodeSettings()
         self.digests: list[tuple[Offers, list[Buffer]]] = []
