@@ -335,4 +335,6 @@ class Member:
         """Whether the run is over; RunFailed when it failed."""
         if state.phase == "failed":
             raise RunFailed(state.reason)
+        if state.phase == "finished":  # all that counts is recorded: a second copy of a step is of no use any more
+            self._release([cid for offer in self.pending() for cid in offer.members or (offer.cid,)])
         return state.phase == "finished"
