@@ -160,6 +160,8 @@ class Member:
         self._say_progress(state)
         if state.phase == "finished":
             self._node.note(f"the run is finished, at version {state.version}")
+            # All that counts is recorded: a second copy of a step is of no use any more.
+            self._release([cid for offer in self.pending() for cid in offer.members or (offer.cid,)])
         if state.phase == "waiting" or state.run == self._run:
             return
         if self._run is not None:
@@ -335,6 +337,4 @@ class Member:
         """Whether the run is over; RunFailed when it failed."""
         if state.phase == "failed":
             raise RunFailed(state.reason)
-        if state.phase == "finished":  # all that counts is recorded: a second copy of a step is of no use any more
-            self._release([cid for offer in self.pending() for cid in offer.members or (offer.cid,)])
         return state.phase == "finished"

@@ -250,17 +250,20 @@ class Cluster:
     async def _read_reports(self) -> None:
         while True:
             report = await self._spawner.reports.get()
-            if isinstance(report, Finished):  # it may be that several aggregators made these rounds, one after another
-                folder, seconds = self._folder_of(report), time.monotonic() - self._ordered_s
-                report = msgspec.structs.replace(report, folder=folder, seconds=seconds)
-            self._take(report)
-            self._metrics.tell(report)
-            if self._on_report is not None and not self._closing:
-                try:
-                    self._on_report(report)
-                except Exception as error:  # raised where the caller of this cluster waits
-                    self._fail(error)
+            try:
+                self._hear(report)
+            except Exception as error:  # raised where the caller of this cluster waits
+                self._fail(error)
             self._changed.set()
+
+    def _hear(self, report: AnyReport) -> None:
+        if isinstance(report, Finished):  # it may be that several aggregators made these rounds, one after another
+            folder, seconds = self._folder_of(report), time.monotonic() - self._ordered_s
+            report = msgspec.structs.replace(report, folder=folder, seconds=seconds)
+        self._take(report)
+        self._metrics.tell(report)
+        if self._on_report is not None and not self._closing:
+            self._on_report(report)
 
     def _take(self, report: AnyReport) -> None:
         node = self.nodes.get(report.node)
