@@ -1,4 +1,4 @@
-"""What is trained, and on what. Every node has a copy of this file and imports it; nobody sends it over the network.
+"""What is trained, and on what. Every node has a copy of this file and imports it; no node sends it to another.
 
     zsfl up job.py                     train it: 5 clients and 2 split servers, each a process of this machine
     zsfl up job.py --in-process        the same in one process
