@@ -99,6 +99,20 @@ async def test_how_far_the_run_is_is_said_once_a_second_at_most_and_that_it_is_f
     ]
 
 
+async def test_at_the_end_of_a_run_nothing_of_it_is_left(tmp_path: Path) -> None:
+    """Where a step was made twice, nobody may have taken the second copy, nor ever told to let go of it."""
+    member, offers, _ = await offered(tmp_path, [10, 20])
+    card = NodeCard(id=NodeId("1"), name="agg", role=Role.AGGREGATOR, host="127.0.0.1", control_port=1)
+    member.aggregator.set(card)
+    state = RunState(run=RunId("3fa9c1"), phase="training", version=Version(2), round=0, rounds=1, window=1, windows=1)
+    member.heard(Announcement(node=card.id, state=msgspec.structs.replace(state, serial=1)))
+    assert member.spills.holds(offers[0].cid)
+    member.heard(Announcement(node=card.id, state=msgspec.structs.replace(state, serial=2, phase="finished")))
+    assert not any(member.spills.holds(offer.cid) for offer in offers)
+    member.close()
+    assert not list(tmp_path.rglob("*.spills"))
+
+
 async def test_the_state_of_a_run_never_goes_back(tmp_path: Path) -> None:
     member = Member(cast(Any, Said()), [], tmp_path)
     card = NodeCard(id=NodeId("1"), name="agg", role=Role.AGGREGATOR, host="127.0.0.1", control_port=1)
