@@ -62,6 +62,7 @@ class Gatekeeper:
         if not self._doors:
             self._closed = True
             self._pump.close()
+            self._let_go()
         return self._closed
 
     def _begin(self) -> None:
@@ -92,10 +93,15 @@ class Gatekeeper:
             door.counters.add("authenticator_failures")
             return b"500"
 
-    def _ended(self, ended: asyncio.Future[None]) -> None:
+    def _let_go(self) -> None:
+        with suppress(zmq.ZMQError):  # closing alone gives the endpoint back only when ZeroMQ's own thread gets to it
+            self._socket.unbind(ENDPOINT)
         self._socket.close(linger=0)
+
+    def _ended(self, ended: asyncio.Future[None]) -> None:
         if self._closed:
             return
+        self._let_go()
         for door in self._doors.values():
             door.counters.add("authenticator_failures")
             door.tell_once(

@@ -301,6 +301,16 @@ async def test_another_authenticator_in_the_same_context_is_a_clear_error(tmp_pa
         await machine.close()
 
 
+async def test_who_comes_right_after_the_last_one_left_finds_the_endpoint_free(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, "anna")
+    try:
+        for _ in range(1_000):  # ZeroMQ gives an endpoint back whenever its own thread gets to it
+            with kept(machine.context, machine.door):
+                pass
+    finally:
+        await machine.close()
+
+
 # --- broadcasts -------------------------------------------------------------------------------------------
 
 GOODBYE = Goodbye(node=NodeId("a1"), reason="bye")
