@@ -58,7 +58,7 @@ examples:
   zsfl up mnist.py --run night --rounds 50           leaves runs/night
   zsfl up mnist.py --run night --rounds 80 --resume  goes on from there, to 80 rounds
   zsfl up mnist.py --in-process                      the same nodes in one process
-  zsfl up lan.toml                                   the machines that this file names, over ssh: see the README
+  zsfl up lan.toml                                   the machines that this file names, over ssh: see docs/how-to/lan.md
 """
 
 NODE_EXAMPLES = """\

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -150,15 +149,6 @@ def run_pytest(tmp_path: Path) -> Callable[..., str]:
         return ran.stdout
 
     return run
-
-
-def test_readmes_test_passes(run_pytest: Callable[..., str], tmp_path: Path) -> None:
-    blocks = re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    for name, text in blocks:
-        if name in ("my_job.py", "test_my_job.py"):
-            (tmp_path / name).write_text(text)
-    assert "1 passed" in run_pytest("test_my_job.py")
-    assert (tmp_path / "temp/test_my_job_survives_kills0/runs/my-job/ledger.jsonl").is_file()
 
 
 OWN_TESTS = """

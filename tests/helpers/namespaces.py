@@ -32,23 +32,24 @@ def _ip(*words: str) -> None:
 @pytest.fixture
 def machines() -> Iterator[tuple[Machine, Machine]]:
     """Two machines on one LAN, and no way out of it."""
-    with _lan(switched=False) as both:
+    with machines_at("10.99.7.1", "10.99.7.2") as both:
         yield both
 
 
 @pytest.fixture
 def machines_without_multicast() -> Iterator[tuple[Machine, Machine]]:
     """The same on a LAN that passes no multicast, as many Wi-Fis do."""
-    with _lan(switched=True) as both:
+    with machines_at("10.99.7.1", "10.99.7.2", switched=True) as both:
         yield both
 
 
 @contextmanager
-def _lan(*, switched: bool) -> Iterator[tuple[Machine, Machine]]:
+def machines_at(one: str, other: str, *, switched: bool = False) -> Iterator[tuple[Machine, Machine]]:
+    """Two machines with these addresses, joined by a cable or by a switch that passes no multicast."""
     if shutil.which("ip") is None:
         pytest.skip("network namespaces need iproute2 (the command ip)")
     tag = uuid4().hex[:6]
-    left, right = Machine(f"zsfl-{tag}-a", "10.99.7.1"), Machine(f"zsfl-{tag}-b", "10.99.7.2")
+    left, right = Machine(f"zsfl-{tag}-a", one), Machine(f"zsfl-{tag}-b", other)
     switch = f"zsfl-{tag}-s"
     try:
         try:

@@ -28,8 +28,8 @@ class Reached:
 
 
 @contextmanager
-def reached(machines: tuple[Machine, ...], folder: Path) -> Iterator[Reached]:
-    """An sshd in each machine while the block runs; skips where there is none on this system."""
+def reached(machines: tuple[Machine, ...], folder: Path, path: str = "") -> Iterator[Reached]:
+    """An sshd in each machine while the block runs, which gives what it starts this PATH; skips where there is none."""
     if not Path(SSHD).exists() or not shutil.which("ssh"):
         pytest.skip("machines that ssh reaches need openssh-server and openssh-client")
     folder.mkdir()
@@ -39,13 +39,15 @@ def reached(machines: tuple[Machine, ...], folder: Path) -> Iterator[Reached]:
     config.write_text(
         f"Host *\nIdentityFile {user}\nStrictHostKeyChecking no\nUserKnownHostsFile {folder}/known\nLogLevel ERROR\n"
     )
+    # The shell that sshd starts may set PATH by itself, before the command.
+    forced = f'ForceCommand export PATH="{path}"; eval "$SSH_ORIGINAL_COMMAND"\n' if path else ""
     running: list[subprocess.Popen[bytes]] = []
     try:
         for machine in machines:
             rules = folder / f"{machine.host}.conf"
             rules.write_text(
                 f"ListenAddress {machine.host}\nHostKey {host}\nAuthorizedKeysFile {user}.pub\nStrictModes no\n"
-                f"UsePAM no\nPidFile none\nPermitRootLogin yes\n"
+                f"UsePAM no\nPidFile none\nPermitRootLogin yes\n" + forced
             )
             log = folder / f"{machine.host}.log"
             running.append(subprocess.Popen([*machine.inside, SSHD, "-D", "-f", str(rules), "-E", str(log)]))
