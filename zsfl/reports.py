@@ -102,6 +102,8 @@ class RoundReport(Report, frozen=True, kw_only=True, tag="round"):
     version: int
     train_loss: float
     """Sample-weighted mean of the training loss over the round's steps."""
+    train_losses: dict[str, float | None] = {}
+    """The same by client, each over its own steps that counted; empty where an older zsfl wrote it."""
     loss: float | None
     """Held-out loss, mean over test samples; None when no client has test data."""
     accuracy: float | None
@@ -138,6 +140,8 @@ class Tested(Report, frozen=True, kw_only=True, tag="tested"):
     """In 0..1, over the same samples; None when the job has no metric or no client has test data."""
     clients: dict[str, float | None]
     """Accuracy by client, each on its own test samples."""
+    losses: dict[str, float | None] = {}
+    """Loss by client, of the same samples; None where it is left out. Empty where an older zsfl wrote it."""
     seconds: float
     """When the version was made: seconds since this process began to train."""
     ends_round: bool = True

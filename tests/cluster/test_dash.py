@@ -141,6 +141,16 @@ async def test_the_page_in_a_browser(tmp_path: Path) -> None:
         assert (await window.js("document.activeElement.getAttribute('aria-valuetext')")).startswith(
             "round 2 · training "
         )
+        # One client among many is chosen by name, and then has lines and figures of its own in both charts.
+        await window.js("document.getElementById('each-training').click()")
+        await window.js("document.getElementById('one').value = 'client-1'")
+        await window.js("document.getElementById('one').dispatchEvent(new Event('change'))")
+        read = "document.querySelector('#{} .read').textContent"
+        for chart, lines in (("loss", 8), ("accuracy", 4)):
+            assert await window.js(f"document.querySelectorAll('#{chart} svg path').length") == lines
+            assert await window.js(f"{read.format(chart)}.includes('(lowest client-')")
+            assert await window.js(f"{read.format(chart)}.includes(' · client-1: ')")
+        assert await window.barriers() == []
         await window.eventually("document.querySelector('#nodes').textContent.includes('● there')")
         shown = await window.js("rounds.at(-1).round")
         await window.eventually(f"rounds.at(-1).round > {shown}")

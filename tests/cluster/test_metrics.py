@@ -152,6 +152,10 @@ async def test_tensorboard_reads_the_curves_also_of_a_run_that_was_resumed(tmp_p
     assert {"clients/client-0", "clients/client-1"} <= found.keys()
     assert found["version/test_loss"] == [(one.version, pytest.approx(one.loss)) for one in run.tests]
     assert found["clients/client-1"] == [(one.version, pytest.approx(one.clients["client-1"])) for one in run.tests]
+    losses = [(one.version, pytest.approx(one.losses["client-1"])) for one in run.tests]
+    assert found["clients_test_loss/client-1"] == losses
+    in_training = [(one.round, pytest.approx(one.train_losses["client-1"])) for one in run.rounds]
+    assert found["clients_train_loss/client-1"] == in_training
     assert found["round/steps_per_s"][-1] == (4, pytest.approx(run.rounds[-1].steps_per_s))
     assert [step for step, _ in found["round/train_loss"]] == [1, 2, 3, 4]
 

@@ -70,6 +70,7 @@ class Curves:
             case Tested(version=step):
                 values = {"version/test_loss": report.loss, "version/test_accuracy": report.accuracy}
                 values |= {f"clients/{name}": accuracy for name, accuracy in report.clients.items()}
+                values |= {f"clients_test_loss/{name}": loss for name, loss in report.losses.items()}
             case RoundReport(round=step):
                 values = {
                     "round/train_loss": report.train_loss,
@@ -79,6 +80,7 @@ class Curves:
                     "round/seconds": report.seconds,
                     "round/bytes_sent": report.bytes_sent,
                 }
+                values |= {f"clients_train_loss/{name}": loss for name, loss in report.train_losses.items()}
         for tag, value in values.items():
             if value is not None:
                 self._writer.add_scalar(tag, value, step)

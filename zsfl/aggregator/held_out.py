@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zsfl.aggregator.roster import MOST_NAMED, Roster
 from zsfl.aggregator.stage import Stage
-from zsfl.aggregator.tally import outliers, pooled
+from zsfl.aggregator.tally import mean_loss, outliers, pooled
 from zsfl.errors import RemoteProtocolError
 from zsfl.ids import Version
 from zsfl.latest import Latest
@@ -168,6 +168,9 @@ class HeldOut:
             )
         self._strange |= strange
         loss, accuracy = pooled({shard: one for shard, one in answers.items() if shard not in strange})
+        said = {
+            self._roster.value.label(shard): None if shard in strange else one for shard, one in sorted(answers.items())
+        }
         return Tested(
             node=self._node.name,
             round=order.round,
@@ -175,10 +178,8 @@ class HeldOut:
             seconds=order.seconds,
             loss=loss,
             accuracy=accuracy,
-            clients={
-                self._roster.value.label(shard): None if shard in strange else _accuracy(one)
-                for shard, one in sorted(answers.items())
-            },
+            clients={name: one and _accuracy(one) for name, one in said.items()},
+            losses={name: one and mean_loss(one.loss_sum, one.weight) for name, one in said.items()},
             left_out=tuple(self._roster.value.label(shard) for shard in sorted(strange)[:MOST_NAMED]),
         )
 

@@ -88,8 +88,7 @@ class AggregatorRole:
         """Shards whose clients a run begins with; 0: all, as one that is resumed does."""
         self._without: frozenset[int] = frozenset()  # shards whose clients had left the run that is resumed
         self._resumed: Place | None = None
-        self._before_s = 0.0
-        """How long earlier processes trained what this one goes on with."""
+        self._before_s = 0.0  # how long earlier processes trained what this one goes on with
         self._server = node.serve(self._answer)
         self._ears: dict[NodeId, asyncio.Task[None]] = {}
         self.hears = frozenset(Role)
@@ -339,8 +338,9 @@ class AggregatorRole:
         self._counters.begin(lambda node: node == self._node.card.id or self._node.peer(node) is not None, before)
         tally = await self._training.train_round(total, self._trials.made, lambda: self._trials.is_enough)
         self._counters.heard(self._node.card.id, self._node.name, self._node.counted())
-        report = tally.round_report(self._training.version, self._counters.added(), time.monotonic())
-        report = msgspec.structs.replace(report, without=self._roster.value.without())
+        roster, added = self._roster.value, self._counters.added()
+        report = tally.round_report(self._training.version, added, time.monotonic(), roster.label)
+        report = msgspec.structs.replace(report, without=roster.without())
         await self._node.persistently(lambda: self._keep(report))
         await self._trials.order(report, *self._training.newest)
 

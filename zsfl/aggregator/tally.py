@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from statistics import median_low
 
-from zsfl.ids import Cid, NodeId, Version
+from zsfl.ids import Cid, NodeId, Version, parse_cid
 from zsfl.learning.averaging import Contribution
 from zsfl.metrics import difference
 from zsfl.reports import RoundReport, WindowReport
@@ -26,6 +26,8 @@ class Tally:
         self._begun_s = now_s
         self._reported_s = now_s
         self._loss_sum = self._weight = 0.0
+        self._losses: dict[int, tuple[float, float]] = {}
+        """The same two by shard."""
         self._steps = self._late = self._behind = self._dropped = 0
         self.samples = self._refused = 0
         self._served: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -54,6 +56,9 @@ class Tally:
                 self.samples += contribution.samples
                 self._weight += contribution.n
                 self._loss_sum += contribution.loss_sum or 0.0
+                shard = parse_cid(contribution.cid).shard
+                loss_sum, weight = self._losses.get(shard, (0.0, 0.0))
+                self._losses[shard] = loss_sum + (contribution.loss_sum or 0.0), weight + contribution.n
 
     @property
     def gone_through(self) -> int:
@@ -87,8 +92,11 @@ class Tally:
         version: Version,
         peers: dict[str, dict[str, float]],
         now_s: float,
+        label: Callable[[int], str] = str,
     ) -> RoundReport:
-        """The whole round, but for its held-out test; `peers` is what nodes added to their counters."""
+        """The whole round, but for its held-out test; `peers` is what nodes added to their counters, `label` says who
+        has a shard.
+        """
         seconds = now_s - self._begun_s
         return RoundReport(
             node=self._node,
@@ -96,6 +104,7 @@ class Tally:
             rounds=self._rounds,
             version=version,
             train_loss=self.train_loss,
+            train_losses={label(shard): mean_loss(*sums) for shard, sums in sorted(self._losses.items())},
             loss=None,
             accuracy=None,
             steps=self._steps,
@@ -109,6 +118,12 @@ class Tally:
             serving={client: dict(servers) for client, servers in sorted(self._served.items())},
             peers=peers,
         )
+
+
+def mean_loss(loss_sum: float, weight: float) -> float | None:
+    """Over the samples; None where there is no such number, which JSON would not have."""
+    loss = loss_sum / weight if weight else math.nan
+    return loss if math.isfinite(loss) else None
 
 
 FAR = 1e6

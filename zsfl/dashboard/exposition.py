@@ -159,9 +159,12 @@ def _of_rounds(history: History) -> Iterator[Metric]:
         "test_accuracy_ratio", "Held-out accuracy of that version, over all clients.", tested and tested.accuracy
     )
     yield _single("test_version", "The newest tested version.", tested and tested.version)
-    clients = [((name,), accuracy) for name, accuracy in (tested.clients.items() if tested else ())]
-    said = "Held-out accuracy of that version, of each client on its own samples."
-    yield _gauge("client_test_accuracy_ratio", said, clients, ("client",))
+    for values, name, said in (
+        (tested and tested.clients, "client_test_accuracy_ratio", "Held-out accuracy of that version, of each client."),
+        (tested and tested.losses, "client_test_loss", "Held-out loss of that version, of each client."),
+        (last and last.train_losses, "client_train_loss", "Training loss of the last round, of each client."),
+    ):
+        yield _gauge(name, said, [((client,), value) for client, value in (values or {}).items()], ("client",))
     for value, name, said in (
         (last and last.seconds, "round_seconds", "How long the last round took."),
         (last and last.steps, "round_steps", "Steps that counted in the last round."),

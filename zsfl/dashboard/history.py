@@ -14,8 +14,8 @@ from zsfl.reports import AnyReport, Failed, Finished, RoundReport, Tested, Windo
 
 MAX_ROUNDS = 2000
 """Of more rounds every second one is left out, again and again."""
-MAX_TEST_CELLS = 200_000
-"""The same for tests, by how many accuracies of clients they have."""
+MAX_CELLS = 200_000
+"""The same, and for tests, by how many numbers of single clients they have."""
 DETAILED = 100
 """The newest rounds, of which it is kept who served whom."""
 OTHERS = "aggregator and others"
@@ -31,6 +31,7 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     rounds: int
     version: int
     train_loss: float
+    train_losses: dict[str, float | None]
     loss: float | None
     accuracy: float | None
     steps: int
@@ -61,6 +62,7 @@ class TestRow(msgspec.Struct, frozen=True, kw_only=True):
     loss: float | None
     accuracy: float | None
     clients: dict[str, float | None]
+    losses: dict[str, float | None]
     at_s: float
     """Seconds of training until the version was made."""
     ends_round: bool
@@ -147,16 +149,17 @@ class History:
         if len(self.rounds) > DETAILED:
             old = self.rounds[-DETAILED - 1]
             self.rounds[-DETAILED - 1] = msgspec.structs.replace(old, serving={})
-        if len(self.rounds) > MAX_ROUNDS:
+        if len(self.rounds) > MAX_ROUNDS or len(self.rounds) * len(report.train_losses) > MAX_CELLS:
             self.rounds = _thinned(self.rounds)
             self._change()
 
     def _row(self, report: RoundReport) -> RoundRow:
         before_s = self.rounds[-1].end_s if self.rounds else 0.0
         tested = next((test for test in reversed(self.tests) if test.version == report.version), None)
-        names = ("round", "rounds", "version", "train_loss", "loss", "accuracy", "steps", "steps_per_s", "seconds")
+        names = ("round", "rounds", "version", "train_loss", "train_losses", "loss", "accuracy", "steps", "steps_per_s")
         return RoundRow(
             **{name: getattr(report, name) for name in names},
+            seconds=report.seconds,
             end_s=max(before_s, tested.at_s if tested else before_s + report.seconds),
             bytes_sent=report.bytes_sent,
             late=report.late,
@@ -181,18 +184,20 @@ class History:
             loss=report.loss,
             accuracy=report.accuracy,
             clients=report.clients,
+            losses=report.losses,
             at_s=self._began_s + report.seconds,
             ends_round=report.ends_round,
         )
         self.tests.append(row)
-        if len(self.tests) * max(1, len(row.clients)) > MAX_TEST_CELLS or len(self.tests) > 2 * MAX_ROUNDS:
+        cells = len(row.clients) + len(row.losses)
+        if len(self.tests) * cells > MAX_CELLS or len(self.tests) > 2 * MAX_ROUNDS:
             self.tests = _thinned(self.tests)
             self._change()
 
 
 def _thinned(rows: list[_Row]) -> list[_Row]:
-    """Every second one, the last included."""
-    return rows[::-1][::2][::-1]
+    """Every second one, the first and the last included."""
+    return [*rows[:-1:2], rows[-1]]
 
 
 def _sent(report: RoundReport) -> dict[str, float]:

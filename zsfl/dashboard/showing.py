@@ -5,9 +5,10 @@ from __future__ import annotations
 import html
 import io
 import json
+import re
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = ("#1f6fb4", "#d1661a", "#2c8c3c", "#8a56b4", "#b4342d", "#0f8f97", "#7f7f7f", "#a08a12")
+TESTS_OF_EACH, TRAINING_OF_EACH = "#1f6fb470", "#d1661a55"
 MOST_DRAWN = 16
 """Runs in one plot."""
 
@@ -151,6 +153,8 @@ def report_page(run: Run) -> str:
     parts = [_facts_table(facts)]
     if run.rounds:
         parts += ["<h2>Curves</h2>", curves([run])]
+        titles = ("client", "training loss", "held-out loss", "held-out accuracy", "best accuracy")
+        parts += ["<h2>Each client, at the end</h2>", _table(titles, _clients(run))]
         parts += [
             "<h2>Who did what</h2>",
             _table(("node", "steps", "sent", "received", "told busy", "retries"), _peers(run)),
@@ -161,6 +165,33 @@ def report_page(run: Run) -> str:
             held = cast("dict[str, Any]", settings)
             parts += [f"<h2>Settings: {name}</h2>", _facts_table({key: str(value) for key, value in held.items()})]
     return _PAGE.format(title=html.escape(f"{run.name} ({run.job.get('name', '')})"), body="\n".join(parts))
+
+
+def _clients(run: Run) -> list[tuple[str, ...]]:
+    """Of each the newest figures that there are."""
+    trained: dict[str, float | None] = {}
+    losses: dict[str, float | None] = {}
+    accuracies: defaultdict[str, list[float]] = defaultdict(list)
+    for one in run.rounds:
+        trained |= one.train_losses
+    for test in run.tests:
+        losses |= dict.fromkeys(test.clients) | test.losses
+        for name, accuracy in test.clients.items():
+            accuracies[name] += [] if accuracy is None else [accuracy]
+    return [
+        (name, _number(trained.get(name)), _number(losses.get(name)))
+        + ((_percent(found[-1]), _percent(max(found))) if (found := accuracies[name]) else ("", ""))
+        for name in sorted(trained.keys() | losses, key=_natural)
+    ]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """For sorting: client-2 before client-10."""
+    return [(int(digits or 0), text) for text, digits in re.findall(r"([^0-9]*)([0-9]*)", name)]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _peers(run: Run) -> list[tuple[str, ...]]:
@@ -220,7 +251,7 @@ def curves(runs: Sequence[Run]) -> str:
 
 
 def draw_runs(runs: Sequence[Run], path: Path) -> None:
-    """Loss and accuracy of several runs by round and by time, into a file whose ending says its kind."""
+    """Loss and accuracy of several runs by round, time and version, into a file whose ending says its kind."""
     if len(runs) > MOST_DRAWN:
         raise ConfigError(f"{len(runs)} runs are too many for one plot: name up to {MOST_DRAWN}")
     try:
@@ -234,37 +265,54 @@ def _figure(runs: Sequence[Run]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7), dpi=120, layout="constrained")
+    figure = Figure(figsize=(10, 10), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    (loss, accuracy), (loss_s, accuracy_s) = figure.subplots(2, 2)
+    rows = figure.subplots(3, 2)
     for run, colour in zip(runs, COLOURS * (1 + len(runs) // len(COLOURS)), strict=False):
-        times = list(_times(run))
-        several = len(runs) > 1
-
-        def label(what: str, run: Run = run, several: bool = several) -> str:
-            return f"{run.name}: {what}" if several else what
-
-        for axes, at in ((loss, [float(one.round) for one in run.rounds]), (loss_s, times)):
-            _curve(axes, at, [one.train_loss for one in run.rounds], label("training"), colour, "--")
-            _curve(axes, at, [one.loss for one in run.rounds], label("held out"), colour, "-")
-        for axes, at in ((accuracy, [float(one.round) for one in run.rounds]), (accuracy_s, times)):
-            percent = [None if one.accuracy is None else 100 * one.accuracy for one in run.rounds]
-            _curve(axes, at, percent, label("held out"), colour, "-")
-    for axes, title, across in (
-        (loss, "Loss, mean over samples", "round"),
-        (accuracy, "Accuracy, % of held-out samples", "round"),
-        (loss_s, "Loss, mean over samples", "seconds of training"),
-        (accuracy_s, "Accuracy, % of held-out samples", "seconds of training"),
-    ):
-        axes.set_title(title, loc="left", fontsize="medium")
-        axes.set_xlabel(across)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.lines:
-            axes.legend(frameon=False, fontsize="small")
-        else:
-            axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
+        rounds, before = run.rounds, f"{run.name}: " if len(runs) > 1 else ""
+        across = ([float(one.round) for one in rounds], _times(run), [float(one.version) for one in rounds])
+        for (loss, accuracy), at in zip(rows, across, strict=True):
+            if not before:
+                _draw_each(loss, accuracy, at, run)
+            _curve(loss, at, [one.train_loss for one in rounds], f"{before}training", colour, "--")
+            _curve(loss, at, [one.loss for one in rounds], f"{before}held out", colour, "-")
+            _curve(accuracy, at, _in_percent(one.accuracy for one in rounds), f"{before}held out", colour, "-")
+    for row, across in zip(rows, ("round", "seconds of training", "version"), strict=True):
+        for axes, title in zip(row, ("Loss, mean over samples", "Accuracy, % of held-out samples"), strict=True):
+            axes.set_title(title, loc="left", fontsize="medium")
+            axes.set_xlabel(across)
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+            if axes.lines:
+                axes.legend(frameon=False, fontsize="small")
+            else:
+                axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
     return figure
+
+
+def _draw_each(loss: Axes, accuracy: Axes, at: Sequence[float], run: Run) -> None:
+    """Thin lines: how each client fares on its own held-out samples, and in training."""
+    tests = {test.version: test for test in run.tests}
+    tested = [tests.get(one.version) for one in run.rounds]
+    trained, losses = [one.train_losses for one in run.rounds], [test.losses if test else {} for test in tested]
+    right = [test.clients if test else {} for test in tested]
+    for axes, figures, what, colour, scale in (
+        (loss, trained, "training", TRAINING_OF_EACH, 1),
+        (loss, losses, "held out", TESTS_OF_EACH, 1),
+        (accuracy, right, "held out", TESTS_OF_EACH, 100),
+    ):
+        label = f"{what}, each client"
+        for name in dict.fromkeys(name for one in figures for name in one):
+            values = [one.get(name) for one in figures]
+            points = [(x, scale * y) for x, y in zip(at, values, strict=True) if y is not None]
+            style: dict[str, Any] = {"linewidth": 0.7, "color": colour, "label": label}
+            if points:
+                cast("Any", axes).plot(*zip(*points, strict=True), **style)
+                label = "_"  # one line of the legend is enough
+
+
+def _in_percent(shares: Iterable[float | None]) -> list[float | None]:
+    return [None if share is None else 100 * share for share in shares]
 
 
 def _times(run: Run) -> list[float]:

@@ -16,7 +16,7 @@ from zsfl.reports import Finished, RoundReport, WindowReport
 def round_(number: int, loss: float) -> RoundReport:
     return RoundReport(
         round=number, rounds=9, version=2 * number, train_loss=loss, loss=None, accuracy=None, steps=1, samples=1,
-        seconds=1.0, steps_per_s=1.0, bytes_sent=1, serving={}, peers={},
+        seconds=1.0, steps_per_s=1.0, bytes_sent=1, serving={}, peers={}, train_losses={"a": 2 * loss, "b": None},
     )  # fmt: skip
 
 
@@ -25,7 +25,10 @@ def window(version: int, loss: float) -> WindowReport:
 
 
 def one_test(version: int, loss: float) -> reports.Tested:
-    return reports.Tested(round=1, version=version, loss=loss, accuracy=None, clients={"a": 0.5}, seconds=1.0)
+    clients, losses = {"a": 0.5}, {"a": 3 * loss}
+    return reports.Tested(
+        round=1, version=version, loss=loss, accuracy=None, clients=clients, losses=losses, seconds=1.0
+    )
 
 
 def test_what_was_made_again_counts_once() -> None:
@@ -60,4 +63,7 @@ def test_readers_see_what_the_run_stands_by(tmp_path: Path) -> None:
     assert found["version/train_loss"] == [(3, 0.75)]
     assert found["version/test_loss"] == [(4, 2.0)]
     assert found["clients/a"] == [(4, 0.5)]
+    assert found["clients_test_loss/a"] == [(4, 6.0)]
+    assert found["clients_train_loss/a"] == [(1, 2.0), (2, 0.25)]
+    assert "clients_train_loss/b" not in found
     assert notes == []

@@ -123,6 +123,7 @@ async def test_a_test_ends_when_all_who_are_there_have_answered() -> None:
         loss=0.5,
         accuracy=0.5,
         clients={"client-0": 1.0, "client-0 (shard 1)": 0.25, "client-2": 0.25},
+        losses={"client-0": 0.5, "client-0 (shard 1)": 0.5, "client-2": 0.5},
         seconds=1.5,
     )
     assert hall.results == [whole]
@@ -317,6 +318,7 @@ async def test_one_client_whose_loss_says_nothing_is_left_out_and_named_once(los
     for tested in hall.results:
         assert (tested.loss, tested.accuracy, tested.left_out) == (0.5, 0.5, ("client-2",))
         assert tested.clients["client-2"] is None
+        assert tested.losses == {"client-0": 0.5, "client-0 (shard 1)": 0.5, "client-2": None}
     said = [note for note in hall.notes if "was not finite" in note]
     assert len(said) == 1
     assert "the held-out loss of client-2 was not finite at version 4, or is no match" in said[0]

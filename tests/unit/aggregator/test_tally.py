@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -75,6 +76,7 @@ def test_the_training_loss_is_the_mean_over_samples_and_not_over_batches(
     counting.counted([*window[split:], *bodies[split:]], Version(1), dropped)
     expected = sum(loss_sum for _, loss_sum, _ in done) / sum(n for n, _, _ in done)
     assert counting.train_loss == pytest.approx(expected)
+    assert counting.round_report(Version(9), {}, 104.0).train_losses == {"0": pytest.approx(expected)}
     report = counting.round_report(Version(9), {}, now_s=104.0)
     assert report.train_loss == counting.train_loss
     assert (report.steps, report.samples) == (len(done), sum(samples for *_, samples in done))
@@ -86,6 +88,15 @@ def test_the_training_loss_is_the_mean_over_samples_and_not_over_batches(
 
 def test_before_any_window_there_is_no_loss_to_speak_of() -> None:
     assert tally().train_loss == 0.0
+
+
+def test_each_client_has_the_mean_over_its_own_samples() -> None:
+    counting = tally()
+    steps = [(7, 0, 2.0, 3.0), (7, 1, 6.0, 1.0), (10, 0, 4.0, 2.0), (11, 0, 1.0, math.inf), (12, 0, 0.0, 0.0)]
+    made = [(contribution("client", n, loss, 1), step_cid(RUN, shard, Version(0), k)) for shard, k, n, loss in steps]
+    counting.counted([replace(one, cid=cid) for one, cid in made], Version(0))
+    report = counting.round_report(Version(1), {}, 101.0, lambda shard: f"client-{shard}")
+    assert report.train_losses == {"client-7": 0.5, "client-10": 0.5, "client-11": None, "client-12": None}
 
 
 def test_progress_is_reported_now_and_then() -> None:

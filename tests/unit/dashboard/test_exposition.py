@@ -93,10 +93,12 @@ def test_where_a_run_stands() -> None:
     round_ = RoundReport(
         round=2, rounds=9, version=6, train_loss=1.5, loss=1.0, accuracy=None, steps=8, samples=1, seconds=2.5,
         steps_per_s=1.0, bytes_sent=10, late=3, dropped=1, staleness=0.5, without=("b",), serving={}, peers={},
+        train_losses={"a": 1.25, "b": None},
     )  # fmt: skip
     tested = reports.Tested(
-        round=2, version=6, loss=math.inf, accuracy=0.5, clients={"a": 0.75, 'b"\n': None}, seconds=1.0
-    )
+        round=2, version=6, loss=math.inf, accuracy=0.5, clients={"a": 0.75, 'b"\n': None}, seconds=1.0,
+        losses={"a": 2.5, 'b"\n': None},
+    )  # fmt: skip
     for report in (tested, round_):
         history.on(report)
     metrics = read(seen(run=run), history)
@@ -109,6 +111,8 @@ def test_where_a_run_stands() -> None:
         "round_sent_bytes": 10, "round_absent_clients": 1,
     }  # fmt: skip
     assert values(metrics["zsfl_client_test_accuracy_ratio"]) == {("a",): 0.75}
+    assert values(metrics["zsfl_client_test_loss"]) == {("a",): 2.5}
+    assert values(metrics["zsfl_client_train_loss"]) == {("a",): 1.25}
     history.on(WindowReport(round=3, rounds=9, window=1, windows=3, version=7, loss=1.25, steps_per_s=1.0, serving={}))
     assert values(read(seen(run=run), history)["zsfl_train_loss"]) == {(): 1.25}
 

@@ -63,6 +63,18 @@ def test_a_viewer_needs_only_what_was_added() -> None:
     assert (told.since(mark), told.rounds, told.tests) == (None, [], [])
 
 
+def test_lines_that_do_not_have_the_losses_of_clients_yet_are_read(tmp_path: Path) -> None:
+    old = tmp_path / "metrics.jsonl"
+    lines = [msgspec.to_builtins(one) for one in (of_test(10, 2.5), round_(1))]
+    del lines[0]["losses"], lines[1]["train_losses"]
+    old.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+    told = History()
+    for report in reports.reports_in(tmp_path):
+        told.on(report)
+    assert [(row.train_loss, row.train_losses) for row in told.rounds] == [(1.0, {})]
+    assert [(row.clients, row.losses) for row in told.tests] == [({"a": 0.4}, {})]
+
+
 def test_how_it_ended_holds_until_it_goes_on() -> None:
     told = History()
     told.on(Finished(rounds=1, version=9, accuracy=None, loss=None, seconds=1.0, folder="runs/a"))
@@ -76,12 +88,12 @@ def test_how_it_ended_holds_until_it_goes_on() -> None:
 def test_a_long_history_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "MAX_ROUNDS", 20)
     monkeypatch.setattr(history, "DETAILED", 5)
-    monkeypatch.setattr(history, "MAX_TEST_CELLS", 60)
+    monkeypatch.setattr(history, "MAX_CELLS", 60)
     told = History()
     for number in range(1, 101):
         told.on(of_test(10 * number, 2.0 * number, clients=dict.fromkeys("abc", 0.5)))
-        told.on(round_(number))
-        assert len(told.rounds) <= 20
+        told.on(round_(number, train_losses=dict.fromkeys("abcd", 1.0)))
+        assert len(told.rounds) <= 15
         assert len(told.tests) <= 20
         assert sum(bool(row.serving) for row in told.rounds) <= 6
         assert told.rounds[-1].round == number

@@ -207,6 +207,28 @@ def test_a_report_is_one_page_that_needs_no_other(tmp_path: Path, capsys: pytest
     assert (code, "name another place with --to" in text) == (1, True)
 
 
+def test_a_report_has_the_loss_and_the_accuracy_of_each_client(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tested(version: int, **of: tuple[float | None, float]) -> reports.Tested:
+        of_each = {"clients": {name: right for name, (right, _) in of.items()}}
+        losses: dict[str, float | None] = {name: loss for name, (_, loss) in of.items()}
+        said = {"round": version // 2, "loss": 1.0, "accuracy": 0.5, "seconds": 1.0}
+        return reports.Tested(version=version, losses=losses, **of_each, **said)  # type: ignore[arg-type]
+
+    folder = write(
+        tmp_path,
+        "one",
+        tested(2, c2=(0.75, 0.5), c10=(0.5, 1.0), c1=(None, 4.0)),
+        round_report(1, train_losses={"c2": 1.0, "c10": 2.0}),
+        tested(4, c2=(0.25, 0.125)),
+        round_report(2, train_losses={"c2": 0.5, "c10": None}),
+    )
+    said(capsys, "report", "--runs", str(tmp_path))
+    cells = " ".join(_Page((folder / "report.html").read_text(encoding="utf-8")).text.split())
+    assert "best accuracy c1 4.0000 c2 0.5000 0.1250 25.00% 75.00% c10 1.0000 50.00% 50.00% " in cells
+
+
 def test_odd_folders_hide_no_good_run_and_hang_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, "good", *ROUNDS)
     os.unlink(write(tmp_path, "pipe") / "metrics.jsonl")
