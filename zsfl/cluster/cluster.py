@@ -97,7 +97,7 @@ class Cluster:
         """What is not ready yet."""
         return [name for name, node in self.nodes.items() if node.address is None]
 
-    def _folder_of(self, report: Finished) -> str:
+    def _folder_of(self, report: Finished | Assembled) -> str:
         """Where what the run leaves is to be found, for people."""
         return report.folder
 
@@ -260,6 +260,8 @@ class Cluster:
         if isinstance(report, Finished):  # it may be that several aggregators made these rounds, one after another
             folder, seconds = self._folder_of(report), time.monotonic() - self._ordered_s
             report = msgspec.structs.replace(report, folder=folder, seconds=seconds)
+        elif isinstance(report, Assembled):
+            report = msgspec.structs.replace(report, folder=self._folder_of(report))
         self._take(report)
         self._metrics.tell(report)
         if self._on_report is not None and not self._closing:

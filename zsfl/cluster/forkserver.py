@@ -23,10 +23,12 @@ from pathlib import Path
 
 import msgspec
 
+from zsfl.cluster.outbox import Outbox
 from zsfl.cluster.talk import Files, Introduce, Introduced, Kill, Order, Printed, Spawn, Trust, read_order
 from zsfl.errors import ZsflError
 from zsfl.ids import AGGREGATING, PROTOCOL
 from zsfl.reports import Exited, Failed, Report
+from zsfl.settings import load_settings
 
 GRACE_S = 10.0
 """What nodes may take to leave once they are asked to, before they are killed: more than they give themselves."""
@@ -37,7 +39,7 @@ MAX_PRINTED = 1 << 16
 class ForkServer:
     """The parent of all nodes of one local cluster."""
 
-    def __init__(self, job: Path, reports: Output, orders: bytes = b"") -> None:
+    def __init__(self, job: Path, reports: Outbox, orders: bytes = b"") -> None:
         """`orders` came already."""
         self._job = job
         self._nodes: dict[int, Spawn] = {}
@@ -63,7 +65,10 @@ class ForkServer:
         self._waiting.register(self._wakeup[0], selectors.EVENT_READ)
         self._take(b"")
         while not self._ending:
+            self._mind_output()
             ready = {key.fd for key, _ in self._waiting.select()}
+            if self._out.pipe in ready:
+                self._out.flush()
             self._relay(ready)
             if self._wakeup[0] in ready:
                 os.read(self._wakeup[0], 4096)
@@ -74,6 +79,13 @@ class ForkServer:
                     break
                 self._take(data)
         self._end_all()
+
+    def _mind_output(self) -> None:
+        """Wait for its pipe to take more, too, where that matters."""
+        if self._out.waits and self._out.pipe not in self._waiting.get_map():
+            self._waiting.register(self._out.pipe, selectors.EVENT_WRITE)
+        elif not self._out.waits and self._out.pipe in self._waiting.get_map():
+            self._waiting.unregister(self._out.pipe)
 
     def _take(self, data: bytes) -> None:
         *lines, self._rest = (self._rest + data).split(b"\n")
@@ -175,6 +187,10 @@ class ForkServer:
         self._end(aggregating, signal.SIGTERM)
         self._end(self._nodes.keys() - aggregating, signal.SIGTERM)
         self._end(self._nodes.keys(), signal.SIGKILL)
+        deadline = time.monotonic() + GRACE_S
+        while self._out.waits and time.monotonic() < deadline:
+            time.sleep(0.01)
+            self._out.flush()
 
     def _end(self, nodes: Collection[int], number: int) -> None:
         for pid in nodes:
@@ -183,6 +199,7 @@ class ForkServer:
         while not self._nodes.keys().isdisjoint(nodes) and time.monotonic() < deadline:
             self._relay([one.pipe for one in (*self._inputs.values(), *self._prints.values())])
             self._reap()
+            self._out.flush()
             time.sleep(0.01)
 
 
@@ -248,19 +265,28 @@ class Prints(Input):
         return lines + ended + end
 
 
-def obey_about_keys(order: Introduce | Trust, told: Output) -> None:
-    """What concerns the keys of this machine; ConfigError when they cannot be read or changed."""
-    from zsfl.keys.secret import keys_folder, own_keys
+def obey_about_keys(order: Introduce | Trust, told: Outbox) -> None:
+    """What concerns the keys of this machine, those that its nodes will use; ConfigError when they cannot be read or
+    changed.
+    """
+    from zsfl.keys.secret import own_keys
     from zsfl.keys.trusted import trust_as
 
     match order:
         case Introduce():
-            key = "" if order.keys is None else own_keys(keys_folder(order.keys)).public
+            key = "" if order.keys is None else own_keys(_keys_of_nodes(order.keys)).public
             told.report(Introduced(protocol=PROTOCOL, version=version("zsfl"), key=key))
         case Trust():
-            folder = keys_folder(order.keys)
+            folder = _keys_of_nodes(order.keys)
             for key, name, roles in order.machines:
                 trust_as(folder, key, name, frozenset(roles))
+
+
+def _keys_of_nodes(named: str) -> Path:
+    """The folder that is named, else the one that variables and settings of this machine name."""
+    from zsfl.keys.secret import keys_folder
+
+    return keys_folder(load_settings({"keys": named or None}, os.environ).keys)
 
 
 def take_files(job: Path) -> bytes:
@@ -301,7 +327,7 @@ def preload(job: Path) -> None:
 def main() -> None:
     """Serve the job named on the command line."""
     job = Path(sys.argv[1])
-    reports = Output(os.dup(1))
+    reports = Outbox(os.dup(1))
     reports.write(b"\n")  # a shell on the way may have printed something, and no end of a line
     # What the job prints while it is imported must not get between the reports.
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -18,6 +18,8 @@ from zsfl.ids import Role
 from zsfl.ranges import ranges, shard_ranges
 from zsfl.settings import check_settings
 
+KEYS = "ZSFL_KEYS"
+"""The variable that names the folder of a machine's keys, where its settings do not."""
 MOST_SHARDS = 1 << 16
 """Of one machine."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,40}$"
@@ -95,11 +97,11 @@ class Lan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         """Whether what travels is encrypted: wherever it leaves a machine, unless the settings say otherwise."""
         addresses = [machine.address or "127.0.0.1" for machine in self.machines.values()]
         leaves = not all(map(_is_loopback, addresses))
-        named = any(map(self.keys_of, self.machines))
+        named = any(map(self.keys_of, self.machines)) or any(KEYS in one.env for one in self.machines.values())
         return not self.settings.get("insecure", False) and (leaves or named)
 
     def keys_of(self, machine: str) -> str:
-        """The folder of its keys; empty where it is the usual one."""
+        """The folder of its keys; empty where that machine says itself which one it is, as for any node there."""
         return str(self.machines[machine].settings.get("keys", self.settings.get("keys", "")))
 
     def ssh_words(self, machine: Machine) -> list[str]:

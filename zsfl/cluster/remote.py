@@ -10,13 +10,13 @@ from typing import Any
 import msgspec
 
 from zsfl.cluster.cluster import Cluster
-from zsfl.cluster.lan import Machine, read_lan
+from zsfl.cluster.lan import KEYS, Machine, read_lan
 from zsfl.cluster.plan import Plan, client_flags
 from zsfl.cluster.spawner import Spawner
 from zsfl.cluster.ssh import LanSpawner
 from zsfl.errors import ConfigError
 from zsfl.ids import Role
-from zsfl.reports import AnyReport, Finished, RoundReport
+from zsfl.reports import AnyReport, Assembled, Finished, RoundReport
 from zsfl.settings import load_settings
 
 Flags = dict[str, Any]
@@ -26,19 +26,24 @@ class LanCluster(Cluster):
     """The nodes that a file such as `lan.toml` names (`zsfl.cluster.lan`), on its machines, over the system's ssh."""
 
     def __init__(self, path: Path, *, on_report: Callable[[AnyReport], None] | None = None, **settings: Any) -> None:
-        """`settings` are fields of `zsfl.settings.NodeSettings` for all nodes, and go before those of the file."""
+        """`settings` are fields of `zsfl.settings.NodeSettings` for all nodes, and go before those of the file; but
+        `keys`, as the variable ZSFL_KEYS, are those of this machine alone.
+        """
         lan = read_lan(path)
         given = {**lan.settings, **{name: value for name, value in settings.items() if value is not None}}
-        if load_settings(given, os.environ).insecure:  # a variable says so as well as a flag
+        base = load_settings(given, os.environ)
+        if base.insecure:  # a variable says so as well as a flag
             given["insecure"] = True
-        self._lan = msgspec.structs.replace(lan, settings=given)
+        machines = {name: _with_keys(machine, base.keys) for name, machine in lan.machines.items()}
+        for_all = {**given, "keys": lan.settings.get("keys", "")}
+        self._lan = lan = msgspec.structs.replace(lan, settings=for_all, machines=machines)
         self._job = path.parent / lan.job
         if not self._job.is_file():
             raise ConfigError(f"{path} names the job {self._job}, and there is no such file")
         self._nodes: dict[Role, dict[str, Flags]] = {}
         self._places: dict[str, str] = {}
         for name, machine in lan.machines.items():
-            for role, node, flags in _nodes_of(name, machine):
+            for role, node, flags in _nodes_of(name, machine, lan.keys_of(name)):
                 self._nodes.setdefault(role, {})[node] = flags
                 self._places[node] = name
         # The nodes are told of one another: where all addresses are known no multicast is needed.
@@ -57,9 +62,11 @@ class LanCluster(Cluster):
             standbys=self._nodes.get(Role.STANDBY, {}),
         )
 
-    def _folder_of(self, report: Finished) -> str:
+    def _folder_of(self, report: Finished | Assembled) -> str:
         machine = self._lan.machines[self._places[report.node]]
-        return f"{machine.ssh}:{PurePosixPath(machine.folder, report.folder)}" if machine.ssh else report.folder
+        if not machine.ssh or not report.folder:
+            return report.folder
+        return f"{machine.ssh}:{PurePosixPath(machine.folder, report.folder)}"
 
     def _late(self) -> list[str]:
         return [f"machine {name}" for name in self._lan_spawner.unknown] + super()._late()
@@ -68,9 +75,17 @@ class LanCluster(Cluster):
         return ()  # the folder is on another machine
 
 
-def _nodes_of(name: str, machine: Machine) -> Iterable[tuple[Role, str, Flags]]:
-    """Role, name and flags of the nodes of one machine."""
+def _with_keys(machine: Machine, here: str) -> Machine:
+    """The machine as it is, or this one with the keys of whoever runs this."""
+    if machine.ssh or not here or KEYS in machine.env:
+        return machine
+    return msgspec.structs.replace(machine, settings={"keys": here, **machine.settings})
+
+
+def _nodes_of(name: str, machine: Machine, keys: str) -> Iterable[tuple[Role, str, Flags]]:
+    """Role, name and flags of the nodes of one machine, whose keys are in this folder."""
     common: Flags = {**machine.settings, "host": machine.address or "127.0.0.1"}
+    common["keys"] = keys or None  # not those of whoever runs this
     if machine.aggregator:
         yield Role.AGGREGATOR, "aggregator", common
     for number in range(machine.split_servers):

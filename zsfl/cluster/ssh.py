@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -11,7 +12,10 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
+
+import msgspec
 
 from zsfl.cluster.forkserver import GRACE_S
 from zsfl.cluster.lan import Lan, Machine
@@ -115,6 +119,8 @@ class MachineSpawner(ProcessSpawner):
                     self._introduction.set_result(told)
             case Failed() if not told.node:
                 self._unusable(ConfigError(f"{self._called}: {told.message}"))
+            case Note() if not told.node:
+                self.reports.put_nowait(msgspec.structs.replace(told, node=self._called))
             case Exited():
                 self._there.discard(told.node)
                 self.reports.put_nowait(told)
@@ -144,14 +150,26 @@ class MachineSpawner(ProcessSpawner):
         code = server.returncode
         said = "; ".join(self._last_words) or "the connection ended"
         if self._introduction is None or not self._introduction.done():
-            advice = f"See whether this works: {shlex.join([*self._command()[:-1], 'true'])}"
-            if code != LOST:
-                advice = f"Is zsfl installed for {self._machine.python} there? Name another one as python"
-            return self._unusable(Unavailable(f"{self._called} cannot be used, code {code}: {said}. {advice}"))
+            what = f"{self._called} cannot be used, code {code}: {said}. {self._advice(code)}"
+            return self._unusable(Unavailable(what))
         self.reports.put_nowait(Note(node="cluster", message=f"{self._called} is lost: {said}", level="warning"))
         for name in sorted(self._there):
             self.reports.put_nowait(Exited(node=name, code=LOST))
         self._there.clear()
+
+    def _advice(self, code: int | None) -> str:
+        """What to do about a fork server that ended before it said who it is."""
+        python = self._machine.python
+        if code == LOST:
+            return f"See whether this works: {shlex.join([*self._command()[:-1], 'true'])}"
+        if code in (126, 127):
+            return f"There is no {python} there that can be run: name the Python that has zsfl as python"
+        missing = re.search(r"No module named '([\w.]+)'", "\n".join(self._last_words))
+        if missing and missing[1] == "zsfl":
+            return f"zsfl is not installed for {python} there: install it, or name another Python as python"
+        if missing and not missing[1].startswith("zsfl."):
+            return f"{missing[1]} is not installed for {python} there: install zsfl there again, with what it needs"
+        return f"Is zsfl {version('zsfl')} there, as here? {self._logs / self._name}.log has all that was said"
 
     async def close(self) -> None:
         """End the fork server there by ending its input: it ends all nodes, and then the connection ends."""

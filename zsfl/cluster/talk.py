@@ -44,7 +44,7 @@ class Introduce(Order, frozen=True, tag="introduce"):
     """Say who this machine is: answered by Introduced."""
 
     keys: str | None
-    """Folder of its keys, empty the usual one; None: none are used."""
+    """Folder of its keys, empty the one that it would use by itself; None: none are used."""
 
 
 class Trust(Order, frozen=True, tag="trust"):

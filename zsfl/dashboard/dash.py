@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import msgspec
@@ -49,6 +49,8 @@ class Place:
     facts: Mapping[str, str]
     is_known: bool = True
     """Whether there is anything yet to look for its nodes by."""
+    elsewhere: str = ""
+    """The folder on another machine, for people."""
 
 
 class Live(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,7 +106,10 @@ class Dash:
         return self._watch.snapshot(time.monotonic())
 
     def tell(self, report: AnyReport) -> None:
-        """What a node told whoever started it, who shows it here."""
+        """What a node told whoever started it, who shows it here; of a run on another machine the curves, too."""
+        if self._place is not None and self._place.folder is None:
+            self._history.on(report)
+            self._news.set()
         match report:
             case Failed():
                 what = f"failed: {report.message}"
@@ -207,8 +212,8 @@ class Dash:
     def _live(self) -> Live:
         folder = self._place.folder if self._place else None
         return Live(
-            title=folder.name if folder else self._place.facts.get("name", "run") if self._place else "run",
-            folder=str(folder) if folder else "",
+            title=_title(self._place) if self._place else "run",
+            folder=str(folder) if folder else self._place.elsewhere if self._place else "",
             job=self._job,
             seen=self.seen(),
             window=self._history.window,
@@ -216,6 +221,11 @@ class Dash:
             unread=self._history.unread,
             notes=tuple(self._notes),
         )
+
+
+def _title(place: Place) -> str:
+    named = place.folder or (PurePath(place.elsewhere) if place.elsewhere else None)
+    return named.name if named else place.facts.get("name", "run")
 
 
 def _job_in(path: Path, known: int | None) -> tuple[dict[str, Any], int | None]:
@@ -238,6 +248,7 @@ class Started:
         self.settings = replace(settings, mdns=False, port=0)
         self._address = ""
         self._folder: Path | None = None
+        self._elsewhere = ""
 
     def take(self, report: AnyReport) -> None:
         """One report more."""
@@ -245,11 +256,13 @@ class Started:
             case Ready() if report.role == Role.AGGREGATOR:
                 self._address = report.address
             case Assembled() if report.folder:
-                self._folder = Path(report.folder)
+                is_here = Path(report.folder).is_dir()
+                self._folder, self._elsewhere = (Path(report.folder), "") if is_here else (None, report.folder)
             case _:
                 pass
 
     def find(self) -> Place:
         """Where it is by now."""
         peers = (self._address,) if self._address else ()
-        return Place(self._folder, replace(self.settings, peers=peers), {}, is_known=bool(peers))
+        settings = replace(self.settings, peers=peers)
+        return Place(self._folder, settings, {}, is_known=bool(peers), elsewhere=self._elsewhere)

@@ -25,10 +25,8 @@ def window(version: int, loss: float) -> WindowReport:
 
 
 def one_test(version: int, loss: float) -> reports.Tested:
-    clients, losses = {"a": 0.5}, {"a": 3 * loss}
-    return reports.Tested(
-        round=1, version=version, loss=loss, accuracy=None, clients=clients, losses=losses, seconds=1.0
-    )
+    said = {"round": 1, "accuracy": None, "clients": {"a": 0.5}, "losses": {"a": 3 * loss}, "seconds": 1.0}
+    return reports.Tested(version=version, loss=loss, **said)  # type: ignore[arg-type]
 
 
 def test_what_was_made_again_counts_once() -> None:

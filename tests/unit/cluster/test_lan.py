@@ -50,8 +50,8 @@ def test_it_says_who_plays_what(tmp_path: Path) -> None:
     assert lan.machines["ward"].roles == {Role.AGGREGATOR, Role.STANDBY, Role.CLIENT}
     (tmp_path / "job.py").write_text("")
     plan = LanCluster(path, runs=tmp_path, rounds=7)._plan()
-    assert plan.aggregator == {"host": "192.168.1.10"}
-    gpu = {"device": "cuda", "host": "192.168.1.20"}
+    assert plan.aggregator == {"host": "192.168.1.10", "keys": None}
+    gpu = {"device": "cuda", "host": "192.168.1.20", "keys": None}
     assert plan.split_servers == {"split-server-gpu": gpu, "split-server-gpu-1": gpu}
     assert {name: flags["shards"] for name, flags in plan.clients.items()} == {
         "client-0-1": "0-1", "client-2_5": "2, 5", "client-3": "3", "client-4": "4",
@@ -119,3 +119,32 @@ def test_clients_are_divided_among_processes() -> None:
     odd = client_flags(range(1, 60, 2), 1)
     assert list(odd) == ["client-1_and_29_more"]
     assert client_flags(range(5), 2) == {"client-0-1": {"shards": "0-1"}, "client-2-4": {"shards": "2-4"}}
+
+
+def keys_told(cluster: LanCluster) -> dict[str, str | None]:
+    """Which keys the nodes of each machine are told to use, and its fork server."""
+    plan = cluster._plan()
+    nodes = {**plan.split_servers, **plan.clients, **plan.standbys, "aggregator": plan.aggregator}
+    places = {cluster._places[node]: flags["keys"] for node, flags in nodes.items()}
+    assert {name: keys or None for name, keys in ((name, cluster._lan.keys_of(name)) for name in places)} == places
+    return places
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("", ""), {"desk": "mine", "gpu": None, "ward": None}),
+        (("rounds = 5", 'keys = "all"'), {"desk": "mine", "gpu": "all", "ward": "all"}),
+        (('device = "cuda"', 'keys = "there"'), {"desk": "mine", "gpu": "there", "ward": None}),
+        (("aggregator = true", 'aggregator = true\nenv.ZSFL_KEYS = "e"'), {"desk": None, "gpu": None, "ward": None}),
+    ],
+)
+def test_keys_of_whoever_runs_it_are_those_of_this_machine_alone(
+    change: tuple[str, str], told: dict[str, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = lan_file(tmp_path, GOOD.replace(*change) if change[0] else GOOD)
+    (tmp_path / "job.py").touch()
+    assert keys_told(LanCluster(path, keys="mine")) == told
+    if "all" not in told.values():
+        monkeypatch.setenv("ZSFL_KEYS", "mine")
+        assert keys_told(LanCluster(path)) == told
