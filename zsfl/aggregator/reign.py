@@ -66,7 +66,9 @@ class Reign:
         self._consent = Consent(node, self.holders)
         self._lease = Lease(shards)
         """Of the promises in whatever epoch: nobody else can be given that time."""
-        self._aim: _Aim | None = None
+        aim = self._standing.aim
+        # What an earlier process asked for, and may have been given, nobody else has.
+        self._aim = _Aim(aim, Lease(shards), clock_s()) if aim > self._standing.epoch else None
         self._is_alone = node.settings.takeover == "always"
         """Nobody's consent is needed: a later epoch is all that ends an earlier one."""
         self._followers: Latest[dict[NodeId, Version]] = Latest({})
@@ -131,15 +133,15 @@ class Reign:
         if self._lease.is_succeeded(self._standing.epoch, now_s - TOLD_LEASES * lease_s, now_s, alone=self._is_alone):
             self._fenced()
         if aim is None:
-            return self._aim_beyond(self._standing.epoch, now_s)
+            return await self._aim_beyond(self._standing.epoch, now_s)
         if aim.lease.is_held(now_s) or (self._is_alone and not aim.lease.is_contested(asked_s, now_s)):
             await self._node.persistently(lambda: self._keep(epoch=aim.epoch))
             self._aim = None
         elif now_s >= aim.begun_s + lease_s:  # by then whoever would answer has
-            return self._aim_beyond(aim.epoch - 1, now_s)
+            return await self._aim_beyond(aim.epoch - 1, now_s)
         return False
 
-    def _aim_beyond(self, epoch: int, now_s: float) -> bool:
+    async def _aim_beyond(self, epoch: int, now_s: float) -> bool:
         """Where clients know of a later epoch than this, ask for one after that from now on; whether it is so.
 
         They promised it to somebody who never led in it, and would hear nothing that is said before. An epoch that most
@@ -147,6 +149,7 @@ class Reign:
         """
         if (later := self._lease.epoch_for_all(epoch)) == epoch:
             return False
+        await self._node.persistently(lambda: self._keep(aim=later))
         self._aim = _Aim(later, Lease(self._shards), now_s)
         return True
 

@@ -21,6 +21,8 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
     """Of the folder in which the run began."""
     epoch: int = 0
     """The last that it heard of."""
+    aim: int = 0
+    """The last for whose promises it asked as whoever leads: where it is later, most may have promised it by now."""
     led: bool = False
     """Whether the run was made here in that epoch."""
     shared: bool = False

@@ -11,6 +11,7 @@ import pytest
 
 from zsfl.aggregator.reign import COPYING_S, Reign
 from zsfl.aggregator.stage import Stage
+from zsfl.aggregator.standing import Standing
 from zsfl.ids import NodeCard, NodeId, Role, Version
 from zsfl.lease import Candidate, Promise, clock_s
 from zsfl.settings import NodeSettings
@@ -18,18 +19,22 @@ from zsfl.wire.succession import Follow, Grant, Granted
 
 LEASE_S = 1000.0
 STANDBY = NodeCard(id=NodeId("standby"), name="standby", role=Role.STANDBY, host="127.0.0.1", control_port=1)
-CLIENT = NodeCard(id=NodeId("client"), name="client", role=Role.CLIENT, host="127.0.0.1", control_port=2)
 
 
 class FakeNode:
-    """A node with one client, which holds the only shard and keeps its promises, and one that stands by."""
+    """A node with clients, which hold a shard each and keep their promises, and one that stands by."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, clients: int = 1, **settings: Any) -> None:
         self.name, self.card = "me", SimpleNamespace(id=NodeId("me"), key="")
         self.settings = NodeSettings(lost_after_s=LEASE_S, **settings)
-        self.promise = Promise(clock_s() - LEASE_S, LEASE_S)
+        self.promises = [Promise(clock_s() - LEASE_S, LEASE_S) for _ in range(clients)]
+        self.promise = self.promises[0]
         self.notes: list[str] = []
-        self.there = [STANDBY, CLIENT]
+        self.clients = [
+            NodeCard(id=NodeId(f"client-{k}"), name="client", role=Role.CLIENT, host="127.0.0.1", control_port=2 + k)
+            for k in range(clients)
+        ]
+        self.there = [STANDBY, *self.clients]
 
     def peers(self, role: Role) -> list[NodeCard]:
         return [card for card in self.there if card.role is role]
@@ -47,15 +52,18 @@ class FakeNode:
         return write()
 
     def link(self, card: NodeCard) -> Any:
+        shard = self.clients.index(card)
+        promise = self.promises[shard]
+
         async def request(grant: Grant, deadline_s: float) -> Any:
             by = candidate(grant.holder, grant.epoch, grant.known, grant.version)
-            refused = self.promise.ask(by, grant.lease_s, clock_s())
-            epoch, version = self.promise.newest
+            refused = promise.ask(by, grant.lease_s, clock_s())
+            epoch, version = promise.newest
             granted = Granted(
-                shards=(0,),
+                shards=(shard,),
                 refused=refused,
                 lease_s=grant.lease_s,
-                epoch=self.promise.epoch,
+                epoch=promise.epoch,
                 newest=(epoch, Version(version)),
             )
             return SimpleNamespace(expect=lambda _: granted)
@@ -68,7 +76,7 @@ def candidate(holder: str, epoch: int, known: int, version: int) -> Candidate:
 
 
 def reigning(node: FakeNode, folder: Path) -> Reign:
-    reign = Reign(cast(Any, node), folder, Stage(cast(Any, node)), shards=1, bound=0)
+    reign = Reign(cast(Any, node), folder, Stage(cast(Any, node)), shards=len(node.promises), bound=0)
     reign.begin(Version(0))
     return reign
 
@@ -127,6 +135,36 @@ async def test_a_successor_that_leaves_too_is_not_waited_for(tmp_path: Path) -> 
     reign.lost(STANDBY)
     assert not await leaving
     running.cancel()
+
+
+async def test_an_epoch_that_most_promised_it_before_a_restart_is_its_own(tmp_path: Path) -> None:
+    node = FakeNode(clients=3)
+    reign = reigning(node, tmp_path)
+    follow(reign, 0)
+    running = await until_shared(reign, node)
+    running.cancel()
+    # One client has promised a later epoch to somebody who never came to lead in it.
+    rival = node.promises[2] = Promise(clock_s() - LEASE_S, LEASE_S)
+    assert rival.ask(candidate("rival", 2, 1, 0), LEASE_S, clock_s()) == ""
+    assert await reign._renew()
+    write, node.persistently = node.persistently, killed
+    with pytest.raises(Killed):
+        await reign._renew()
+    node.persistently = write
+    assert [promise.epoch for promise in node.promises] == [3, 3, 2]
+    again = reigning(node, tmp_path)
+    assert not again.is_held
+    assert not await again._renew()
+    assert again.is_held
+    assert Standing.of(tmp_path).epoch == 3
+
+
+class Killed(Exception):
+    """The process ended here."""
+
+
+async def killed(write: Any) -> Any:
+    raise Killed
 
 
 @pytest.mark.parametrize("durability", ["process", "replica"])
