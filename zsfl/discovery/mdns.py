@@ -30,6 +30,8 @@ MAX_QUEUED = 1024
 MAX_OTHERS = 64
 """Addresses of other jobs and protocols kept for people to see."""
 RESOLVE_S = 3.0
+ASKING = zc.DNSQuestionType.QM
+"""For answers by multicast. Others go to whichever process of this machine comes first, so that one waits for more."""
 GOODBYE_S = 1.0
 
 
@@ -112,7 +114,7 @@ class Mdns:
     async def _run(self) -> AsyncGenerator[None, None]:
         async with open_network(self._card.host) as network:
             announcing = await announce(network, self._service())
-            browser = AsyncServiceBrowser(network.zeroconf, SERVICE, handlers=[self._on_change])
+            browser = AsyncServiceBrowser(network.zeroconf, SERVICE, handlers=[self._on_change], question_type=ASKING)
             try:
                 yield
             finally:
@@ -187,11 +189,11 @@ class Mdns:
         return "of this job, but not of a machine that this one trusts (or without keys, where this one has them),"
 
 
-async def resolved(zeroconf: zc.Zeroconf, name: str, question: zc.DNSQuestionType | None = None) -> Announcement | None:
+async def resolved(zeroconf: zc.Zeroconf, name: str) -> Announcement | None:
     """What the node that is announced by this name says of itself; None where it says nothing, or makes no sense."""
     try:
         info = AsyncServiceInfo(SERVICE, name)
-        told = await info.async_request(zeroconf, RESOLVE_S * 1000, question)
+        told = await info.async_request(zeroconf, RESOLVE_S * 1000, ASKING)
     except zc.Error:
         return None
     return read_announcement(info) if told else None

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import zeroconf as zc
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncZeroconf
 
-from zsfl.discovery.mdns import SERVICE, Announcement, announce, open_network, resolved
+from zsfl.discovery.mdns import ASKING, SERVICE, Announcement, announce, open_network, resolved
 from zsfl.doctor.seen import Multicast
 from zsfl.errors import Unavailable
 from zsfl.ids import NodeId
@@ -19,8 +19,6 @@ PROBE = "_zsfl-probe._tcp.local."
 LISTEN_S = 2.0
 """Answers take a few tenths of a second, or a second where somebody else has just asked."""
 MAX_RESOLVING = 256
-ASKING = zc.DNSQuestionType.QM
-"""For answers by multicast, which is what is looked at. Others go to whichever process of this machine comes first."""
 Took = Callable[[Announcement], None]
 Missing = Callable[[], Awaitable[Iterable[NodeId]]]
 
@@ -47,7 +45,7 @@ async def listen(hosts: Sequence[str], took: Took, missing: Missing) -> list[Mul
         probes = {host: await _say(mouth, host) for host, mouth in mouths.items()}
         await asyncio.sleep(LISTEN_S)
         names = [f"{node_id}.{SERVICE}" for node_id in await missing()]
-        for seen in await asyncio.gather(*(resolved(ears.zeroconf, name, ASKING) for name in names)):
+        for seen in await asyncio.gather(*(resolved(ears.zeroconf, name) for name in names)):
             if seen is not None:
                 took(seen)
         return [*unusable, *(Multicast(host=host, came_back=probe in heard) for host, probe in probes.items())]
@@ -68,7 +66,7 @@ async def _browsing(ears: AsyncZeroconf, took: Took) -> AsyncGenerator[set[str],
     resolving: set[asyncio.Task[None]] = set()
 
     async def resolve(name: str) -> None:
-        if (seen := await resolved(ears.zeroconf, name, ASKING)) is not None:
+        if (seen := await resolved(ears.zeroconf, name)) is not None:
             took(seen)
 
     def found(zeroconf: zc.Zeroconf, service_type: str, name: str, state_change: zc.ServiceStateChange) -> None:
