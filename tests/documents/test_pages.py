@@ -58,7 +58,8 @@ def reader(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Reader]:
             machines = stack.enter_context(machines_at(*ADDRESSES))
             places = {each.host: (tmp_path / each.host / "work", each.inside) for each in machines}
             if any("lan.toml" in line for line in shells(page)):
-                how = stack.enter_context(reached(machines, tmp_path / "ssh", path=environment(bin_folder)["PATH"]))
+                homes = {address: folder.parent for address, (folder, _) in places.items()}
+                how = stack.enter_context(reached(machines, tmp_path / "ssh", environment(bin_folder)["PATH"], homes))
                 ssh = bin_folder / "ssh"
                 ssh.write_text(f'#!/bin/sh\nexec {how.ssh.replace("ssh", str(shutil.which("ssh")), 1)} "$@"\n')
                 ssh.chmod(0o755)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +28,13 @@ class Reached:
 
 
 @contextmanager
-def reached(machines: tuple[Machine, ...], folder: Path, path: str = "") -> Iterator[Reached]:
-    """An sshd in each machine while the block runs, which gives what it starts this PATH; skips where there is none."""
+def reached(
+    machines: tuple[Machine, ...], folder: Path, path: str = "", homes: Mapping[str, Path] | None = None
+) -> Iterator[Reached]:
+    """An sshd in each machine while the block runs; skips where there is none on this system.
+
+    With `homes`, by address, what it starts has that home and this PATH.
+    """
     if not Path(SSHD).exists() or not shutil.which("ssh"):
         pytest.skip("machines that ssh reaches need openssh-server and openssh-client")
     folder.mkdir()
@@ -39,12 +44,15 @@ def reached(machines: tuple[Machine, ...], folder: Path, path: str = "") -> Iter
     config.write_text(
         f"Host *\nIdentityFile {user}\nStrictHostKeyChecking no\nUserKnownHostsFile {folder}/known\nLogLevel ERROR\n"
     )
-    # The shell that sshd starts may set PATH by itself, before the command.
-    forced = f'ForceCommand export PATH="{path}"; eval "$SSH_ORIGINAL_COMMAND"\n' if path else ""
     running: list[subprocess.Popen[bytes]] = []
     try:
         for machine in machines:
             rules = folder / f"{machine.host}.conf"
+            # The shell that sshd starts may set PATH by itself, before the command.
+            forced = ""
+            if homes:
+                homely = f'export PATH="{path}" HOME="{homes[machine.host]}"; cd; eval "$SSH_ORIGINAL_COMMAND"'
+                forced = f"ForceCommand {homely}\n"
             rules.write_text(
                 f"ListenAddress {machine.host}\nHostKey {host}\nAuthorizedKeysFile {user}.pub\nStrictModes no\n"
                 f"UsePAM no\nPidFile none\nPermitRootLogin yes\n" + forced
