@@ -110,7 +110,7 @@ async def run_role(
             on_beat=on_beat,
         )
         if role in (Role.AGGREGATOR, Role.STANDBY):
-            await _aggregate(role, front, name, job, cuts, settings)
+            await _aggregate(role, front, name, job, cuts, settings, report)
         else:
             await _play(front(role), job, cuts, spills)
 
@@ -186,7 +186,13 @@ async def _play(front: Front, job: Job, cuts: Cuts, spills: Path) -> None:
 
 
 async def _aggregate(
-    role: Role, front: Callable[..., Front], name: str, job: Job, cuts: Cuts, settings: NodeSettings
+    role: Role,
+    front: Callable[..., Front],
+    name: str,
+    job: Job,
+    cuts: Cuts,
+    settings: NodeSettings,
+    report: Reporter,
 ) -> None:
     """Aggregate, or stand by and aggregate once that is called for; whoever is succeeded stands by from then on.
 
@@ -198,12 +204,17 @@ async def _aggregate(
     with (
         RunFolder.of_copy(settings.runs, f"{run}.{name}")
         if role is Role.STANDBY
-        else RunFolder.create(settings.runs, run, settings.resume)
+        else RunFolder.create(settings.runs, run, settings.resume, or_begin=settings.service)
     ) as folder:
+        if settings.service:
+            if (done := _done(folder, settings, job)) is not None:
+                return report(Note(node=name, message=done))
+            settings = dataclasses.replace(settings, resume=not folder.is_new and role is Role.AGGREGATOR)
         known: tuple[str, ...] = ()
         while True:
             elected, standing = None, Standing.of(folder.path)
-            if role is Role.STANDBY or standing.shared:
+            # Of a run that never began nobody can have taken over.
+            if role is Role.STANDBY or (standing.shared and not folder.is_new):
                 standby = front(Role.STANDBY, settings=_knowing(settings, known))
                 elected = await _stand_by(standby, job, folder, standing)
                 if elected is None:
@@ -232,6 +243,17 @@ async def _aggregate(
                 await _until_free(settings)
             else:
                 return
+
+
+def _done(folder: RunFolder, settings: NodeSettings, job: Job) -> str | None:
+    """That nothing is left to do in this folder, for people; None when there is."""
+    finished, wanted = folder.finished(), settings.rounds or Standing.of(folder.path).rounds or job.rounds
+    if finished is None or settings.hold or not (finished.early or finished.rounds >= wanted):
+        return None
+    return (
+        f"the run in {folder.path} is finished, with {number_of(finished.rounds, 'round')}: nothing is left to do. Ask "
+        "for more with --rounds, or name another run with --run"
+    )
 
 
 async def _until_free(settings: NodeSettings) -> None:
@@ -289,13 +311,20 @@ def describe(job: Job, settings: NodeSettings, facts: Mapping[str, str]) -> dict
 
 
 @contextmanager
-def _reporting() -> Iterator[Reporter]:
-    """Reports on standard output: JSON for a program that reads it, words for a person at a terminal."""
-    if not sys.stdout.isatty():
+def _reporting(flags: Mapping[str, Any]) -> Iterator[Reporter]:
+    """Reports on standard output: JSON for a program that reads it, words for a person at a terminal or with a log."""
+    if not sys.stdout.isatty() and not _is_service(flags):
         yield print_report
         return
     with NodePrinter() as printer:
         yield printer.on
+
+
+def _is_service(flags: Mapping[str, Any]) -> bool:
+    try:
+        return load_settings(flags, os.environ).service
+    except ConfigError:  # told of later, in words where they may have been meant
+        return bool(flags.get("service") or os.environ.get("ZSFL_SERVICE"))
 
 
 def print_report(report: AnyReport) -> None:
@@ -321,7 +350,7 @@ def main(role: str, job: Job, argv: Sequence[str] | None = None) -> int:
 def run_node(role: Role, job: Job | Path, flags: Mapping[str, Any], report: Reporter | None = None) -> int:
     """Run one node in this process; 0 when it ended well, 1 when it failed, 2 when its job or settings are wrong."""
     if report is None:
-        with _reporting() as told:
+        with _reporting(flags) as told:
             return run_node(role, job, flags, told)
     name = str(flags.get("name") or role)
     try:

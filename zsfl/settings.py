@@ -96,6 +96,10 @@ class NodeSettings:
     )
     clients: int = field(default=0, metadata=_doc("how many shards the data is divided among; 0: what the job says"))
     resume: bool = field(default=False, metadata=_doc("continue the run of that name"))
+    service: bool = field(
+        default=False,
+        metadata=_doc("for system services: continue the run, or begin it, or leave it if it is finished; print words"),
+    )
     durability: str = field(
         default="process",
         metadata=_doc(
@@ -125,9 +129,7 @@ class NodeSettings:
     )
     mode: str = field(default="", metadata=_doc("exact, elastic or async; default: what the job says"))
     hold: bool = field(default=False, metadata=_doc("the aggregator waits for an order to train"))
-    join_s: float = field(
-        default=600.0, metadata=_doc("seconds a node waits for an aggregator to appear before it gives up")
-    )
+    join_s: float = field(default=600.0, metadata=_doc("seconds without any aggregator after which a node gives up"))
     patience_s: float = field(
         default=60.0, metadata=_doc("seconds a run may stand still for a missing peer before it fails")
     )
@@ -153,7 +155,7 @@ class NodeSettings:
 
 _COMMON = (
     "clients", "mode", "codec", "cluster", "host", "port", "peers", "keys", "insecure", "io_threads", "mdns", "name",
-    "runs", "run", "threads", "join_s", "patience_s", "request_s", "metrics",
+    "runs", "run", "threads", "join_s", "patience_s", "request_s", "metrics", "service",
 )  # fmt: skip
 NODE_FLAGS: dict[Role, tuple[str, ...]] = {
     Role.CLIENT: ("shards", "device", "spill_mib", *_COMMON),
@@ -208,9 +210,7 @@ def _from_toml(path: Path | None, env: Mapping[str, str]) -> dict[str, Any]:
     try:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as err:
-        raise ConfigError(
-            f"cannot read the settings file {file} ({err.strerror}); correct ZSFL_CONFIG or the path"
-        ) from None
+        raise ConfigError(f"cannot read the settings file {file} ({err.strerror}); correct ZSFL_CONFIG or it") from None
     except ValueError as err:
         raise ConfigError(f"{file} is not a TOML file: {err}") from None
     for name, value in document.items():

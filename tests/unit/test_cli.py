@@ -19,7 +19,7 @@ from zsfl.cli import main, parser
 COMMON = {
     "--clients", "--cluster", "--codec", "--host", "--join-s", "--mdns", "--mode", "--name", "--no-mdns",
     "--patience-s", "--peer", "--port", "--request-s", "--run", "--runs", "--threads", "--insecure", "--no-insecure",
-    "--io-threads", "--keys", "--metrics",
+    "--io-threads", "--keys", "--metrics", "--service", "--no-service",
 }  # fmt: skip
 CLUSTER = {
     "--client-processes", "--clients", "--cluster", "--codec", "--device", "--durability", "--host", "--in-process",

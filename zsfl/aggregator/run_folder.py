@@ -66,15 +66,16 @@ class RunFolder:
         """`is_new`: this process made it, and takes it away again should nothing come of it."""
         self.path = path
         self._lock = lock
-        self._is_new = is_new
+        self.is_new = is_new
         self._ends: dict[str, int] = {}
         """By file, where the last line ends that was appended whole."""
         self.on_report: Callable[[AnyReport], None] = lambda _: None
         """Called with each report that metrics.jsonl has one line more of."""
 
     @classmethod
-    def create(cls, runs: Path, name: str, resume: bool) -> Self:
-        """Take `runs`/`name`, or the first free of NAME-2, NAME-3, ...; with `resume` exactly `name`.
+    def create(cls, runs: Path, name: str, resume: bool, *, or_begin: bool = False) -> Self:
+        """Take `runs`/`name`, or the first free of NAME-2, NAME-3, ...; with `resume` exactly `name`, and so with
+        `or_begin`, which begins it where nothing was begun yet.
 
         `ConfigError` when there is nothing to resume or another process writes the folder, `StorageError`
         when the disk refuses.
@@ -82,16 +83,18 @@ class RunFolder:
         if name.lower() in BESIDE_RUNS:  # as a job may be called
             raise ConfigError(f"a run cannot be called {name}, which is a folder beside the runs; name it with --run")
         path = runs / name
-        if resume and not path.is_dir():
+        if resume and not or_begin and not path.is_dir():
             raise ConfigError(f"there is no run {path} to resume; {_known_runs(runs)}")
         with _storing(runs):
             runs.mkdir(parents=True, exist_ok=True)
-            if not resume:
+            if or_begin:
+                path.mkdir(exist_ok=True)
+            elif not resume:
                 path = _new_folder(runs, name)
             lock = lock_folder(path, "stop it first, or give this run another name with --run")
             for file in (METRICS, LEDGER):
                 _drop_torn_line(path / file)
-        return cls(path, lock, is_new=not resume)
+        return cls(path, lock, is_new=not (_is_begun(path) if or_begin else resume))
 
     @classmethod
     def of_copy(cls, runs: Path, name: str) -> Self:
@@ -115,7 +118,7 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # Who was cancelled may be started again, as one that was killed.
-        if self._is_new and not (kind and issubclass(kind, asyncio.CancelledError)):
+        if self.is_new and not (kind and issubclass(kind, asyncio.CancelledError)):
             self._remove_if_idle()
         self.close()
 
@@ -193,6 +196,11 @@ class RunFolder:
         if kept < len(lines):
             with _storing(self.ledger_path):
                 os.truncate(self.ledger_path, sum(len(line) + 1 for line in lines[:kept]))
+
+    def finished(self) -> Finished | None:
+        """How the run ended, where nothing was done in it since it ended well."""
+        last = next(reversed(self.reports()), None)
+        return last if isinstance(last, Finished) else None
 
     def rounds(self) -> list[RoundReport]:
         """The rounds in metrics.jsonl, in order; of a round that was redone after a resume, the last."""
@@ -292,6 +300,11 @@ def _finish(axes: Axes, title: str) -> None:
 def _known_runs(runs: Path) -> str:
     names = sorted(entry.name for entry in runs.iterdir() if entry.is_dir()) if runs.is_dir() else []
     return f"{runs} has {', '.join(names)}" if names else f"{runs} has no run yet: start without --resume"
+
+
+def _is_begun(path: Path) -> bool:
+    """Whether there is something to resume: whoever was killed while it waited for the others left a folder without."""
+    return bool(whole_lines(path / LEDGER)) or any((path / CHECKPOINT).glob("round-*"))
 
 
 def _new_folder(runs: Path, name: str) -> Path:

@@ -23,7 +23,7 @@ KEYS = "ZSFL_KEYS"
 MOST_SHARDS = 1 << 16
 """Of one machine."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,40}$"
-OWN = ("host", "port", "name", "shards", "clients", "hold", "resume", "peers")
+OWN = ("host", "port", "name", "shards", "clients", "hold", "resume", "service", "peers")
 """Settings that are said elsewhere: by the file's own words, or the command line."""
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 TICK_S = 0.5
+LOG_REPEAT_S = 600.0
 
 
 def how_to_go_on(view: RunView, given: Sequence[str]) -> str:
@@ -134,7 +135,10 @@ class ProgressPrinter:
 
 
 class NodePrinter:
-    """What one node reports to the person who started it at a terminal: a line each, and below how far the run is."""
+    """What one node reports to the person who started it: a line each, and at a terminal, below, how far the run is.
+
+    In a log, where nobody looks for hours, a wait that goes on is told of again every `LOG_REPEAT_S`.
+    """
 
     def __init__(self, console: Console | None = None, clock_s: Callable[[], float] = time.monotonic) -> None:
         from rich.console import Console
@@ -143,6 +147,7 @@ class NodePrinter:
         self._console = console or Console()
         self._clock_s = clock_s
         self._live: Live | None = None
+        self._told: tuple[tuple[str, tuple[str, ...]], float] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -150,9 +155,24 @@ class NodePrinter:
     def __exit__(self, *_: object) -> None:
         self._draw(None)
 
+    def _is_old_news(self, report: AnyReport, now_s: float) -> bool:
+        if not isinstance(report, Waiting) or self._console.is_terminal:
+            return False
+        news = (report.what, report.hints)
+        if self._told is not None and self._told[0] == news and now_s - self._told[1] < LOG_REPEAT_S:
+            return True
+        self._told = (news, now_s)
+        return False
+
     def on(self, report: AnyReport) -> None:
         """Take one report in and show it."""
-        self._view.on(report, self._clock_s())
+        now_s = self._clock_s()
+        self._view.on(report, now_s)
+        if not self._is_old_news(report, now_s):
+            with suppress(SystemExit):  # rich's answer to a closed pipe; a node goes on when nobody watches any more
+                self._show(report)
+
+    def _show(self, report: AnyReport) -> None:
         line = ready_line(report) if isinstance(report, Ready) else plain_line(report)
         if line is not None and not isinstance(report, Failed):  # its error is told once, at the end
             self._console.out(line, highlight=False)
@@ -165,6 +185,8 @@ class NodePrinter:
         """Redraw the last line; None: away with it."""
         from rich.live import Live
 
+        if not self._console.is_terminal:
+            return
         if what is None:
             if self._live is not None:
                 self._live.stop()

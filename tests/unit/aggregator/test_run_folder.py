@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.aggregator.standing import Standing
 from zsfl.errors import ConfigError, StorageError
-from zsfl.reports import Failed, RoundReport, WindowReport
+from zsfl.reports import Failed, Finished, RoundReport, WindowReport
 
 
 def round_report(number: int, *, loss: float | None = 0.5, accuracy: float | None = 0.9) -> RoundReport:
@@ -36,6 +36,8 @@ def round_report(number: int, *, loss: float | None = 0.5, accuracy: float | Non
 
 
 WINDOW = WindowReport(round=1, rounds=9, window=1, windows=10, version=1, loss=2.0, steps_per_s=5.0, serving={})
+
+FINISHED = Finished(node="a", rounds=1, version=1, accuracy=None, loss=None, seconds=1.0, folder="runs/digits")
 
 
 def test_a_taken_name_gets_a_number(tmp_path: Path) -> None:
@@ -91,6 +93,30 @@ def test_resume_takes_the_folder_of_that_name(tmp_path: Path) -> None:
         folder.append_metrics(round_report(1))
     with RunFolder.create(tmp_path, "digits", resume=True) as folder:
         assert [report.round for report in folder.rounds()] == [1]
+
+
+def test_a_service_takes_the_folder_of_that_name_and_begins_it_where_nothing_was_begun(tmp_path: Path) -> None:
+    def create() -> RunFolder:
+        return RunFolder.create(tmp_path, "digits", resume=False, or_begin=True)
+
+    with create() as folder:
+        assert folder.is_new
+        with pytest.raises(ConfigError, match="another process uses"):
+            create()
+    assert list(tmp_path.iterdir()) == []  # nothing came of it
+    with pytest.raises(asyncio.CancelledError), create():
+        raise asyncio.CancelledError
+    assert (tmp_path / "digits").exists()
+    with create() as folder:
+        assert folder.is_new
+        (folder.checkpoint_path / "round-000000").mkdir(parents=True)
+        folder.append_metrics(FINISHED)
+        assert folder.finished() == FINISHED
+        folder.append_metrics(WINDOW)
+        assert folder.finished() is None  # it was resumed
+    with create() as folder:
+        assert not folder.is_new
+    assert [path.name for path in tmp_path.iterdir()] == ["digits"]
 
 
 def test_resume_without_a_folder_lists_the_runs_there_are(tmp_path: Path) -> None:

@@ -361,6 +361,26 @@ def test_at_a_terminal_a_node_says_a_line_for_each_thing_and_how_far_its_run_is(
     assert text.endswith("\x1b[2K")  # the last line is gone
 
 
+def test_in_a_log_a_node_says_a_line_for_each_thing_and_does_not_go_on_about_what_it_waits_for() -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=80, force_terminal=False)
+
+    def waits(seconds: float, *hints: str) -> Waiting:
+        return Waiting(node="client-0", what="an aggregator", seconds=seconds, hints=hints)
+
+    alone = [waits(10.0 * turn, "is one there?") for turn in range(1, 122)]
+    with NodePrinter(console, ticking(10.0)) as printer:
+        for report in (waits(3), *alone, following(1, 0), window(1), waits(3)):
+            printer.on(report)
+    assert file.getvalue().splitlines() == [
+        "client-0 waits for an aggregator (3 s)",
+        *("client-0 waits for an aggregator (10 s)", "    check: is one there?"),
+        *("client-0 waits for an aggregator (610 s)", "    check: is one there?"),
+        *("client-0 waits for an aggregator (1210 s)", "    check: is one there?"),
+        "client-0 waits for an aggregator (3 s)",
+    ]
+
+
 def test_in_async_mode_where_windows_count_on_only_rounds_tell_how_far_a_run_is() -> None:
     view = RunView()
     view.on(following(2, 70), 0.0)
