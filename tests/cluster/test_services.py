@@ -18,7 +18,9 @@ from helpers.nodes import Nodes
 from helpers.processes import Command, command
 from helpers.waiting import eventually, until
 
+from zsfl.aggregator.standing import Standing
 from zsfl.ids import Role
+from zsfl.roles import run_node
 
 DEPLOY = Path(__file__).resolve().parents[2] / "tools" / "deploy"
 CASE = Case(rounds=3, sizes=(13, 7, 20, 4))
@@ -70,22 +72,19 @@ async def test_a_service_goes_on_with_its_run_and_leaves_it_alone_once_it_is_fin
         assert re.search("is finished, with 3 rounds: nothing is left to do. Ask for more with --rounds", note)
         assert (tmp_path / "nodes" / "metrics.jsonl").read_bytes() == lines
         # It is the rounds that are asked for which are done: of more there are some left.
-        await nodes.start("aggregator", Role.AGGREGATOR, service=True, rounds=4)
-    ran = Ran(tmp_path / "nodes", [])
-    assert_equal(ran.weights, straight.weights)
+        assert_equal(Ran(tmp_path / "nodes", []).weights, straight.weights)
+        await play(nodes, rounds=4)
+        await until(asyncio.gather(*nodes.tasks.values()))
+    assert len((tmp_path / "nodes" / "ledger.jsonl").read_bytes().splitlines()) == 4 * WINDOWS
     assert [path.name for path in tmp_path.glob("nodes*")] == ["nodes"]
     assert spills_left(tmp_path) == []
 
 
 async def test_a_service_that_was_killed_before_its_run_began_begins_it_in_the_same_folder(tmp_path: Path) -> None:
     async with no_nodes(tmp_path) as nodes:
-        await nodes.start("aggregator", Role.AGGREGATOR, service=True)
-        nodes.tasks["aggregator"].cancel()
-        await asyncio.wait([nodes.tasks["aggregator"]])
-        assert (tmp_path / "nodes" / "succession.json").exists()
-        # As it does where one stood by that most clients had agreed to: there is nothing yet to take over.
-        standing = (tmp_path / "nodes" / "succession.json").read_text().replace('"shared":false', '"shared":true')
-        (tmp_path / "nodes" / "succession.json").write_text(standing.replace('"epoch":0', '"epoch":1'))
+        (tmp_path / "nodes").mkdir()
+        # One stood by already, and most clients had agreed to it: but there is nothing yet to take over.
+        Standing(holder="0123456789ab", origin="0123456789ab", epoch=1, led=True, shared=True).keep(tmp_path / "nodes")
         await play(nodes)
         await until(asyncio.gather(*nodes.tasks.values()))
     assert [path.name for path in tmp_path.glob("nodes*")] == ["nodes"]
@@ -106,8 +105,7 @@ def env_words(env: dict[str, str]) -> tuple[str, ...]:
     return ("env", *(f"{name}={value}" for name, value in env.items()))
 
 
-async def test_a_unit_tells_what_it_does_in_words_and_systemd_how_it_ended(tmp_path: Path) -> None:
-    unit = (DEPLOY / "zsfl@.service").read_text()
+async def test_a_service_tells_what_it_does_in_words_and_ends_well_when_it_is_stopped(tmp_path: Path) -> None:
     env = {"ZSFL_SERVICE": "true", "ZSFL_MDNS": "false"}
     args = ("node", "aggregator", write_job(tmp_path))
     async with command(*args, cwd=tmp_path, prefix=env_words(env)) as node:
@@ -116,10 +114,16 @@ async def test_a_unit_tells_what_it_does_in_words_and_systemd_how_it_ended(tmp_p
         assert await node.ended() == 0  # so that it stays away
     assert re.fullmatch(r"aggregator-\S+ is ready at 127\.0\.0\.1:\d+, without keys: .*\n", node.out[0]), node.text
     assert not re.search(r"[{\x1b]", node.text)
-    async with command(*args, cwd=tmp_path, prefix=env_words({**env, "ZSFL_PORT": "x"})) as wrong:
-        code = await wrong.ended()
-    assert f"RestartPreventExitStatus={code}\n" in unit
-    assert wrong.text == "zsfl: ZSFL_PORT is 'x': expected a whole number\n"
+
+
+def test_a_unit_with_a_wrong_setting_says_so_in_words_and_is_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("SERVICE", "true"), ("PORT", "x")):
+        monkeypatch.setenv(f"ZSFL_{name}", value)
+    code = run_node(Role.AGGREGATOR, write_job(tmp_path), {})
+    assert capsys.readouterr() == ("", "zsfl: ZSFL_PORT is 'x': expected a whole number\n")
+    assert f"RestartPreventExitStatus={code}\n" in (DEPLOY / "zsfl@.service").read_text()
 
 
 def address(node: Command) -> str:

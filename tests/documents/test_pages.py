@@ -37,6 +37,10 @@ GIVEN = {"docs/how-to/doctor.md": LAN, "docs/how-to/watch.md": HERE}
 NOT_HERE = {
     "make": "the tests are run by it",
     "pip": "it is how zsfl came here",
+    "sudo": "it changes this machine; tests/unit/test_deploy.py and tests/cluster/test_services.py try what it sets up",
+    "systemctl": "as sudo",
+    "journalctl": "as sudo",
+    "docker": "as sudo",
 }
 """Commands that no test can run, and why."""
 

@@ -22,6 +22,8 @@ from zsfl.settings import NODE_FLAGS, NodeSettings, load_settings
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "tools" / "deploy"
 UNIT = DEPLOY / "zsfl@.service"
+PAGE = ROOT / "docs" / "how-to" / "services.md"
+COMMANDS = ("node", "invite", "join", "doctor", "ls", "demo")
 LEAVING_S = DRAIN_S + BUSY_S + GOODBYE_LINGER_S
 """What a node that is asked to leave may take."""
 PLACES = {"%S": "/var/lib", "%l": "gpu1", "%i": "split"}
@@ -101,6 +103,25 @@ def test_what_a_unit_and_its_file_set_are_settings() -> None:
 def test_a_unit_waits_for_a_node_that_leaves() -> None:
     (seconds,) = unit("TimeoutStopSec")
     assert int(seconds) > LEAVING_S
+
+
+def shown() -> list[str]:
+    """The commands of zsfl in docs/how-to/services.md."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = [re.search(rf"\bzsfl ((?:{'|'.join(COMMANDS)}) ?.*)$", line) for line in lines]
+    return [one[1].partition(" >")[0] for one in found if one]
+
+
+@pytest.mark.parametrize("line", shown())
+def test_the_commands_of_the_page_parse(line: str) -> None:
+    parser().parse_args(shlex.split(line))
+
+
+def test_the_page_names_files_that_are_there() -> None:
+    assert len(shown()) >= 6
+    for name in re.findall(r"tools/deploy/[\w@.-]*\w", PAGE.read_text()):
+        assert (ROOT / name).exists() or name.endswith("/.env"), name
 
 
 # --- containers ---------------------------------------------------------------------------------------------
