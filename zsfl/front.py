@@ -96,6 +96,8 @@ class Front:
         """Of each peer the newest heartbeat that the lane has not heard of."""
         self._peers: Peers
         self._node: Node
+        self._opened: Node | None = None
+        """The node as soon as it has sockets, whether it comes to anything or not."""
         self._role: RoleShell
         host = settings.host
         wired = {"limits": self._limits, "counters": self.counters, "door": self._door}
@@ -137,6 +139,8 @@ class Front:
             raise root_cause(group) from group
         finally:
             self._leave()
+            if self._opened is not None:
+                soon_in_lane(self._opened.close_unless_run)
 
     async def _aloud(self, making: Coroutine[Any, Any, tuple[Node, RoleShell]]) -> tuple[Node, RoleShell]:
         """The role, saying now and then that it is still made: its data may take long to read."""
@@ -152,7 +156,7 @@ class Front:
             await asyncio.wait({made})
 
     async def _made(self, make: Callable[[Node], Awaitable[RoleShell]]) -> tuple[Node, RoleShell]:
-        node = Node(
+        node = self._opened = Node(
             self,
             self.card,
             settings=self.settings,
@@ -161,11 +165,7 @@ class Front:
             limits=self._limits,
             door=self._door,
         )
-        try:
-            return node, await make(node)
-        except BaseException:
-            node.close()
-            raise
+        return node, await make(node)
 
     async def _live(self) -> None:
         running = asyncio.Event()

@@ -129,11 +129,12 @@ class Node:
         self._door = door or Door(card.name)
         self._dialer = Dialer(context, card.id, limits=limits, counters=self.counters, door=self._door)
         self._servers: WeakSet[Server] = WeakSet()
+        self._subscribers: WeakSet[Subscriber] = WeakSet()
         self._context = context
         self._peers: dict[NodeId, NodeCard] = {}
         self._waits = Waits()
         self._links: dict[NodeId, Connection] = {}
-        self._closed = False
+        self._closed = self._has_run = False
         self._life = Lifetime()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._role: RoleShell
@@ -168,7 +169,7 @@ class Node:
 
     def listen(self, card: NodeCard, topics: Sequence[bytes], heard: Heard) -> Subscriber:
         """A new subscription to what a peer's role publishes; the caller runs it."""
-        return Subscriber(
+        subscriber = Subscriber(
             self._context,
             card.endpoint(card.news_port),
             topics,
@@ -179,6 +180,8 @@ class Node:
             key=card.key,
             role=card.role,
         )
+        self._subscribers.add(subscriber)
+        return subscriber
 
     def link(self, card: NodeCard) -> Connection:
         """The control connection to a peer, kept until the peer is lost."""
@@ -268,7 +271,7 @@ class Node:
 
     async def run(self, role: RoleShell, running: Callable[[], None]) -> None:
         """Live until the role ends or something fails; `running` is called once peers may be told of."""
-        self._role = role
+        self._role, self._has_run = role, True
         try:
             await self._life.run(self._live(role, running))
         finally:
@@ -281,10 +284,17 @@ class Node:
         await self.start(role.run(), "role")
 
     def close(self) -> None:
-        """Close what is still open; what was published last may still leave."""
+        """Close what is still open, also of what never came to run; what was said last may still leave."""
         self._closed = True
+        for opened in (*self._servers, *self._subscribers):
+            opened.close()
         self._dialer.close()
         self.publisher.close(FAREWELL_LINGER_S)
+
+    def close_unless_run(self) -> None:
+        """Close what a node opened that was cancelled before it came to run; `run` does it otherwise."""
+        if not self._has_run:
+            self.close()
 
     async def _fail_with(self) -> None:
         await asyncio.shield(self._failed)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import zmq.asyncio
 from helpers.gated import gated_job
+from helpers.jobs import write_job
 from helpers.waiting import until
 
 import zsfl
@@ -87,3 +88,25 @@ async def test_a_node_whose_data_takes_long_to_load_says_so(tmp_path: Path, monk
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         context.destroy(linger=0)
+
+
+@pytest.mark.parametrize("role", [Role.CLIENT, Role.SPLIT_SERVER, Role.AGGREGATOR, Role.STANDBY])
+async def test_a_node_that_is_cancelled_in_its_first_moments_leaves_no_socket_open(tmp_path: Path, role: Role) -> None:
+    job = zsfl.load_job(write_job(tmp_path))
+    for turns in (0, 1, 2, 3, 5, 10, 30, 100):
+        context, ready = zmq.asyncio.Context(), asyncio.Event()
+
+        def told(report: AnyReport, ready: asyncio.Event = ready) -> None:
+            if isinstance(report, Ready):
+                ready.set()
+
+        settings = NodeSettings(
+            runs=tmp_path / f"{turns}", mdns=False, name="brief", shards="0" if role is Role.CLIENT else ""
+        )
+        running = asyncio.create_task(run_role(role, job, settings, told, context=context))
+        await until(ready.wait())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await until(asyncio.to_thread(context.term))  # which waits for every socket to be closed

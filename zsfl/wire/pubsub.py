@@ -147,7 +147,11 @@ class Subscriber:
             await pump.until_ended()
         finally:
             pump.close()
-            self._socket.close(linger=0)
+            self.close()
+
+    def close(self) -> None:
+        """Close the socket of a subscriber that may never have run."""
+        self._socket.close(linger=0)
 
     def _take(self, frames: list[zmq.Frame], _size: int) -> None:
         try:
