@@ -83,6 +83,8 @@ class Promise:
         has_begun = bool(self._holder) or by.known < self.epoch
         if by.epoch < self.epoch or (by.epoch == self.epoch and has_begun and not is_same):
             return f"epoch {self.epoch} has begun"
+        if self.epoch and by.epoch > self.epoch + NEAR_EPOCHS:  # nobody could lead after the last one there is
+            return f"epoch {by.epoch} is too far from {self.epoch}"
         self._asked = max(self._asked, by.newest)
         if now_s < self._until_s and not is_same:
             whom = (

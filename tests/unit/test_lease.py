@@ -341,3 +341,13 @@ def test_most_is_more_than_half(shards: int, most: int) -> None:
     assert not lease.is_held(0.0)
     lease.promised(range(most), 0.0, LEASE_S)
     assert lease.is_held(0.0)
+
+
+def test_nobody_who_knows_where_a_run_stands_promises_an_epoch_after_which_there_is_none() -> None:
+    promise = Promise(0.0, LEASE_S)
+    assert not promise.ask(candidate("leader", 3), LEASE_S, 10.0)
+    for holder in ("leader", "standby"):
+        assert "is too far from 3" in promise.ask(candidate(holder, 1 << 53), LEASE_S, 20.0)
+    assert not promise.ask(candidate("leader", 3), LEASE_S, 20.0)
+    promise.heard_of(100, 7)  # by whoever leads: this client was away for long
+    assert not promise.ask(candidate("leader", 100, 7, 100), LEASE_S, 30.0)

@@ -23,7 +23,7 @@ from zsfl.learning.flat import FlatTensors
 from zsfl.learning.job import Job
 from zsfl.learning.modes import Async, max_staleness
 from zsfl.learning.plan import Sizes
-from zsfl.learning.robust import voters
+from zsfl.learning.robust import is_trusting, voters
 from zsfl.words import number_of
 
 OFTEN = 3
@@ -52,7 +52,7 @@ class Sieve:
         self._check = check
         self._warn = warn
         self._bound = job.bound
-        self._is_trusting = job.average == "mean" and job.bound is None
+        self._is_trusting = is_trusting(job.average, job.bound)
         self._kept = max_staleness(job.how)
         self._sizes: dict[Version, Sizes] = {}
         """What was asked of the clients at the versions whose steps may still count, as far as that is known."""

@@ -63,6 +63,17 @@ def step_seed(job: Job, cid: Cid) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "little")
 
 
+def _drawn_like(weights: PartWeights, seed: int) -> PartWeights:
+    """Parameters of these shapes at random, of a size with which outputs stay as large as inputs."""
+    drawing = torch.Generator().manual_seed(seed)
+
+    def drawn(tensor: torch.Tensor) -> torch.Tensor:
+        scale = max(1, tensor[0].numel() if tensor.ndim else 1) ** -0.5
+        return (torch.randn(tensor.shape, generator=drawing, dtype=torch.float64) * scale).to(tensor)
+
+    return replace(weights, params={name: drawn(tensor.detach()) for name, tensor in weights.params.items()})
+
+
 class LocalParts:
     """Head and tail of one cut on this client's device."""
 
@@ -136,18 +147,25 @@ class LocalParts:
         )
 
     def _check_rows(self, weights: ClientWeights, x: torch.Tensor, seed: int) -> None:
-        """Another last sample must leave the outputs of the others what they are; looked at in the first step."""
-        with torch.no_grad():
-            one, other = (
-                self._head.forward(weights.head, given, seed=seed, train=True, need_input_grad=False, spare=True).output
-                for given in (x.clone(), torch.cat([x[:-1], x[:1]]))
-            )
-        if not torch.allclose(one[:-1], other[:-1], rtol=1e-4, atol=1e-6, equal_nan=True):
+        """Another last sample must leave the outputs of the others what they are; looked at in the first step.
+
+        The weights that came may hide that they do not, by zeros, or by numbers that are too large; those that are
+        drawn here are for nobody to choose.
+        """
+        if any(self._couples(head, x, seed) for head in (weights.head, *map(_drawn_like, [weights.head] * 2, (1, 2)))):
             raise ConfigError(
                 "protect states what is private of each sample, and in the head of this job the output of a sample "
                 "depends on the others of its batch: use layers there that take each sample by itself"
             )
         self._rows_checked = True
+
+    def _couples(self, head: PartWeights, x: torch.Tensor, seed: int) -> bool:
+        with torch.no_grad():
+            one, other = (
+                self._head.forward(head, given, seed=seed, train=True, need_input_grad=False, spare=True).output
+                for given in (x.clone(), torch.cat([x[:-1], x[:1]]))
+            )
+        return not torch.allclose(one[:-1], other[:-1], rtol=1e-4, atol=1e-6, equal_nan=True)
 
     def _check_buffers(self, weights: ClientWeights, head: Forward) -> None:
         """Buffers travel as they are, without noise."""

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from zsfl.errors import ConfigError, StorageError
 from zsfl.ids import Cid, parse_cid
+from zsfl.keys.aside import written_aside
+from zsfl.keys.secret import check_private
 from zsfl.learning.privacy import Protection, normal
 from zsfl.words import number_of
 
@@ -24,9 +26,11 @@ KEY_BYTES = 32
 def noise_key(path: Path) -> bytes:
     """The key in this file, which is made if it is not there; a restarted client finds it again."""
     try:
-        with suppress(FileExistsError):
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _make(path)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not path.exists():
+            with written_aside(path, secrets.token_bytes(KEY_BYTES)) as aside, suppress(FileExistsError):
+                os.link(aside, path)  # of two at once one wins
+        check_private(path, "and so take the noise off again")
         key = path.read_bytes()
     except OSError as error:
         raise StorageError(f"cannot keep the key of the noise in {path}: {error.strerror}; check that disk") from error
@@ -35,21 +39,6 @@ def noise_key(path: Path) -> bytes:
             f"{path} is no key: {len(key)} bytes instead of {KEY_BYTES}; remove it, to have a new one made"
         )
     return key
-
-
-def _make(path: Path) -> None:
-    """Whole or not at all, and once, whoever else tries."""
-    if path.exists():
-        return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(secrets.token_bytes(KEY_BYTES))
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        os.link(temporary, path)
-    finally:
-        temporary.unlink()
 
 
 class Noise:

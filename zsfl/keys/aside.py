@@ -17,7 +17,7 @@ _MARK_BYTES = 4
 
 
 @contextmanager
-def written_aside(path: Path, text: str, mode: int = 0o600) -> Generator[Path, None, None]:
+def written_aside(path: Path, content: str | bytes, mode: int = 0o600) -> Generator[Path, None, None]:
     """A new file beside `path`, whole and on the disk, to be linked or renamed to it; afterwards it is gone.
 
     Until it has its `mode` it is nobody else's to read.
@@ -25,8 +25,8 @@ def written_aside(path: Path, text: str, mode: int = 0o600) -> Generator[Path, N
     remove_leftovers(path)
     aside, descriptor = _new(path)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fchmod(descriptor, mode)
             os.fsync(descriptor)

@@ -95,11 +95,11 @@ def check_owner(path: Path) -> None:
         raise ConfigError(f"{path} belongs to another user: chown it to yours, or name another folder with --keys")
 
 
-def check_private(path: Path) -> None:
-    """ConfigError when anybody but the owner, this user or root, may read or write this file."""
+def check_private(path: Path, what_for: str = "and so pose as this machine") -> None:
+    """ConfigError, which ends in `what_for`, when anybody but the owner, this user or root, may read or write this."""
     check_owner(path)
     if path.stat().st_mode & 0o077:
-        raise ConfigError(f"others may read {path}, and so pose as this machine: chmod 600 {path}")
+        raise ConfigError(f"others may read {path}, {what_for}: chmod 600 {path}")
 
 
 def _make(path: Path) -> None:

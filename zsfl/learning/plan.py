@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median_high
 from typing import Self
 
 from zsfl.learning.job import Job
+from zsfl.learning.robust import is_trusting
 
 Sizes = dict[int, list[int]]
 """By shard, the samples of its k-th step at one version; 0 where it sits that one out."""
@@ -21,8 +23,14 @@ class Plan:
 
     @classmethod
     def of(cls, job: Job, samples: Mapping[int, int]) -> Self:
-        """The plan of a round in which these shards, with so many training samples each, take part."""
-        if job.batches == "equal":
+        """The plan of a round in which these shards, with so many training samples each, take part.
+
+        How many a shard has is for its client to say. Where clients are not trusted the middle one decides, so that
+        nobody can make a round as long as they like.
+        """
+        if not is_trusting(job.average, job.bound):
+            batches = -(-median_high(samples.values()) // job.batch_size)
+        elif job.batches == "equal":
             batches = -(-max(samples.values()) // job.batch_size)
         else:
             batches = -(-sum(samples.values()) // (job.batch_size * len(samples)))

@@ -71,8 +71,18 @@ class Protection:
         return math.inf if self.clip is None or self.epsilon is None else 2 * self.clip / self.std
 
     def apply(self, activations: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
-        """Activations [B, ...], each sample's clipped, plus so many numbers of `noise`; gradients pass through."""
+        """Activations [B, ...], each sample's clipped, plus so many numbers of `noise`; gradients pass through.
+
+        A sample's that are not all finite count as zeros: noise hides no NaN, and which sample makes one is for whoever
+        sent the weights to choose.
+        """
         if self.clip is not None:
+            finite = (
+                activations.detach().isfinite().flatten(1).all(dim=1)
+                if activations.ndim > 1
+                else (activations.detach().isfinite())
+            )
+            activations = activations.masked_fill(~finite.view(-1, *[1] * (activations.ndim - 1)), 0.0)
             norms = activations.flatten(1).norm(dim=1) if activations.ndim > 1 else activations.abs()
             factors = norms.new_tensor(self.clip) / norms.clamp_min(self.clip)  # exactly 1 for short ones
             activations = activations * factors.view(-1, *[1] * (activations.ndim - 1))

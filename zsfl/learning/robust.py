@@ -115,6 +115,11 @@ Rule = Median | TrimmedMean | Krum
 Average = Literal["mean"] | Rule
 
 
+def is_trusting(how: Average, bound: NormBound | None) -> bool:
+    """Whether clients are taken by their word, as they are unless a job says what to do about those that go wrong."""
+    return how == "mean" and bound is None
+
+
 def combine(how: Average, contributions: Sequence[Contribution]) -> tuple[dict[str, Tensor], tuple[int, ...]]:
     """Gradient by full name, and of Krum the shards whose gradients were taken.
 

@@ -82,6 +82,9 @@ def test_a_key_is_made_once_and_nobody_else_may_read_it(tmp_path: Path) -> None:
 
 def test_a_key_that_is_none_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "short.key").write_bytes(b"short")
+    with pytest.raises(ConfigError, match="others may read .*short.key, and so take the noise off again"):
+        noise_key(tmp_path / "short.key")
+    (tmp_path / "short.key").chmod(0o600)
     with pytest.raises(StorageError, match=r"short.key is no key: 5 bytes instead of 32; remove it"):
         noise_key(tmp_path / "short.key")
     (tmp_path / "file").touch()
@@ -177,3 +180,36 @@ def test_a_head_of_private_activations_takes_each_sample_by_itself() -> None:
         begin(nn.Sequential(nn.Linear(3, 3).double(), _Centred()), private)
     begin(nn.Sequential(nn.Linear(3, 3).double(), nn.LayerNorm(3).double(), nn.Dropout(0.5)), private)
     begin(nn.Sequential(nn.Linear(3, 3).double(), _Centred()), SECRET)
+
+
+class _Branch(nn.Module):
+    """What joins the samples of a batch, but only as far as a weight says."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([weight], dtype=torch.float64), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight * x.sum(0, keepdim=True)
+
+
+@pytest.mark.parametrize("weight", [0.0, float("nan"), float("inf")])
+def test_weights_hide_nothing_of_what_joins_samples(weight: float) -> None:
+    with pytest.raises(ConfigError, match="depends on the others of its batch"):
+        begin(_Branch(weight), private_activations(clip=1.0, epsilon=1.0, delta=1e-5))
+
+
+def test_weights_that_make_nan_of_one_sample_and_not_of_another_tell_nothing_of_them() -> None:
+    private = private_activations(clip=1.0, epsilon=1.0, delta=1e-5)
+    spoiled = X.clone()
+    spoiled[0, 1], spoiled[2, 0] = float("inf"), float("nan")
+    zeroed = spoiled.nan_to_num(0, 0, 0)
+    zeroed[0], zeroed[2] = 0, 0
+    noise = Noise(private, b"k" * 32)
+    released = noise.on(spoiled, cid(), 1, 4)
+    assert bool(released.isfinite().all())
+    assert float((released - private.apply(zeroed, torch.zeros)).abs().max()) < 20 * private.std
+    x = spoiled.clone().requires_grad_()
+    noise.on(x, cid(), 1, 4).sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.isfinite().all())

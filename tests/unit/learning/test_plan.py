@@ -95,3 +95,15 @@ def test_labels_that_are_no_classes_cannot_be_adjusted_to() -> None:
             zsfl.Job(**{**{f: getattr(told, f) for f in told.__dataclass_fields__}, "data": lambda *_: (floats, None)}),
             0,
         )
+
+
+@pytest.mark.parametrize("batches", ["proportional", "equal"])
+@pytest.mark.parametrize("defence", [{"average": zsfl.Median()}, {"norm_bound": 1.0}])
+def test_no_client_makes_a_round_as_long_as_it_likes_where_clients_are_not_trusted(
+    batches: Literal["proportional", "equal"], defence: dict[str, Any]
+) -> None:
+    claimed = {0: 100, 1: 120, 2: 100, 3: 1 << 40}
+    assert Plan.of(job([1] * 4, batch_size=10, batches=batches), claimed).windows > 1 << 30
+    plan = Plan.of(job([1] * 4, batch_size=10, batches=batches, **defence), claimed)
+    assert plan.windows == 12
+    assert sum(sizes[0] > 0 for sizes in (plan.sizes(claimed, window)[0] for window in range(12))) >= 10
