@@ -82,7 +82,7 @@ def test_a_key_is_made_once_and_nobody_else_may_read_it(tmp_path: Path) -> None:
 
 def test_a_key_that_is_none_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "short.key").write_bytes(b"short")
-    with pytest.raises(ConfigError, match="others may read .*short.key, and so take the noise off again"):
+    with pytest.raises(ConfigError, match=r"others may read .*short\.key, and so take the noise off again"):
         noise_key(tmp_path / "short.key")
     (tmp_path / "short.key").chmod(0o600)
     with pytest.raises(StorageError, match=r"short.key is no key: 5 bytes instead of 32; remove it"):
