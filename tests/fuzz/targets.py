@@ -31,6 +31,7 @@ from zsfl.aggregator.journal import Journal, found_in
 from zsfl.aggregator.mirror import Mirror
 from zsfl.aggregator.progress import place_of
 from zsfl.aggregator.run_folder import LEDGER
+from zsfl.dashboard.http import Gate, parse
 from zsfl.discovery.mdns import SERVICE, read_announcement
 from zsfl.errors import BadShape, ZsflError
 from zsfl.ids import NodeCard, Portion, PublicKey, Version
@@ -666,6 +667,35 @@ def trusted_wild(rng: Random) -> bytes:
     return text.encode() if rng.random() < 0.7 else scrambled(rng, rng.choice(trusted_seeds()))
 
 
+# --- HTTP ----------------------------------------------------------------------------------------------------
+
+
+def http(data: bytes) -> None:
+    """The head of a request to the page, or to what serves metrics; and who may make it."""
+    with suppress(ZsflError):
+        request = parse(data)
+        assert request.path.startswith("/")
+        assert all(value == value.strip(" \t") for value in request.headers.values())
+        Gate("192.168.1.10", 8000, "a-token", "it").check(request)
+
+
+@cache
+def http_seeds() -> list[bytes]:
+    """What browsers and Prometheus send."""
+    return [
+        b"GET /?token=a-token HTTP/1.1\r\nHost: 192.168.1.10:8000\r\nAccept: text/html\r\n\r\n",
+        b"GET /events HTTP/1.1\r\nhost:\t127.0.0.1:8000 \r\nCookie: a=b; zsfl-dash-8000=a-token\r\n\r\n",
+        b"HEAD /metrics HTTP/1.1\r\nAuthorization: Bearer a-token\r\nOrigin: http://elsewhere\r\n\r\n",
+    ]
+
+
+def http_wild(rng: Random) -> bytes:
+    """Right pieces and wrong ones, in any order, and as many of the same as fit."""
+    pieces = (b"GET ", b"/", b"?a=%00", b" HTTP/1.1", b"\r\n", b"Host", b":", b" ", b"\t", b"a-token", b"\x01", b"\xff")
+    text = b"".join(rng.choice(pieces) * rng.choice((1, 1, 1, 2000)) for _ in range(rng.randrange(12)))
+    return b"GET / HTTP/1.1\r\n" + text if rng.random() < 0.7 else scrambled(rng, rng.choice(http_seeds()))
+
+
 _kept: list[Home] = []
 
 
@@ -690,6 +720,7 @@ TARGETS: dict[str, Target] = {
         Target("settings", settings, settings_seeds, settings_wild),
         Target("token", token, token_seeds, token_wild),
         Target("trusted", trusted, trusted_seeds, trusted_wild),
+        Target("http", http, http_seeds, http_wild),
         Target("announcement", announcement, announcement_seeds, from_seeds(announcement_seeds)),
     )
 }

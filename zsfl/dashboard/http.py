@@ -28,7 +28,8 @@ REASONS = {
     505: "HTTP Version Not Supported",
 }
 _LINE = re.compile(rb"([A-Z]{1,16}) (/[\x21-\x7e]*) HTTP/([0-9])\.([0-9])")
-_HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\x80-\xff\t]*?)[ \t]*")
+_HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\x20-\x7e\x80-\xff\t]*)")
+"""Blanks around the value are in it: to tell them apart in all ways takes the cube of their number where none fits."""
 
 
 class HttpError(ZsflError):
@@ -79,7 +80,7 @@ def parse(head: bytes) -> Request:
         name = parts[1].decode("ascii").lower() if parts else ""
         if parts is None or (name in headers and name in ("host", "content-length", "transfer-encoding")):
             raise HttpError(400, "a header is malformed, or there twice")
-        headers[name] = parts[2].decode("latin-1")
+        headers[name] = parts[2].strip(b" \t").decode("latin-1")
     method = found[1].decode("ascii")
     if method not in ("GET", "HEAD"):
         raise HttpError(405, "there is nothing here to change: use GET")

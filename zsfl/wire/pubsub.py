@@ -20,7 +20,7 @@ from zsfl.wire.door import Door
 from zsfl.wire.fields import MAX_SETTLED
 from zsfl.wire.framing import Assembler, Buffer, Header, encode, nbytes
 from zsfl.wire.messages import Announcement, AnyMessage, Broadcast
-from zsfl.wire.permits import may_send
+from zsfl.wire.permits import may_say
 from zsfl.wire.pump import Pump
 from zsfl.wire.sockets import bind, open_socket, send_now
 from zsfl.wire.watch import HandshakeWatch
@@ -158,7 +158,7 @@ class Subscriber:
             for arrived in self._assembler.feed([frame.buffer for frame in frames[1:]]):
                 if arrived.kind != "publish" or not isinstance(arrived.body, Broadcast):
                     raise RemoteProtocolError(f"a {arrived.kind} where a broadcast was due")
-                if self._role is not None and not may_send(self._role, type(arrived.body)):
+                if self._role is not None and not may_say(self._role, arrived.body):
                     self._counters.add("unauthorised")
                     continue
                 self._heard(arrived.body, arrived.parts)

@@ -14,7 +14,7 @@ import pytest
 from helpers.waiting import eventually, until
 
 from zsfl.dashboard.history import History
-from zsfl.dashboard.http import MAX_HEAD_BYTES, MAX_HEADERS
+from zsfl.dashboard.http import MAX_HEAD_BYTES, MAX_HEADERS, HttpError, parse
 from zsfl.dashboard.hub import Has, Hub
 from zsfl.dashboard.serving import MAX_CONNECTIONS, Page, PageServer
 from zsfl.errors import ConfigError
@@ -168,6 +168,14 @@ async def test_malformed_requests_are_told_what_is_wrong(request_: bytes, status
         answer = await page.raw(request_.replace(b"HERE", f"{HOST}:{page.port}".encode()))
         assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer[:200]
         assert (await page.ask())[0] == 200
+
+
+@pytest.mark.parametrize("blank", [b" ", b"\t", b" \t"])
+def test_blanks_that_lead_to_nothing_take_no_time(blank: bytes) -> None:
+    many = blank * (8_000 // len(blank))  # which would take an hour, were they tried in all ways
+    with pytest.raises(HttpError, match="a header is malformed"):
+        parse(b"GET / HTTP/1.1\r\nA:" + many + b"\x01\r\n\r\n")
+    assert parse(b"GET / HTTP/1.1\r\nA:" + many + b"b c" + many + b"\r\n\r\n").headers == {"a": "b c"}
 
 
 async def test_who_asks_too_slowly_or_hangs_up_is_let_go_of() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from random import Random
+from typing import Any, get_args
 
 import pytest
+from helpers.wild import sample
 
-from zsfl.ids import Role
+from zsfl.ids import NodeCard, Role
 from zsfl.wire import messages as m
 from zsfl.wire.enrolment import Enrol, Enrolled
 from zsfl.wire.examining import Condition, Examine
-from zsfl.wire.fields import Message
-from zsfl.wire.permits import MAY_SEND, may_send
+from zsfl.wire.fields import Load, Message
+from zsfl.wire.messages import RunState, SpillOffer
+from zsfl.wire.permits import MAY_SEND, may_say, may_send
 from zsfl.wire.succession import FetchPiece, Follow, Grant, Granted
 
 
@@ -61,3 +64,17 @@ def test_what_has_no_entry_nobody_may_send() -> None:
 )
 def test_who_may_send_what(kind: type[Message], roles: set[Role]) -> None:
     assert {role for role in Role if may_send(role, kind)} == roles
+
+
+def test_of_a_heartbeat_everybody_says_what_is_for_them_to_say() -> None:
+    """An aggregator gives way to the state of another, clients go by loads, and what is offered is fetched."""
+    rng = Random(1)
+    said: list[tuple[dict[str, Any], set[Role]]] = [
+        ({}, set(Role) - {Role.OPERATOR}),
+        ({"state": sample(rng, RunState)}, {Role.AGGREGATOR}),
+        ({"load": sample(rng, Load)}, {Role.SPLIT_SERVER}),
+        ({"offers": (sample(rng, SpillOffer),)}, {Role.CLIENT, Role.SPLIT_SERVER}),
+    ]
+    for fields, roles in said:
+        beat = m.Beat(card=sample(rng, NodeCard), peers=(), counters={}, **fields)
+        assert {role for role in Role if may_say(role, beat)} == roles
