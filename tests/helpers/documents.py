@@ -96,8 +96,12 @@ class Running:
         return found
 
     def end(self) -> int:
-        """Its exit code, once it is over."""
-        self.process.wait(HANG_S)
+        """Its exit code, once it is over; of a Python program that does not end, where it hangs is in what it said."""
+        try:
+            self.process.wait(HANG_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGABRT)
+            self.process.wait(HANG_S)
         self._reader.join(HANG_S)
         return self.process.returncode
 
@@ -176,4 +180,5 @@ def environment(folder: Path) -> dict[str, str]:
         "ZSFL_ROUNDS": "1",
         "ZSFL_RESULTS": str(folder),
         "MPLBACKEND": "Agg",
+        "PYTHONFAULTHANDLER": "1",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.namespaces import Machine
+from helpers.waiting import POLL_S
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 
@@ -60,11 +62,10 @@ def reached(
             log = folder / f"{machine.host}.log"
             running.append(subprocess.Popen([*machine.inside, SSHD, "-D", "-f", str(rules), "-E", str(log)]))
         for machine, sshd in zip(machines, running, strict=True):
-            listens = f"ssh-keyscan -T 5 {machine.host} >/dev/null 2>&1"
-            subprocess.run(
-                [*machine.inside, "sh", "-c", f"until {listens}; do sleep 0.05; done"], check=True, timeout=60
-            )
-            assert sshd.poll() is None, (folder / f"{machine.host}.log").read_text()
+            listens = [*machine.inside, "ssh-keyscan", "-T", "5", machine.host]
+            while subprocess.run(listens, capture_output=True).returncode:
+                assert sshd.poll() is None, (folder / f"{machine.host}.log").read_text()
+                time.sleep(POLL_S)
         yield Reached(f"ssh -F {config}")
     finally:
         for sshd in running:

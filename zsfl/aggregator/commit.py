@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import msgspec
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.errors import RemoteProtocolError, RunFailed, StorageError
 from zsfl.ids import Cid, Version
-from zsfl.learning.averaging import Contribution
+from zsfl.learning.averaging import Contribution, is_loss
 
 
 class Clipped(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +93,7 @@ def read_chain(data: bytes, last: str, version: Version) -> tuple[str, Version]:
 def check_losses(window: Sequence[Contribution], place: str) -> None:
     """RunFailed, naming the step, when one has a loss that is no finite number."""
     for step in window:
-        if step.loss_sum is not None and not math.isfinite(step.loss_sum):
+        if step.loss_sum is not None and not is_loss(step.loss_sum):
             raise RunFailed(
                 f"the loss became {step.loss_sum} at {place}, in the step {step.cid} of {step.whose}. "
                 "Lower the learning rate, or look for bad samples there"

@@ -11,7 +11,7 @@ from zsfl.aggregator.roster import Roster
 from zsfl.errors import RunFailed
 from zsfl.ids import StepId, parse_cid
 from zsfl.latest import Latest
-from zsfl.learning.averaging import Contribution, StepShare
+from zsfl.learning.averaging import Contribution, StepShare, is_loss
 from zsfl.learning.job import Job
 from zsfl.learning.master import Master
 from zsfl.words import number_of
@@ -55,7 +55,7 @@ class Refusals:
 
         What is not finite is let be in exact mode, where the commit finds it, and the same step comes out so again.
         """
-        if self._is_exact and one.loss_sum is not None and not math.isfinite(one.loss_sum):
+        if self._is_exact and one.loss_sum is not None and not is_loss(one.loss_sum):
             return ""
         try:
             for step in one.members or [one]:

@@ -29,6 +29,15 @@ class StepShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Name of the client that made it."""
 
 
+MOST_LOSS = 1e290
+"""Of a batch, summed over its samples: of as many as a run can have the sum is a number still."""
+
+
+def is_loss(loss_sum: float) -> bool:
+    """Whether the summed loss of a batch can be counted."""
+    return abs(loss_sum) <= MOST_LOSS
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contribution:
     """The gradient of one step for the parameters that one node holds."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from zsfl.errors import ConfigError, RunFailed, StorageError
 from zsfl.ids import parse_cid
-from zsfl.learning.averaging import Contribution
+from zsfl.learning.averaging import Contribution, is_loss
 from zsfl.learning.flat import FlatLayout, FlatTensors
 from zsfl.learning.norms import VALUES, norm_rules, pool_buffers, uncounted
 from zsfl.learning.optim import OptimizerSpec, make_step
@@ -188,7 +188,7 @@ class Master:
                 raise _unusable(c, f"weighs n={c.n} for {c.samples} samples")
             if not (0 < c.scale < math.inf and 0 < c.damping <= 1 and 0 < c.clip <= 1):
                 raise _unusable(c, f"counts with a scale of {c.scale}, a damping of {c.damping}, clipped to {c.clip}")
-            if c.loss_sum is not None and not math.isfinite(c.loss_sum):
+            if c.loss_sum is not None and not is_loss(c.loss_sum):
                 raise _unusable(c, f"has a loss of {c.loss_sum}: lower the learning rate, or look for bad samples")
             self._check_batch(c, batches)
             if not isinstance(c.grads, FlatTensors):
