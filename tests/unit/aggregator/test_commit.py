@@ -107,6 +107,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_ends_the_run_and_names_the_step(loss: float) -> None:
     check_losses([*step(0, 0), *step(0, 1)], "here")
     with pytest.raises(
-        RunFailed, match=rf"the loss became {re.escape(str(loss))} at round 3, in the step {cids((0, 1))[0]} of client-7"
+        RunFailed,
+        match=rf"the loss became {re.escape(str(loss))} at round 3, in the step {cids((0, 1))[0]} of client-7",
     ):
         check_losses([*step(0, 0), *step(0, 1, loss=loss)], "round 3")
