@@ -98,7 +98,10 @@ def check_owner(path: Path) -> None:
 def check_private(path: Path, what_for: str = "and so pose as this machine") -> None:
     """ConfigError, which ends in `what_for`, when anybody but the owner, this user or root, may read or write this."""
     check_owner(path)
-    if path.stat().st_mode & 0o077:
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise ConfigError(f"{path} is no file: remove it")
+    if mode & 0o077:
         raise ConfigError(f"others may read {path}, {what_for}: chmod 600 {path}")
 
 

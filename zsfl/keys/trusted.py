@@ -60,7 +60,15 @@ def read_line(line: str) -> Trusted | None:
     name = words[1] if len(words) > 1 else machine_id(key)
     if not _NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no name: expected up to 63 letters, digits, dots, - and _")
+    _check_own(key, name)
     return Trusted(key=key, name=name, roles=read_roles(words[2]) if len(words) > 2 else EVERY_ROLE)
+
+
+def _check_own(key: PublicKey, name: str) -> None:
+    """ValueError for a name that is the id of another machine, which a person would take it for."""
+    with suppress(ConfigError):
+        if read_machine_id(name) != machine_id(key):
+            raise ValueError(f"{name} is no name but the id of a machine, and not of the one with this key")
 
 
 def read_key(text: str) -> PublicKey:
@@ -160,6 +168,10 @@ def trust(folder: Path, entry: Trusted, *, rename: bool = False) -> Trusted:
 
     ConfigError where another key has that name, unless a number may be added to it.
     """
+    try:
+        _check_own(entry.key, entry.name)
+    except ValueError as error:
+        raise ConfigError(f"cannot trust this machine: {error}") from None
     with _rewritten(folder) as lines:
         lines[:] = [line for line in lines if _key_in(line) != entry.key]
         if len(lines) >= MAX_TRUSTED:

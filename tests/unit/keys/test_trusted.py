@@ -47,6 +47,8 @@ def test_a_line_is_key_name_and_roles() -> None:
         ("~" * 40, "is no key"),
         ("%" * 40, "is no key"),  # in the alphabet, but above 2**32
         (f"{ONE} ../gpu", "is no name"),
+        (f"{ONE} {machine_id(OTHER)}", "is no name but the id of a machine, and not of the one with this key"),
+        (f"{ONE} {machine_id(OTHER).lower().replace('-', '')}", "is no name but the id of a machine"),
         (f"{ONE} gpu president", "are no roles"),
         (f"{ONE} gpu client split-server", "no blanks"),
     ],
@@ -210,3 +212,11 @@ def test_nobody_is_added_where_no_line_is_read_any_more(tmp_path: Path) -> None:
     assert ONE in file.known
     with pytest.raises(ConfigError, match="has as many lines as are read"):
         trust(tmp_path, Trusted(key=OTHER, name="other"))
+
+
+def test_nobody_is_trusted_by_the_id_of_another_machine(tmp_path: Path) -> None:
+    """Who revokes that id would else let go of the wrong one."""
+    trust(tmp_path, Trusted(key=ONE, name="gpu"))
+    with pytest.raises(ConfigError, match=r"cannot trust this machine: .* is no name but the id of a machine"):
+        trust(tmp_path, Trusted(key=OTHER, name=machine_id(ONE)))
+    assert [entry.name for entry in revoke(tmp_path, machine_id(ONE))] == ["gpu"]
