@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 HERE = Path(__file__).resolve().parent
 CORPUS, FOUND = HERE / "corpus", HERE / "found"
 MOST_BYTES = 8192
-"""Of one input."""
+"""Of one input: what is slow because it is long does not show, see `targets.py`."""
 MEMORY_MIB = 2048
 HANG_S = 10
 """An input that takes so long is a hang; a busy machine may well hold up one that takes no time for a second."""

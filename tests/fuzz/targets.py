@@ -2,6 +2,9 @@
 
 Both the suite (hypothesis) and `run.py` (atheris) drive these. What a target writes lies in memory, in /dev/shm where
 there is one.
+
+Inputs are short: a few thousand bytes where nothing changes them (`wild`), 8 KB in `run.py`. What takes long because
+much of something comes does not show here; tests beside the reader say that (`tests/unit/spill/test_layout.py`).
 """
 
 from __future__ import annotations

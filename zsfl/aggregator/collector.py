@@ -28,7 +28,6 @@ from zsfl.latest import Latest
 from zsfl.learning.averaging import Contribution
 from zsfl.node import Node
 from zsfl.spill.layout import decode_contribution
-from zsfl.tensors.spec import MAX_TENSOR_BYTES
 from zsfl.wire.connection import Connection
 from zsfl.wire.fields import MAX_CARRIED_BYTES, MAX_OFFERS
 from zsfl.wire.framing import Buffer
@@ -135,6 +134,11 @@ class Collector:
             raise RemoteProtocolError(f"{node} offers what is no spill: {error}") from error
         holder.fetch.update({key: sizes[key] for key in verdict.fetch})
         holder.members.update({offer.cid: offer.members for offer in left if offer.members})
+        if (judge := self._judge) is not None:
+            for offer in left:
+                if (offer.cid, offer.kind) in holder.fetch and (why := judge.too_long(offer)):
+                    del holder.fetch[offer.cid, offer.kind]
+                    self._refuse(holder, (offer.cid, offer.kind), offer.part, offer.members, why, judge)
         holder.release.update(verdict.release)
         if holder.fetch or holder.release:
             holder.todo.set()
@@ -252,7 +256,7 @@ class Collector:
     def _take(self, holder: _Holder, key: Key, data: Buffer, offer: SpillOffer | None = None) -> bool:
         """Take a spill, unless it is corrupt, or another than was offered; whether it is whole."""
         try:
-            found = decode_contribution(data, MAX_TENSOR_BYTES if self._judge is None else self._judge.most_bytes)
+            found = decode_contribution(data, None if self._judge is None else self._judge.most_bytes)
             kind: SpillKind = "merged" if found.members else found.part
             if (found.cid, kind) != key:
                 raise SpillCorrupt(f"it is {kind} of {found.cid} where {key[1]} of {key[0]} was asked for")
@@ -269,7 +273,8 @@ class Collector:
         try:
             if self._gathering.takes(found):
                 if self._judge is not None and (why := self._judge.objection(found)):
-                    self._refuse(holder, key, found, why, self._judge)
+                    members = [member.cid for member in found.members]
+                    self._refuse(holder, key, found.part, members, why, self._judge)
                     return True
                 found = self._journal.keep(found, data)
         except StorageError as error:  # it stays where it is, and is offered again
@@ -282,8 +287,11 @@ class Collector:
             self._took(found)
         return True
 
-    def _refuse(self, holder: _Holder, key: Key, found: Contribution, why: str, judge: Refusals) -> None:
+    def _refuse(
+        self, holder: _Holder, key: Key, part: PartName, members: Sequence[Cid], why: str, judge: Refusals
+    ) -> None:
         """What cannot be counted is made again, by another server if it is a body part; in vain, it is given up."""
+        cids = members or [key[0]]
         self._node.counters.add("spills_refused")
         self._gathering.not_delivered(holder.card.id, [key])
         if not self._refusals[key]:
@@ -291,11 +299,11 @@ class Collector:
         self._refusals[key] += 1
         if self._refusals[key] >= REFUSALS:
             del self._refusals[key]
-            judge.give_up(found, why)
-        elif found.part == "body":
-            holder.release.update(member.cid for member in found.members or (found,))
+            judge.give_up(cids, why)
+        elif part == "body":
+            holder.release.update(cids)
             holder.todo.set()
-            self._remake_soon([(member.cid, "body") for member in found.members or (found,)])
+            self._remake_soon([(cid, "body") for cid in cids])
         if len(self._refusals) > MOST_REFUSED:
             self._refusals = Counter({one: n for one, n in self._refusals.items() if self._gathering.expects(one[0])})
 

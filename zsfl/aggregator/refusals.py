@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from zsfl.aggregator.faults import Faults
 from zsfl.aggregator.gathering import Gathering
 from zsfl.aggregator.roster import Roster
 from zsfl.errors import RunFailed
-from zsfl.ids import StepId, parse_cid
+from zsfl.ids import Cid, StepId, parse_cid
 from zsfl.latest import Latest
 from zsfl.learning.averaging import Contribution, StepShare, is_loss
 from zsfl.learning.job import Job
 from zsfl.learning.master import Master
+from zsfl.spill.layout import MOST_BEFORE_DATA
+from zsfl.wire.messages import SpillOffer
 from zsfl.words import number_of
 
 MOST_REASON = 500
@@ -47,8 +49,15 @@ class Refusals:
 
     @property
     def most_bytes(self) -> int:
-        """What one contribution may take once it is unpacked."""
+        """What the tensors of one contribution may take, unpacked or not."""
         return self._master.most_bytes
+
+    def too_long(self, offer: SpillOffer) -> str:
+        """Why a spill that is offered is not even fetched; empty where it may be of this model, by its length."""
+        most = self.most_bytes + MOST_BEFORE_DATA
+        return f"it is of {offer.size_bytes} bytes, and no spill of this model has more than {most}" * (
+            offer.size_bytes > most
+        )
 
     def objection(self, one: Contribution) -> str:
         """Why a contribution that just came cannot be counted; empty when it can.
@@ -73,9 +82,8 @@ class Refusals:
             step.samples > most
         )
 
-    def give_up(self, one: Contribution, why: str) -> None:
-        """It was made again in vain."""
-        cids = [member.cid for member in one.members] or [one.cid]
+    def give_up(self, cids: Sequence[Cid], why: str) -> None:
+        """What came of these steps was made again in vain."""
         shards = [parse_cid(cid).shard for cid in cids]
         if self._is_exact:
             names = self._roster.value.names(shards)

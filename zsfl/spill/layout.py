@@ -26,11 +26,14 @@ from zsfl.ids import Cid, SpillKind, Version, parse_cid
 from zsfl.learning.averaging import Contribution, StepShare
 from zsfl.learning.flat import FlatLayout, FlatTensors
 from zsfl.spill.coded import CODED, uncoded
+from zsfl.tensors.codec import check_bools
 from zsfl.tensors.spec import MAX_NDIM, MAX_TENSOR_BYTES
 from zsfl.wire.fields import MAX_MEMBERS
 
 MAX_HEADER_BYTES = 1 << 20
 """Of the safetensors header: some thousands of tensors."""
+MOST_BEFORE_DATA = 8 + MAX_HEADER_BYTES
+"""Bytes of a spill that are not its tensors'."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -141,17 +144,19 @@ def decode(data: Buffer) -> tuple[SpillMeta, dict[str, torch.Tensor]]:
         return meta, uncoded(_tensors(plan.places, numbers))
 
 
-def decode_contribution(data: Buffer, max_bytes: int = MAX_TENSOR_BYTES) -> Contribution:
+def decode_contribution(data: Buffer, max_bytes: int | None = None) -> Contribution:
     """The spill in `data` as the averaging takes it; as `decode`, but tensors of one dtype stay in one piece.
 
-    Its packed tensors may take so many bytes once they are unpacked.
+    Its tensors may take so many bytes as they are stored, and its packed ones so many once they are unpacked.
     """
     meta, plan, numbers = _verified(data)
     with _spoiled():
+        if max_bytes is not None and plan.size_bytes > max_bytes:
+            raise BadShape(f"its tensors take {plan.size_bytes} bytes, and {max_bytes} at most are of use")
         return _contribution(meta, plan, numbers, max_bytes)
 
 
-def _contribution(meta: SpillMeta, plan: _Plan, numbers: memoryview, max_bytes: int) -> Contribution:
+def _contribution(meta: SpillMeta, plan: _Plan, numbers: memoryview, max_bytes: int | None) -> Contribution:
     grads: Mapping[str, torch.Tensor]
     if plan.flat is not None:
         piece = numbers[plan.flat_bytes]
@@ -160,7 +165,7 @@ def _contribution(meta: SpillMeta, plan: _Plan, numbers: memoryview, max_bytes: 
         rest = [place for place in plan.places if not place[0].startswith(_GRAD)]
         tensors = _copies(rest, numbers)
     else:
-        tensors = uncoded(_tensors(plan.places, numbers), max_bytes)
+        tensors = uncoded(_tensors(plan.places, numbers), MAX_TENSOR_BYTES if max_bytes is None else max_bytes)
         grads = {name[len(_GRAD) :]: tensor for name, tensor in tensors.items() if name.startswith(_GRAD)}
     buffers = {name[len(_BUFFER) :]: tensor for name, tensor in tensors.items() if name.startswith(_BUFFER)}
     return Contribution(
@@ -226,8 +231,8 @@ def _tensors(places: Sequence[_Place], numbers: memoryview) -> dict[str, torch.T
         if not count:
             found[name] = torch.empty(shape, dtype=dtype)
             continue
-        if dtype is torch.bool and max(owned[start : start + count]) > 1:
-            raise BadShape(f"a bool of {name} is neither 0 nor 1")
+        if dtype is torch.bool:
+            check_bools(name, torch.frombuffer(owned, dtype=torch.uint8, count=count, offset=start))
         found[name] = torch.frombuffer(owned, dtype=dtype, count=count, offset=start).view(shape)
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -325,11 +325,14 @@ async def test_what_cannot_be_counted_is_made_again_and_then_given_up(tmp_path: 
     class Refusing:
         most_bytes = 1 << 20
 
+        def too_long(self, offer: SpillOffer) -> str:
+            return ""
+
         def objection(self, one: Contribution) -> str:
             return "it has a gradient of nothing"
 
-        def give_up(self, one: Contribution, why: str) -> None:
-            given_up.append(f"{one.part} of {one.cid}: {why}")
+        def give_up(self, cids: Sequence[Cid], why: str) -> None:
+            given_up.append(f"{', '.join(cids)}: {why}")
 
     at.collector._judge = cast(Any, Refusing())
     at.collector.joined(CLIENT)
@@ -337,12 +340,50 @@ async def test_what_cannot_be_counted_is_made_again_and_then_given_up(tmp_path: 
     for _ in range(REFUSALS):
         assert given_up == []
         at.collector.offered(CARD.id, [body], [data])
-    assert given_up == [f"body of {cid(4, 1)}: it has a gradient of nothing"]
+    assert given_up == [f"{cid(4, 1)}: it has a gradient of nothing"]
     await eventually(lambda: Remake(lost=((cid(4, 1), "body"),)) in at.node.asked, 5)
     await eventually(lambda: ReleaseSpills(cids=(cid(4, 1),)) in at.node.asked, 5)
     assert at.took == []
     refused = [note for note in at.node.notes if note.startswith("refused")]
     assert refused == [f"refused what server holds of {cid(4, 1)}: it has a gradient of nothing"]
+    await at.ends()
+
+
+@pytest.mark.parametrize("part", ["client", "body"])
+async def test_what_is_longer_than_it_can_be_is_not_fetched_and_given_up_like_what_cannot_be_counted(
+    tmp_path: Path, part: PartName
+) -> None:
+    at = Collecting(tmp_path)
+    given_up: list[str] = []
+    long, good = 1 << 30, 9
+
+    class Judge:
+        def too_long(self, offer: SpillOffer) -> str:
+            return "it is too long" * (offer.size_bytes == long)
+
+        def give_up(self, cids: Sequence[Cid], why: str) -> None:
+            given_up.append(f"{', '.join(cids)}: {why}")
+            at.gathering.refuse(cids, why)
+
+    at.collector._judge = cast(Any, Judge())
+    at.collector.joined(CLIENT)
+    holder = CLIENT if part == "client" else CARD
+    offers = [
+        SpillOffer(cid=cid(4, shard), part=part, version=Version(4), size_bytes=size)
+        for shard, size in ((0, long), (1, good))
+    ]
+    for _ in range(REFUSALS):
+        assert given_up == []
+        at.collector.offered(holder.id, offers)
+    assert given_up == [f"{cid(4, 0)}: it is too long"]
+    at.collector.offered(holder.id, offers)
+    await eventually(lambda: FetchSpills(wanted=((cid(4, 1), part),)) in at.node.asked, 5)
+    fetched = [key for one in at.node.asked if isinstance(one, FetchSpills) for key in one.wanted]
+    assert (cid(4, 0), part) not in fetched
+    assert [note for note in at.node.notes if "too long" in note] == [
+        f"refused what {holder.name} holds of {cid(4, 0)}: it is too long"
+    ]
+    assert at.node.counters.snapshot()["spills_refused"] == REFUSALS
     await at.ends()
 
 

@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 import torch
 from torch import nn
@@ -21,7 +22,9 @@ from zsfl.learning.master import Master
 from zsfl.learning.model import SplitModel
 from zsfl.learning.optim import OptimizerSpec
 from zsfl.learning.weighting import MOST_WEIGHT, weight_objection
+from zsfl.spill.layout import MOST_BEFORE_DATA
 from zsfl.wire.fields import ShardInfo
+from zsfl.wire.messages import SpillOffer
 
 RUN = RunId("3fa9c1")
 CIDS = [step_cid(RUN, shard, Version(0)) for shard in (0, 1)]
@@ -162,14 +165,14 @@ def test_a_disk_or_a_memory_that_is_full_is_nobodys_contributions_fault(
 def test_exact_mode_ends_with_the_name_of_whose_step_it_is() -> None:
     case = Case(exact=True)
     case.refusals.check([0, 1])
-    case.refusals.give_up(case.step(1), "it has a gradient of nothing")
+    case.refusals.give_up([CIDS[1]], "it has a gradient of nothing")
     with pytest.raises(RunFailed, match=r"it has a gradient of nothing \(it is a step of client-1"):
         case.refusals.check([0, 1])
 
 
 def test_the_other_modes_go_on_without_it_and_record_why() -> None:
     case = Case(exact=False)
-    case.refusals.give_up(case.step(1), "it is not finite")
+    case.refusals.give_up([CIDS[1]], "it is not finite")
     case.refusals.check([0, 1])
     assert not case.gathering.takes(case.step(1))
     for part in ("body", "client"):
@@ -181,12 +184,21 @@ def test_the_other_modes_go_on_without_it_and_record_why() -> None:
 
 def test_a_run_of_which_no_step_can_be_counted_ends() -> None:
     case = Case(exact=False)
-    case.refusals.give_up(case.step(0), "of shard 0")
-    case.refusals.give_up(case.step(1), "of shard 1")
+    case.refusals.give_up([CIDS[0]], "of shard 0")
+    case.refusals.give_up([CIDS[1]], "of shard 1")
     with pytest.raises(RunFailed, match=r"no step of anybody who takes part can be counted; .* of shard 1"):
         case.refusals.check([0, 1])
     case = Case(exact=False)
-    case.refusals.give_up(case.step(0), "of shard 0")
-    case.refusals.give_up(case.step(1), "of shard 1")
+    case.refusals.give_up([CIDS[0]], "of shard 0")
+    case.refusals.give_up([CIDS[1]], "of shard 1")
     case.refusals.counted(parse_cid(CIDS[0]))
     case.refusals.check([0, 1])
+
+
+def test_what_is_longer_than_any_spill_of_the_model_is_objected_to_by_its_offer() -> None:
+    case = Case(exact=False)
+    most = case.refusals.most_bytes + MOST_BEFORE_DATA
+    offer = SpillOffer(cid=CIDS[0], part="client", version=Version(0), size_bytes=most)
+    assert case.refusals.too_long(offer) == ""
+    said = case.refusals.too_long(msgspec.structs.replace(offer, size_bytes=most + 1))
+    assert said == f"it is of {most + 1} bytes, and no spill of this model has more than {most}"

@@ -17,7 +17,15 @@ from safetensors.torch import load, save
 from zsfl.errors import BadShape, SpillCorrupt
 from zsfl.ids import Cid, RunId, Version, step_cid
 from zsfl.learning.averaging import StepShare
-from zsfl.spill.layout import MAX_HEADER_BYTES, SpillMeta, decode, decode_meta, encode, header_bytes
+from zsfl.spill.layout import (
+    MAX_HEADER_BYTES,
+    SpillMeta,
+    decode,
+    decode_contribution,
+    decode_meta,
+    encode,
+    header_bytes,
+)
 
 META = SpillMeta(
     cid=step_cid(RunId("3fa9c1"), 3, Version(12)),
@@ -225,3 +233,28 @@ def test_a_merged_one_names_its_steps() -> None:
 def test_a_merged_one_that_does_not_add_up_is_not_written(meta: SpillMeta) -> None:
     with pytest.raises(BadShape):
         encode(meta, TENSORS)
+
+
+def test_many_bools_are_looked_at_all_at_once() -> None:
+    """One by one they would stop all threads for seconds: heartbeats too."""
+    seen: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("zsfl.spill.layout.check_bools", lambda _, flags: seen.append(flags))
+        decode(encode(META, {"buffer/b": torch.ones(1000, dtype=torch.bool)}))
+    assert [(flags.dtype, len(flags)) for flags in seen] == [(torch.uint8, 1000)]
+
+
+def test_a_bool_is_0_or_1() -> None:
+    data = encode(META, {"buffer/b": torch.zeros(1000, dtype=torch.bool)})
+    altered = bytearray(data[:-1] + b"\x02")
+    size = int.from_bytes(data[:8], "little")
+    sealed = resealed(bytes(altered), data[8 : 8 + size].decode()[:2], data[8 : 8 + size].decode()[:2])
+    with pytest.raises(SpillCorrupt, match="a bool is neither 0 nor 1"):
+        decode(sealed)
+
+
+def test_what_takes_more_than_is_of_use_is_refused_packed_or_not() -> None:
+    data = encode(META, {"grad/a": torch.zeros(4), "buffer/b": torch.zeros(16, dtype=torch.bool)})
+    assert decode_contribution(data, 32).samples == 17
+    with pytest.raises(SpillCorrupt, match="its tensors take 32 bytes, and 31 at most"):
+        decode_contribution(data, 31)
