@@ -258,7 +258,7 @@ async def test_diverging_in_the_last_window_of_a_round_spoils_nothing(
 @pytest.mark.parametrize(
     ("norm", "lr", "message"),
     [
-        (False, 1e308, r"the loss became (nan|inf) at round 1, window 3 of 4 \(version 2\).* \(version 1 is kept"),
+        (False, 1e308, r"the loss became \S+e\+307 at round 1, window 2 of 4 \(version 1\).* \(version 0 is kept"),
         (True, 1e160, r"is not finite in body\.1.* \(version 0 is kept"),
     ],
     ids=["loss", "statistics"],

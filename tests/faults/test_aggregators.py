@@ -113,7 +113,7 @@ async def test_another_aggregator_goes_on_from_the_last_commit(
     assert spills_left(tmp_path) == []
 
 
-@pytest.mark.parametrize("mode", [zsfl.Elastic(), zsfl.Async()], ids=["elastic", "async"])
+@pytest.mark.parametrize("mode", [zsfl.Elastic(grace=HANG_S), zsfl.Async()], ids=["elastic", "async"])
 async def test_modes_that_do_not_wait_go_on_from_the_last_commit_too(
     mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
