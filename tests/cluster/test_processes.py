@@ -61,7 +61,10 @@ async def test_ctrl_c_at_any_moment(tmp_path: Path, mark: str, moment: str) -> N
         demo.signal(signal.SIGINT)
         assert await demo.ended() == 130
         kept = (tmp_path / "runs" / "digits").exists()
-        assert demo.err == [f"zsfl: interrupted; all nodes have left{GO_ON if kept else NOT_TRAINED}\n"]
+        ends = (
+            {GO_ON} if kept else {NOT_TRAINED, ""} if moment == "fork server" else {NOT_TRAINED}
+        )  # "": while it imports
+        assert demo.err in [[f"zsfl: interrupted; all nodes have left{end}\n"] for end in ends]
         assert kept or moment != "round 2/"
         assert not kept or moment != "fork server"
     assert not marked(mark)
