@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -101,8 +100,7 @@ class Front:
         self._role: RoleShell
         host = settings.host
         wired = {"limits": self._limits, "counters": self.counters, "door": self._door}
-        most = self._limits.max_header_bytes  # what is said here has no tensors
-        small = replace(self._limits, frame_bytes=most, piece_bytes=most, max_message_bytes=most)
+        small = self._limits.up_to(self._limits.max_header_bytes)  # what is said here has no tensors
         self._control = Server(context, host, settings.port, self._answer, **{**wired, "limits": small})
         self._publisher = Publisher(
             context,
@@ -272,7 +270,7 @@ class Front:
             card.endpoint(card.pub_port),
             [TOPIC],
             lambda broadcast, _: heard(broadcast),
-            limits=self._limits,
+            limits=self._limits.up_to(0),
             counters=self.counters,
             door=self._door,
             key=card.key,

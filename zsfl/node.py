@@ -167,14 +167,16 @@ class Node:
         """A new connection to one of a node's ports; open until the caller, or at the end the node, closes it."""
         return self._dialer.connect(card, port)
 
-    def listen(self, card: NodeCard, topics: Sequence[bytes], heard: Heard) -> Subscriber:
-        """A new subscription to what a peer's role publishes; the caller runs it."""
+    def listen(
+        self, card: NodeCard, topics: Sequence[bytes], heard: Heard, most_bytes: int | None = None
+    ) -> Subscriber:
+        """A new subscription to what a peer's role publishes; the caller runs it. `most_bytes`: of the parts of one."""
         subscriber = Subscriber(
             self._context,
             card.endpoint(card.news_port),
             topics,
             heard,
-            limits=self.limits,
+            limits=self.limits if most_bytes is None else self.limits.up_to(most_bytes),
             counters=self.counters,
             door=self._door,
             key=card.key,
