@@ -217,7 +217,7 @@ class Front:
                 if self._door.lost_trust():
                     self._control.cut()
                     self._publisher.cut()
-                    await to_lane(self._node.cut())
+                    soon_in_lane(self._node.cut)  # whatever it computes: the next revocation does not wait for it
 
     async def _beat(self) -> None:
         for turn in itertools.count():

@@ -156,7 +156,7 @@ class Node:
         self._servers.add(server)
         return server
 
-    async def cut(self) -> None:
+    def cut(self) -> None:
         """Let go of those whose keys are trusted no more."""
         if not self._closed:
             self.publisher.cut()
