@@ -46,6 +46,7 @@ from zsfl.wire.messages import (
 )
 from zsfl.wire.pubsub import Publisher, Subscriber
 from zsfl.wire.server import Server
+from zsfl.wire.sockets import up_to
 
 GOODBYE_LINGER_S = 0.2
 """What the last broadcast may take to leave."""
@@ -100,7 +101,7 @@ class Front:
         self._role: RoleShell
         host = settings.host
         wired = {"limits": self._limits, "counters": self.counters, "door": self._door}
-        small = self._limits.up_to(self._limits.max_header_bytes)  # what is said here has no tensors
+        small = up_to(self._limits, self._limits.max_header_bytes)  # what is said here has no tensors
         self._control = Server(context, host, settings.port, self._answer, **{**wired, "limits": small})
         self._publisher = Publisher(
             context,
@@ -270,7 +271,7 @@ class Front:
             card.endpoint(card.pub_port),
             [TOPIC],
             lambda broadcast, _: heard(broadcast),
-            limits=self._limits.up_to(0),
+            limits=up_to(self._limits, 0),
             counters=self.counters,
             door=self._door,
             key=card.key,

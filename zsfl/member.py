@@ -94,7 +94,7 @@ class Member:
         if card.role is not Role.AGGREGATOR:
             return
         if self.aggregator.value is None:
-            ear = self._node.listen(card, [STATE_TOPIC], lambda broadcast, _: self.heard(broadcast), 0)
+            ear = self._node.listen(card, [STATE_TOPIC], lambda broadcast, _: self.heard(broadcast))
             self._listening = self._node.start(ear.run(), f"state of {card.name}")
             for follower in self._weights:
                 follower.follow(card)

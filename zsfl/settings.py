@@ -8,7 +8,7 @@ import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -55,11 +55,6 @@ class WireLimits:
     def deadline_of(self, stated_s: float) -> float:
         """How long a message that states this deadline (0: none) is waited for, or served."""
         return min(stated_s or self.default_deadline_s, self.max_deadline_s)
-
-    def up_to(self, most_bytes: int) -> WireLimits:
-        """The same where the parts of no message are longer, all together."""
-        names = "frame_bytes", "piece_bytes", "max_message_bytes"
-        return replace(self, **{name: min(getattr(self, name), most_bytes) for name in names})
 
 
 def _doc(text: str, *flags: str, metavar: str = "") -> dict[str, Any]:

@@ -219,6 +219,9 @@ async def test_one_key_after_another_is_cut_off_whatever_the_node_computes(tmp_p
     for other in (bob, carl):
         anna.trusts(other)
 
+    def computes() -> None:
+        computed.wait()
+
     async def met(machine: Machine) -> None:
         connection = machine.dial(server, anna.key, watch=True)
         try:
@@ -233,7 +236,7 @@ async def test_one_key_after_another_is_cut_off_whatever_the_node_computes(tmp_p
 
     try:
         server = await nodes.start("server", Role.SPLIT_SERVER, keys=str(anna.folder), beat_s=0.1)
-        soon_in_lane(lambda: computed.wait() and None)
+        soon_in_lane(computes)
         async with asyncio.timeout(HANG_S):
             for one in (bob, carl):
                 await met(one)

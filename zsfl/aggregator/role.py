@@ -33,7 +33,7 @@ from zsfl.ranges import clients_for
 from zsfl.reports import Assembled, Failed, Finished, RoundReport
 from zsfl.tensors.plan import CodecPlan
 from zsfl.weights.shelf import Shelf
-from zsfl.wire.fields import MAX_CARRIED_BYTES, MAX_OFFERS, fit_to_say
+from zsfl.wire.fields import fit_to_say
 from zsfl.wire.framing import Buffer
 from zsfl.wire.holding import Holder, WhoHolds
 from zsfl.wire.messages import (
@@ -181,8 +181,7 @@ class AggregatorRole:
         """A peer is there."""
         self._training.collector.joined(card)
         if card.news_port:
-            most = MAX_OFFERS * MAX_CARRIED_BYTES
-            ear = self._node.listen(card, [OFFERS_TOPIC], lambda said, parts: self._heard_of(card, said, parts), most)
+            ear = self._node.listen(card, [OFFERS_TOPIC], lambda offers, parts: self._heard_of(card, offers, parts))
             self._ears[card.id] = self._node.start(ear.run(), f"offers of {card.name}")
         if card.role not in (Role.OBSERVER, Role.STANDBY) and card.key == self._node.card.key:
             self._node.note(f"{card.name} joined from {card.address}")  # of another machine `Met` says more

@@ -103,7 +103,7 @@ class StandbyRole:
     def joined(self, card: NodeCard) -> None:
         """A peer is there."""
         if card.role is Role.AGGREGATOR:
-            ear = self._node.listen(card, [STATE_TOPIC], lambda broadcast, _: self._heard_of(card, broadcast), 0)
+            ear = self._node.listen(card, [STATE_TOPIC], lambda broadcast, _: self._heard_of(card, broadcast))
             self._ears[card.id] = self._node.start(ear.run(), f"state of {card.name}")
         self._states.touch()
 

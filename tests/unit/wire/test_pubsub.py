@@ -20,6 +20,7 @@ from zsfl.wire import pubsub
 from zsfl.wire.framing import Assembler, Buffer
 from zsfl.wire.messages import Broadcast, Goodbye
 from zsfl.wire.pubsub import Publisher, Subscriber
+from zsfl.wire.sockets import up_to
 
 LIMITS = WireLimits(frame_bytes=4096)
 TOPIC, OTHER = b"body", b"client"
@@ -219,7 +220,7 @@ async def test_where_nothing_long_is_said_nothing_long_is_heard() -> None:
     async with (
         wires(LIMITS) as w,
         publishing(w) as publisher,
-        listening(w, publisher.port, ear, limits=LIMITS.up_to(0)),
+        listening(w, publisher.port, ear, limits=up_to(LIMITS, 0)),
     ):
         await until_joined(publisher, ear)
         publisher.publish(TOPIC, saying("long"), [bytes(9000)])
