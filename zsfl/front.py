@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -47,6 +46,7 @@ from zsfl.wire.messages import (
 )
 from zsfl.wire.pubsub import Publisher, Subscriber
 from zsfl.wire.server import Server
+from zsfl.wire.sockets import up_to
 
 GOODBYE_LINGER_S = 0.2
 """What the last broadcast may take to leave."""
@@ -101,8 +101,7 @@ class Front:
         self._role: RoleShell
         host = settings.host
         wired = {"limits": self._limits, "counters": self.counters, "door": self._door}
-        most = self._limits.max_header_bytes  # what is said here has no tensors
-        small = replace(self._limits, frame_bytes=most, piece_bytes=most, max_message_bytes=most)
+        small = up_to(self._limits, self._limits.max_header_bytes)  # what is said here has no tensors
         self._control = Server(context, host, settings.port, self._answer, **{**wired, "limits": small})
         self._publisher = Publisher(
             context,
@@ -219,7 +218,7 @@ class Front:
                 if self._door.lost_trust():
                     self._control.cut()
                     self._publisher.cut()
-                    await to_lane(self._node.cut())
+                    soon_in_lane(self._node.cut)  # whatever it computes: the next revocation does not wait for it
 
     async def _beat(self) -> None:
         for turn in itertools.count():
@@ -272,7 +271,7 @@ class Front:
             card.endpoint(card.pub_port),
             [TOPIC],
             lambda broadcast, _: heard(broadcast),
-            limits=self._limits,
+            limits=up_to(self._limits, 0),
             counters=self.counters,
             door=self._door,
             key=card.key,

@@ -24,17 +24,20 @@ from zsfl.settings import NodeSettings, WireLimits
 from zsfl.waits import LOOK_S, Overdue, Waits
 from zsfl.wire.connection import Connection, Dialer
 from zsfl.wire.door import Door
-from zsfl.wire.fields import Load
+from zsfl.wire.fields import MAX_CARRIED_BYTES, MAX_OFFERS, Load
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Announcement, Broadcast, Committed, Offers, Reply, Request, RunState, SpillOffer
 from zsfl.wire.pubsub import Heard, Publisher, Subscriber, in_pieces
 from zsfl.wire.server import Handler, Permit, Server
+from zsfl.wire.sockets import up_to
 
 _Result = TypeVar("_Result")
 STATE_TOPIC = b"state"
 """What an aggregator asks of its members."""
 OFFERS_TOPIC = b"offers"
 """What only aggregators listen to."""
+MOST_BYTES = {STATE_TOPIC: 0, OFFERS_TOPIC: MAX_OFFERS * MAX_CARRIED_BYTES}
+"""Of the parts of what is said on a topic; of weights as many as a message may have."""
 FAREWELL_LINGER_S = 0.2
 """What the last broadcast may take to leave."""
 
@@ -156,7 +159,7 @@ class Node:
         self._servers.add(server)
         return server
 
-    async def cut(self) -> None:
+    def cut(self) -> None:
         """Let go of those whose keys are trusted no more."""
         if not self._closed:
             self.publisher.cut()
@@ -169,12 +172,13 @@ class Node:
 
     def listen(self, card: NodeCard, topics: Sequence[bytes], heard: Heard) -> Subscriber:
         """A new subscription to what a peer's role publishes; the caller runs it."""
+        most = max(MOST_BYTES.get(topic, self.limits.max_message_bytes) for topic in topics)
         subscriber = Subscriber(
             self._context,
             card.endpoint(card.news_port),
             topics,
             heard,
-            limits=self.limits,
+            limits=up_to(self.limits, most),
             counters=self.counters,
             door=self._door,
             key=card.key,

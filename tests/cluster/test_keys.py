@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from zsfl.errors import ConfigError, Unauthorised
 from zsfl.ids import PROTOCOL, NodeCard, Role, RunId, Version, step_cid
 from zsfl.keys.machine import machine_id
 from zsfl.keys.nodes import new_node_id
+from zsfl.lane import soon_in_lane
 from zsfl.tensors.spec import TensorSpec
 from zsfl.testing import check_equal_weights, check_history
 from zsfl.wire.messages import Forward, Hello, Welcome
@@ -209,6 +211,42 @@ async def test_orders_need_a_key_that_may_give_them(tmp_path: Path) -> None:
         await nodes.close()
         for machine in (anna, bob, eve):
             machine.context.destroy(linger=0)
+
+
+async def test_one_key_after_another_is_cut_off_whatever_the_node_computes(tmp_path: Path) -> None:
+    anna, bob, carl = (Machine(tmp_path, name) for name in ("anna", "bob", "carl"))
+    nodes, computed = Nodes(zsfl.load_job(write_job(tmp_path, shards=1)), tmp_path / "runs"), threading.Event()
+    for other in (bob, carl):
+        anna.trusts(other)
+
+    def computes() -> None:
+        computed.wait()
+
+    async def met(machine: Machine) -> None:
+        connection = machine.dial(server, anna.key, watch=True)
+        try:
+            await connection.met
+        finally:
+            connection.close()
+
+    async def until_turned_away(machine: Machine) -> None:
+        with suppress(Unauthorised):
+            while True:
+                await met(machine)
+
+    try:
+        server = await nodes.start("server", Role.SPLIT_SERVER, keys=str(anna.folder), beat_s=0.1)
+        soon_in_lane(computes)
+        async with asyncio.timeout(HANG_S):
+            for one in (bob, carl):
+                await met(one)
+                anna.revokes(one)
+                await until_turned_away(one)
+    finally:
+        computed.set()
+        await nodes.close()
+        for machine in (anna, bob, carl):
+            await machine.close()
 
 
 async def test_where_keys_are_named_no_order_goes_without(tmp_path: Path) -> None:

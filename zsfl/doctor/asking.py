@@ -19,6 +19,7 @@ from zsfl.wire.connection import Connection
 from zsfl.wire.door import Door
 from zsfl.wire.examining import Condition, Examine
 from zsfl.wire.greeting import mechanism_at
+from zsfl.wire.reaching import by_key
 from zsfl.wire.sockets import open_context
 
 REACH_S = 1.5
@@ -27,8 +28,6 @@ GREETING_S = 1.0
 MEET_S = 2.0
 """What the machine that has one of the keys that are tried may take to show it."""
 ANSWER_S = 2.0
-MAX_KEYS_TRIED = 32
-"""Trusted keys that are tried at once, where it is not known whose machine is there."""
 AT_ONCE = 64
 """Connections that are tried at once."""
 
@@ -63,7 +62,7 @@ class Asker:
             return msgspec.structs.replace(node, silence="mute")
         match mechanism:
             case "NULL":
-                return await self._examine(msgspec.structs.replace(node, locked=False), Door("doctor"), [""])
+                return await self._examine(msgspec.structs.replace(node, locked=False), Door("doctor"), ())
             case "CURVE":
                 return await self._unlock(msgspec.structs.replace(node, locked=True), key)
             case _:
@@ -75,31 +74,32 @@ class Asker:
         trusted = list(self._locked.trust.known)
         if key and key not in trusted:
             return msgspec.structs.replace(node, silence="unknown")
-        return await self._examine(node, self._locked, [key] if key else trusted[:MAX_KEYS_TRIED])
+        return await self._examine(node, self._locked, [key] if key else trusted)
 
     async def _examine(self, node: SeenNode, door: Door, keys: Sequence[str]) -> SeenNode:
         own_id = new_node_id(door.key)
         wired: dict[str, Any] = {"limits": WireLimits(), "counters": Counters(), "door": door, "watch": True}
-        trials = [
-            Connection(self._context, f"tcp://{node.address}", peer=node.name, own_id=own_id, key=key, **wired)
-            for key in keys
-        ]
+        met: Connection | None = None
+
+        def connect(key: str) -> Connection:
+            return Connection(self._context, f"tcp://{node.address}", peer=node.name, own_id=own_id, key=key, **wired)
+
         try:
             if door.locked:
-                await asyncio.wait([one.met for one in trials], timeout=MEET_S, return_when=asyncio.FIRST_COMPLETED)
-                met = next((one for one in trials if one.met.done()), None)
-                if met is None:
+                found = await by_key(connect, keys, MEET_S)
+                if found is None:
                     return msgspec.structs.replace(node, silence="unknown")
-                node = msgspec.structs.replace(node, key=keys[trials.index(met)])
+                key, met = found
+                node = msgspec.structs.replace(node, key=key)
                 met.met.result()
             else:
-                met = trials[0]
+                met = connect("")
             return await _examined(node, met)
         except ZsflError as error:
             return msgspec.structs.replace(node, silence=_silence(error), said=str(error))
         finally:
-            for one in trials:
-                one.close()
+            if met is not None:
+                met.close()
 
 
 async def _examined(node: SeenNode, connection: Connection) -> SeenNode:

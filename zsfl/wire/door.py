@@ -25,7 +25,7 @@ from zsfl.wire.guard import Guard
 CURVE_BYTES = 64
 """By which an encrypted frame is longer than what is in it, at most."""
 MAX_NOTED = 256
-"""Refusals that are told of one by one; all are counted."""
+"""Strangers that are told of one by one; all are counted."""
 
 
 class Door:
@@ -51,6 +51,7 @@ class Door:
         self._keys = keys
         self._note = note
         self._noted: set[Hashable] = set()
+        self._strangers = 0
         self._trusted = {key: entry.roles for key, entry in trust.known.items()} if trust else {}
         self._lock = threading.Lock()
 
@@ -101,15 +102,17 @@ class Door:
             ("key", key),
             f"the machine {machine_id(key)} at {address} was turned away, as its key is not trusted, or not any more; "
             "if you know that machine, and `zsfl keys show` there says the same id, pair the two with `zsfl invite`",
+            of_stranger=True,
         )
         return False
 
-    def tell_once(self, what: Hashable, message: str) -> None:
-        """One line in the log, the first time."""
+    def tell_once(self, what: Hashable, message: str, *, of_stranger: bool = False) -> None:
+        """One line in the log, the first time; of strangers, who make as many keys as they like, only of the first."""
         with self._lock:
-            if what in self._noted or len(self._noted) >= MAX_NOTED:
+            if what in self._noted or (of_stranger and self._strangers >= MAX_NOTED):
                 return
             self._noted.add(what)
+            self._strangers += of_stranger
         self._note(message)
 
     def failed(self, event: int, value: int) -> None:

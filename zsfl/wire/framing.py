@@ -310,6 +310,15 @@ class Assembler:
             if half.due_s < now_s:
                 self.forget(message_id)
 
+    def forget_stalled(self) -> None:
+        """Drop the half-finished messages that nothing came of for as long as anybody waits: broadcasts, which may take
+        longer than that and have no asker.
+        """
+        since_s = self._clock() - self._limits.default_deadline_s
+        for message_id, half in list(self._halves.items()):
+            if half.heard_s < since_s:
+                self.forget(message_id)
+
     def arriving(self) -> list[AnyMessage]:
         """Bodies of the messages whose parts are still on their way: of one that lost a chunk no more will come."""
         since_s = self._clock() - STALLED_S

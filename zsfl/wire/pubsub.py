@@ -31,6 +31,8 @@ BROADCAST_QUEUE = 512
 """Multiparts, of up to one piece each, that ZeroMQ holds for one slow subscriber before it drops what follows;
 subscribers ask for what they missed."""
 
+SWEEP_S = 5.0
+"""How often to look whether a broadcast that has begun to arrive still does."""
 BIND_AGAIN_S = 0.05
 """After which pause to try again to bind to a port that was let go of."""
 
@@ -129,6 +131,7 @@ class Subscriber:
         self._counters = counters
         # In order, so that a broadcast that lost a chunk in a full queue is forgotten when the next one begins.
         self._assembler = Assembler(limits, in_order=True)
+        self._sweep: asyncio.TimerHandle | None = None
         self._socket = open_socket(context, zmq.SUB, limits, BROADCAST_QUEUE)
         if door is not None:
             door.unlock(self._socket, key)
@@ -151,6 +154,9 @@ class Subscriber:
 
     def close(self) -> None:
         """Close the socket of a subscriber that may never have run."""
+        if self._sweep is not None:
+            self._sweep.cancel()
+        self._assembler.forget_all()
         self._socket.close(linger=0)
 
     def _take(self, frames: list[zmq.Frame], _size: int) -> None:
@@ -164,6 +170,17 @@ class Subscriber:
                 self._heard(arrived.body, arrived.parts)
         except (ProtocolError, Unavailable, Rejected):
             self._counters.add("protocol_errors")
+        if self._sweep is None:
+            self._sweep_later()
+
+    def _sweep_later(self) -> None:
+        """What is broken off is not kept for good: nothing else may come to take its place."""
+        idle = self._assembler.idle or self._socket.closed
+        self._sweep = None if idle else asyncio.get_running_loop().call_later(SWEEP_S, self._swept)
+
+    def _swept(self) -> None:
+        self._assembler.forget_stalled()
+        self._sweep_later()
 
 
 def in_pieces(announcement: Announcement) -> Iterator[Announcement]:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from zsfl.errors import ConfigError, NoPeer
+from zsfl.errors import ConfigError, NoPeer, ZsflError
 from zsfl.ids import Address
 from zsfl.keys.nodes import new_node_id
 from zsfl.keys.secret import KEY_FILE, keys_folder, own_keys
@@ -24,7 +24,7 @@ GREETING_S = 10.0
 KEYS_AT_ONCE = 32
 """Trusted keys that are tried together, where it is not known whose machine is at an address."""
 MEET_S = 10.0
-"""What that may take."""
+"""What those may take."""
 
 
 @asynccontextmanager
@@ -86,17 +86,36 @@ async def _door_to(address: Address, peer: str, settings: NodeSettings) -> Door:
 
 
 async def _met(connect: Callable[[str], Connection], keys: Sequence[str], peer: str) -> Connection:
-    """The connection by the key of the machine that is there, tried with some at a time."""
+    found = await by_key(connect, keys, MEET_S)
+    if found is None:
+        raise NoPeer(f"{peer} is on no machine that this one trusts: pair the two with `zsfl invite` on one of them")
+    _, connection = found
+    try:
+        connection.met.result()
+    except ZsflError:
+        connection.close()
+        raise
+    return connection
+
+
+async def by_key(
+    connect: Callable[[str], Connection], keys: Sequence[str], wait_s: float
+) -> tuple[str, Connection] | None:
+    """The key of the machine that is there, and the connection by it, all keys being tried, some at a time.
+
+    Whether that machine lets this one in, the connection's `met` says.
+    """
     for first in range(0, len(keys), KEYS_AT_ONCE):
-        trials = [connect(key) for key in keys[first : first + KEYS_AT_ONCE]]
+        trials = {key: connect(key) for key in keys[first : first + KEYS_AT_ONCE]}
         try:
-            await asyncio.wait([one.met for one in trials], timeout=MEET_S, return_when=asyncio.FIRST_COMPLETED)
-            for one in trials:
+            await asyncio.wait(
+                [one.met for one in trials.values()], timeout=wait_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            for key, one in trials.items():
                 if one.met.done():
-                    one.met.result()
-                    trials.remove(one)
-                    return one
+                    del trials[key]
+                    return key, one
         finally:
-            for one in trials:
+            for one in trials.values():
                 one.close()
-    raise NoPeer(f"{peer} is on no machine that this one trusts: pair the two with `zsfl invite` on one of them")
+    return None

@@ -7,6 +7,7 @@ import resource
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, cast
 
 import zmq
@@ -64,6 +65,16 @@ def descriptors() -> int:
 def room_for_peers(most: int) -> int:
     """For how many peers, `most` at the most, there are descriptors."""
     return min(most, max(1, (descriptors() - FREE_DESCRIPTORS) // PER_PEER))
+
+
+def up_to(limits: WireLimits, most_bytes: int) -> WireLimits:
+    """The same where the parts of no message are longer, all together."""
+    return replace(
+        limits,
+        frame_bytes=min(limits.frame_bytes, most_bytes),
+        piece_bytes=min(limits.piece_bytes, most_bytes),
+        max_message_bytes=min(limits.max_message_bytes, most_bytes),
+    )
 
 
 def open_socket(context: zmq.Context[Any], kind: int, limits: WireLimits, queue: int) -> zmq.Socket[bytes]:

@@ -20,7 +20,7 @@ from zsfl.keys.nodes import new_node_id
 from zsfl.metrics import Counters
 from zsfl.settings import NodeSettings
 from zsfl.wire.connection import Connection
-from zsfl.wire.door import Door, door_for
+from zsfl.wire.door import MAX_NOTED, Door, door_for
 from zsfl.wire.framing import Buffer, Header, encode
 from zsfl.wire.gatekeeper import ENDPOINT, _keepers, kept
 from zsfl.wire.greeting import mechanism_at
@@ -263,6 +263,17 @@ async def test_an_authenticator_that_fails_lets_nobody_in(tmp_path: Path, monkey
         await in_vain(connection, lambda: count(anna.door.counters, "authenticator_failures"))
         assert len(anna.notes) == 1
         assert "let nobody in: ZeroDivisionError" in anna.notes[0]
+
+
+def test_however_many_strangers_came_a_node_tells_of_what_is_its_own(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, "anna")
+    for number in range(MAX_NOTED + 9):
+        assert not machine.door.admits(number.to_bytes(32, "little"), "192.168.1.9")
+    machine.context.term()
+    assert len(machine.notes) == MAX_NOTED
+    for _ in range(2):
+        machine.door.tell_once("ended", "the authenticator ended")
+    assert machine.notes[MAX_NOTED:] == ["the authenticator ended"]
 
 
 async def test_without_any_authenticator_nobody_comes_in(tmp_path: Path) -> None:

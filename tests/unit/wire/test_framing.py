@@ -442,6 +442,20 @@ def test_a_half_finished_message_is_forgotten_when_its_sender_has_given_up() -> 
     assert assembler.idle
 
 
+def test_a_message_that_goes_on_arriving_has_not_stalled_however_long_it_takes() -> None:
+    clock = Clock()
+    assembler = Assembler(LIMITS, clock=clock)
+    fed(assembler, begin(1, 200))
+    for _ in range(3):
+        clock.now_s += LIMITS.default_deadline_s * 0.9
+        fed(assembler, [head(kind="chunk", id=1), bytes(60)])
+        assembler.forget_stalled()
+        assert not assembler.idle
+    clock.now_s += LIMITS.default_deadline_s * 1.1
+    assembler.forget_stalled()
+    assert assembler.idle
+
+
 def test_one_that_lost_a_chunk_is_no_longer_arriving() -> None:
     clock = Clock()
     assembler = Assembler(LIMITS, clock=clock)

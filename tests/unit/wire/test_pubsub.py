@@ -6,17 +6,21 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 
 import msgpack  # pyright: ignore[reportMissingTypeStubs]
+import pytest
 import zmq
-from helpers.waiting import eventually
+from helpers.waiting import HANG_S, eventually
 from helpers.wires import HOST, Wires, wires
 
 from zsfl.ids import NodeId
 from zsfl.settings import WireLimits
-from zsfl.wire.framing import Buffer
+from zsfl.wire import pubsub
+from zsfl.wire.framing import Assembler, Buffer
 from zsfl.wire.messages import Broadcast, Goodbye
 from zsfl.wire.pubsub import Publisher, Subscriber
+from zsfl.wire.sockets import up_to
 
 LIMITS = WireLimits(frame_bytes=4096)
 TOPIC, OTHER = b"body", b"client"
@@ -41,10 +45,12 @@ class Ear:
 
 
 @asynccontextmanager
-async def listening(w: Wires, port: int, ear: Callable[..., None], *topics: bytes) -> AsyncIterator[Subscriber]:
+async def listening(
+    w: Wires, port: int, ear: Callable[..., None], *topics: bytes, limits: WireLimits = LIMITS
+) -> AsyncIterator[Subscriber]:
     """A subscriber that runs."""
     endpoint = f"tcp://{HOST}:{port}"
-    subscriber = Subscriber(w.context, endpoint, topics or [TOPIC], ear, limits=LIMITS, counters=w.asked)
+    subscriber = Subscriber(w.context, endpoint, topics or [TOPIC], ear, limits=limits, counters=w.asked)
     task = asyncio.create_task(subscriber.run())
     try:
         yield subscriber
@@ -172,3 +178,53 @@ async def test_broadcasts_that_lost_chunks_do_not_deafen_a_subscriber() -> None:
             await eventually(lambda: ear.said("whole"))
             assert not ear.said("torn")
             assert subscriber.arriving() == []
+
+
+async def test_a_broadcast_that_is_broken_off_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    ear, swept = Ear(), asyncio.Event()
+    forget_stalled = Assembler.forget_stalled
+
+    def looked(assembler: Assembler) -> None:
+        forget_stalled(assembler)
+        if assembler.idle:
+            swept.set()
+
+    monkeypatch.setattr(Assembler, "forget_stalled", looked)
+    monkeypatch.setattr(pubsub, "SWEEP_S", 0.01)
+    async with wires(LIMITS) as w:
+        bare = w.context.socket(zmq.PUB)
+        bare.linger = 0
+        port = bare.bind_to_random_port(f"tcp://{HOST}")
+
+        async def say(kind: str, reason: str, *frames: bytes, sizes: tuple[int, ...] = ()) -> None:
+            body = {"t": "goodbye", "node": "a", "reason": reason}
+            head = {"kind": kind, "id": 1} | ({"sizes": sizes, "body": body} if kind == "publish" else {})
+            await bare.send_multipart([TOPIC, msgpack.packb(head), *frames])  # pyright: ignore[reportUnknownMemberType]
+
+        async with listening(w, port, ear, limits=replace(LIMITS, default_deadline_s=0.02)):
+            while not ear.said("joined"):
+                await say("publish", "joined")
+                await asyncio.sleep(0)
+            await say("publish", "broken off", sizes=(9000,))
+            await say("chunk", "", bytes(4096))
+            async with asyncio.timeout(HANG_S):
+                await swept.wait()
+            await say("chunk", "", bytes(4904))
+            await say("publish", "the next")
+            await eventually(lambda: ear.said("the next"))
+            assert not ear.said("broken off")
+
+
+async def test_where_nothing_long_is_said_nothing_long_is_heard() -> None:
+    ear = Ear()
+    async with (
+        wires(LIMITS) as w,
+        publishing(w) as publisher,
+        listening(w, publisher.port, ear, limits=up_to(LIMITS, 0)),
+    ):
+        await until_joined(publisher, ear)
+        publisher.publish(TOPIC, saying("long"), [bytes(9000)])
+        publisher.publish(TOPIC, saying("short"))
+        await eventually(lambda: ear.said("short"))
+        assert not ear.said("long")
+        assert w.asked.snapshot()["protocol_errors"] == 1
