@@ -31,6 +31,8 @@ _BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 PORT_PATTERN = "(6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})"
 HOST_PATTERN = rf"{_BYTE}(\.{_BYTE}){{3}}"
 """An IPv4 address. What a peer says is never looked up: that may take long, and holds up all sockets meanwhile."""
+SHOWN = r"\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\U0010ffff"
+"""No control characters, and none that turn the direction of writing: what others say is shown on terminals."""
 KEY_PATTERN = r"^[0-9A-Za-z.:+=^!/*?&<>()\[\]{}@%$#-]{40}\Z"
 
 PartName = Literal["body", "client"]

@@ -85,6 +85,11 @@ class Member:
         self.following: list[Callable[[], None]] = []
         """To be called whenever another aggregator is followed, or the same one again."""
 
+    @property
+    def run(self) -> RunId | None:
+        """The run whose spills count; None before one has begun."""
+        return self._run
+
     def close(self) -> None:
         """Let go of the spills' files, which stay; to be called when the role ends."""
         self.spills.close()

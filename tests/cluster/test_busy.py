@@ -1,11 +1,19 @@
-"""A node that computes for long is as much there as one that idles."""
+"""A node that computes for long is as much there as one that idles; one with enough to do says so."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+from helpers.nodes import Nodes
+
 import zsfl
+from zsfl.cluster.orders import order
+from zsfl.errors import Busy
+from zsfl.ids import Address, Role
 from zsfl.reports import AnyReport, Note
+from zsfl.settings import NodeSettings
+from zsfl.wire.messages import Train
 
 _JOB = """
 import time
@@ -54,3 +62,17 @@ async def test_who_computes_for_longer_than_silence_may_last_is_not_given_up(tmp
         (report,) = [report async for report in cluster.train()]
     assert report.steps == 2
     assert not [message for message in said if "is gone" in message]
+
+
+async def test_an_aggregator_with_enough_orders_says_so(tmp_path: Path) -> None:
+    job = tmp_path / "busy.py"
+    job.write_text(_JOB)
+    nodes = Nodes(zsfl.load_job(job), tmp_path / "runs")
+    try:
+        aggregator = Address(await nodes.start("aggregator", Role.AGGREGATOR, hold=True))
+        for _ in range(16):  # none of which it begins with, as nobody is there
+            await order(aggregator, Train(rounds=1), NodeSettings())
+        with pytest.raises(Busy, match="16 orders wait already; give this one when one of them is done"):
+            await order(aggregator, Train(rounds=1), NodeSettings())
+    finally:
+        await nodes.close()

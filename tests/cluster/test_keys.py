@@ -24,7 +24,7 @@ from helpers.waiting import HANG_S, eventually
 from safetensors.torch import load_file
 
 import zsfl
-from zsfl.errors import ConfigError, Unauthorised
+from zsfl.errors import ConfigError, RemoteProtocolError, Unauthorised, Unavailable
 from zsfl.ids import PROTOCOL, NodeCard, Role, RunId, Version, step_cid
 from zsfl.keys.machine import machine_id
 from zsfl.keys.nodes import new_node_id
@@ -314,6 +314,11 @@ async def test_nobody_makes_the_steps_of_another_machines_shard(tmp_path: Path) 
             with pytest.raises(Unauthorised, match="the steps of shard 0 are another machine's to make"):
                 await asking.request(request, [bytes(64)], deadline_s=HANG_S)
         assert sum("a request was turned away: the steps of shard 0" in note for note in nodes.notes) == 1
+        for k, of, error in ((999, run, RemoteProtocolError), (0, RunId("000000"), Unavailable)):  # its own, of no use
+            cid = step_cid(of, 1, Version(0), k)
+            request = Forward(cid=cid, version=Version(0), seed=0, input=spec)
+            with pytest.raises(error, match="no step 999 at a version" if k else f"steps of the run {run}, not of"):
+                await asking.request(request, [bytes(64)], deadline_s=HANG_S)
         rounds = len(nodes.rounds)
         await eventually(lambda: len(nodes.rounds) > rounds + 1)
     finally:

@@ -7,6 +7,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
+
+import msgspec
 
 from zsfl.aggregator.faults import Faults
 from zsfl.aggregator.gathering import Gathering, Key
@@ -270,6 +273,7 @@ class Collector:
                 holder.complained.add(key)
                 self._node.note(f"{holder.name} handed over a corrupt spill of {key[0]}: {said}", "warning")
             return False
+        found = self._named(found, holder)
         try:
             if self._gathering.takes(found):
                 if self._judge is not None and (why := self._judge.objection(found)):
@@ -286,6 +290,14 @@ class Collector:
         if self._gathering.arrived(found):
             self._took(found)
         return True
+
+    def _named(self, one: Contribution, holder: _Holder) -> Contribution:
+        """With the names of who handed it over and who holds the shard, whatever it says: people are told of them."""
+        of = [self._roster.value.client_of(parse_cid(cid).shard) for cid in (one.cid, *(m.cid for m in one.members))]
+        members = [
+            msgspec.structs.replace(member, client=name) for member, name in zip(one.members, of[1:], strict=True)
+        ]
+        return replace(one, node=holder.name, client=of[0], members=tuple(members))
 
     def _refuse(
         self, holder: _Holder, key: Key, part: PartName, members: Sequence[Cid], why: str, judge: Refusals

@@ -68,7 +68,8 @@ class Gathering:
     """Collects both parts of every step that may still count, each exactly once.
 
     A step is counted by the version that `take`s it, or dropped with a reason that the next record carries. One that
-    comes when it is too late for it is dropped; spills of other runs, and of steps that nobody asked for, are let be.
+    comes when it is too late for it is dropped; spills of other runs, and of steps not asked for so far, are let
+    be. Those of steps that this run never asks for are released.
 
     A merged contribution is the body part of all its steps. It counts with all of them, once their client parts are
     here, in place of what came of them singly; or, when one of them was counted or dropped without it, not at all.
@@ -131,12 +132,12 @@ class Gathering:
     def offered(
         self, node: NodeId, offers: Iterable[SpillOffer], may_hold: Callable[[SpillOffer], bool] = lambda _: True
     ) -> Verdict:
-        """Sort what a holder offers. Of what it cannot rightly have, only that is told which is settled."""
+        """Sort what a holder offers. Of what it cannot rightly have, only what is of no use is told."""
         verdict = Verdict()
         for offer in offers:
             cids = offer.members or (offer.cid,)
             if not may_hold(offer):
-                verdict.release.extend(cid for cid in cids if self._is_settled(parse_cid(cid)))
+                verdict.release.extend(cid for cid in cids if self._is_useless(parse_cid(cid)))
             elif all([self._may_still_count(cid, verdict) for cid in cids]) and self._wants(offer):
                 key: Key = offer.cid, offer.kind
                 self._asked[key] = node
@@ -144,12 +145,12 @@ class Gathering:
         return verdict
 
     def _may_still_count(self, cid: Cid, verdict: Verdict) -> bool:
-        """Whether an offered step may; one that is settled is released, one that is too late dropped."""
+        """Whether an offered step may; one that is of no use is released, one that is too late dropped."""
         step = parse_cid(cid)
-        is_settled = self._is_settled(step)
-        if not is_settled and not self._is_known(step):
+        is_useless = self._is_useless(step)
+        if not is_useless and not self._is_known(step):
             return False
-        if is_settled:
+        if is_useless:
             verdict.release.append(cid)
         elif not self._begun:
             pass  # it is offered again
@@ -160,8 +161,9 @@ class Gathering:
             return True
         return False
 
-    def _is_settled(self, step: StepId) -> bool:
-        return step.run == self._run and step in self._settled
+    def _is_useless(self, step: StepId) -> bool:
+        """Whether it is settled, or one that this run never asks for."""
+        return step.run == self._run and (step in self._settled or not self._is_possible(step))
 
     def beside(self, contribution: Contribution) -> list[Contribution]:
         """What is here of the same steps."""
@@ -200,12 +202,10 @@ class Gathering:
 
     def _is_known(self, step: StepId) -> bool:
         """Whether it is a step that this run may ever have asked for."""
-        return (
-            step.run == self._run
-            and step.k < self._width
-            and step.shard < self._shards
-            and step.version <= self._version
-        )
+        return step.run == self._run and self._is_possible(step) and step.version <= self._version
+
+    def _is_possible(self, step: StepId) -> bool:
+        return step.k < self._width and step.shard < self._shards
 
     def _behind(self, step: StepId) -> int:
         """How stale a step is in the next version that can count it."""

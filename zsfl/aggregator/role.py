@@ -21,7 +21,7 @@ from zsfl.aggregator.standby import Elected
 from zsfl.aggregator.tally import PeerCounters
 from zsfl.aggregator.training import Training
 from zsfl.aggregator.trials import Trials
-from zsfl.errors import ConfigError, NoPeer, RemoteProtocolError, RunFailed, StorageError
+from zsfl.errors import Busy, ConfigError, NoPeer, RemoteProtocolError, RunFailed, StorageError
 from zsfl.ids import NodeCard, NodeId, Role, Version, parse_cid
 from zsfl.latest import Latest, first_of
 from zsfl.learning.cuts import Cuts
@@ -70,8 +70,8 @@ class AggregatorRole:
         bound = max_staleness(job.how)
         plan = CodecPlan.parse(node.settings.codec or job.codec)
         self._shelf = Shelf(cuts.portions(), bound, codec=plan.weights[0], differences=plan.delta)
-        return_s = job.how.return_s if isinstance(job.how, Exact) else 0.0
-        self._roster: Latest[Roster] = Latest(Roster(job.shards, return_s))
+        self._return_s = job.how.return_s if isinstance(job.how, Exact) else 0.0
+        self._roster: Latest[Roster] = Latest(Roster(job.shards, self._return_s))
         self._counters = PeerCounters()
         self._orders: asyncio.Queue[int | None] = asyncio.Queue(maxsize=16)
         self._stage = Stage(node)
@@ -162,6 +162,8 @@ class AggregatorRole:
             case Train():
                 if not self._node.settings.hold:
                     raise ConfigError("this aggregator trains by itself; start it with --hold to give it orders")
+                if self._orders.full():
+                    raise Busy(f"{self._orders.qsize()} orders wait already; give this one when one of them is done")
                 self._orders.put_nowait(request.rounds)
             case _:
                 raise RemoteProtocolError(f"an aggregator does not answer {type(request).__name__} here")
@@ -290,9 +292,8 @@ class AggregatorRole:
 
     async def _until_back(self) -> None:
         """Wait for all who took part; but who went with the aggregator before is waited for no longer than ever."""
-        how, settings = self._job.how, self._node.settings
         with self._node.waiting(self._missing), suppress(TimeoutError):
-            async with asyncio.timeout(max(how.return_s if isinstance(how, Exact) else 0.0, settings.lost_after_s)):
+            async with asyncio.timeout(max(self._return_s, self._node.settings.lost_after_s)):
                 await self._roster.wait_for(lambda _: not self._missing())
         if absent := self._roster.value.absent(self._without, 0):
             self._node.note(f"going on without {clients_for(absent)}, until they are back", "warning")
@@ -307,8 +308,7 @@ class AggregatorRole:
         return " and ".join(wanted)
 
     async def _train(self, rounds: int) -> None:
-        begun_s = time.monotonic()
-        total = self._training.round + rounds
+        begun_s, total = time.monotonic(), self._training.round + rounds
         if not rounds:
             self._node.note(f"the run has its {number_of(total, 'round')} already; ask for more: --rounds", "warning")
         while self._training.round < total and (self._training.is_in_round or not self._trials.is_enough):

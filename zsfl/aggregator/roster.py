@@ -108,6 +108,11 @@ class Roster:
         says_it = re.fullmatch(rf".*[^0-9]-{shard}", seat.name)  # client-1-4 has the shards 1 to 4
         return seat.name if says_it else f"{seat.name} (shard {shard})"
 
+    def client_of(self, shard: int) -> str:
+        """The name of who holds a shard, or held it last; empty where nobody ever has."""
+        seat = self._seats.get(shard)
+        return "" if seat is None else seat.name
+
     def node_of(self, shard: int) -> NodeId | None:
         """Who holds a shard, or held it last."""
         seat = self._seats.get(shard)

@@ -13,13 +13,8 @@ from zsfl.learning.averaging import Contribution
 from zsfl.learning.batches import BySpeed
 from zsfl.learning.job import Job
 from zsfl.learning.modes import Async, Exact
-from zsfl.learning.plan import Sizes
+from zsfl.learning.plan import Sizes, attempts_of, steps_of
 from zsfl.learning.weighting import Shares, staleness_weight
-
-MERGE_ATTEMPTS = 32
-"""How often a merged batch may be asked for: it has to be anew when its server or one of its clients is gone."""
-REDONE = 8
-"""Exact: how often a window may be asked for, where servers merged the gradient of a client that left into others'."""
 
 
 class Rules:
@@ -29,9 +24,9 @@ class Rules:
         mode, by_speed = job.how, job.batches if isinstance(job.batches, BySpeed) else None
         self.is_async, self.is_exact = isinstance(mode, Async), isinstance(mode, Exact)
         self.merges = job.batch_norm == "merged"
-        self.steps = mode.quota if isinstance(mode, Async) else job.steps
+        self.steps = steps_of(job)
         """Of each client at one version, at most."""
-        self.attempts = MERGE_ATTEMPTS if self.merges else REDONE if self.is_exact else 1
+        self.attempts = attempts_of(job)
         """At one version, at most."""
         self.shares = Shares(mode.max_correction) if isinstance(mode, Async) else None
         self.pacer = by_speed and Pacer(by_speed, job.batch_size, job.steps)

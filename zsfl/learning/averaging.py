@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zsfl.errors import RunFailed
-from zsfl.ids import Cid, Version
+from zsfl.ids import SHOWN, Cid, Version
 from zsfl.learning.flat import FlatTensors
 
 
@@ -25,7 +25,7 @@ class StepShare(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     cid: Annotated[Cid, msgspec.Meta(max_length=64)]
     n: Annotated[float, msgspec.Meta(ge=0, le=1e300)]
     samples: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
-    client: Annotated[str, msgspec.Meta(max_length=200)]
+    client: Annotated[str, msgspec.Meta(max_length=200, pattern=rf"^[{SHOWN}]*\Z")]
     """Name of the client that made it."""
 
 

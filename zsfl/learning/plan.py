@@ -8,10 +8,26 @@ from statistics import median_high
 from typing import Self
 
 from zsfl.learning.job import Job
+from zsfl.learning.modes import Async, Exact
 from zsfl.learning.robust import is_trusting
+
+MERGE_ATTEMPTS = 32
+"""How often a merged batch may be asked for: it has to be anew when its server or one of its clients is gone."""
+REDONE = 8
+"""Exact: how often a window may be asked for, where servers merged the gradient of a client that left into others'."""
 
 Sizes = dict[int, list[int]]
 """By shard, the samples of its k-th step at one version; 0 where it sits that one out."""
+
+
+def steps_of(job: Job) -> int:
+    """How many steps a client makes at one version at most, each time that it is asked."""
+    return job.how.quota if isinstance(job.how, Async) else job.steps
+
+
+def attempts_of(job: Job) -> int:
+    """How often it is asked at one version at most. No step has a k that is not below this times `steps_of`."""
+    return MERGE_ATTEMPTS if job.batch_norm == "merged" else REDONE if isinstance(job.how, Exact) else 1
 
 
 @dataclass(frozen=True, slots=True)

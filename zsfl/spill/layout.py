@@ -28,7 +28,7 @@ from zsfl.learning.flat import FlatLayout, FlatTensors
 from zsfl.spill.coded import CODED, uncoded
 from zsfl.tensors.codec import check_bools
 from zsfl.tensors.spec import MAX_NDIM, MAX_TENSOR_BYTES
-from zsfl.wire.fields import MAX_MEMBERS
+from zsfl.wire.fields import MAX_MEMBERS, ShortText
 
 MAX_HEADER_BYTES = 1 << 20
 """Of the safetensors header: some thousands of tensors."""
@@ -69,8 +69,8 @@ class SpillMeta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     samples: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
     loss_sum: float | None
     """Sum of the loss over the batch, times its weight; None from a party that does not see the loss."""
-    client: Annotated[str, msgspec.Meta(max_length=200)]
-    node: Annotated[str, msgspec.Meta(max_length=200)]
+    client: ShortText
+    node: ShortText
     """Name of the node that wrote it."""
     members: Annotated[tuple[StepShare, ...], msgspec.Meta(max_length=MAX_MEMBERS)] = ()
     """Of a merged spill, the steps whose body gradients it sums up, its own cid first: all of one run and version.

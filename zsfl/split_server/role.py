@@ -17,6 +17,7 @@ from zsfl.latest import Latest
 from zsfl.learning.cuts import Cuts
 from zsfl.learning.job import Job
 from zsfl.learning.part import Part, PartWeights
+from zsfl.learning.plan import attempts_of, steps_of
 from zsfl.member import NOT_PUT, Member
 from zsfl.node import BeatExtras, Node
 from zsfl.spill.coded import SpillCoder
@@ -81,6 +82,7 @@ class SplitServerRole:
             same_k=job.local_lr is not None,
         )
         self._merges, self._shards = job.batch_norm == "merged", job.shards
+        self._width = steps_of(job) * attempts_of(job)
         self._met_bytes = 0
         """Of requests that wait for others to be merged with."""
         self._forwards = Meetings(self._merge_forwards)
@@ -172,7 +174,16 @@ class SplitServerRole:
 
     # --- requests ---------------------------------------------------------------------------------------
 
+    def _check(self, step: StepId) -> None:
+        """A step that is never asked for would lie on this disk for ever."""
+        if step.k >= self._width:
+            raise RemoteProtocolError(f"there is no step {step.k} at a version: each shard has {self._width} at most")
+        if self._member.run not in (None, step.run):  # whoever asks, or this server, is to hear of another run yet
+            raise Unavailable(f"{self._node.name} takes steps of the run {self._member.run}, not of {step.run}")
+
     def _answer(self, request: Request, parts: Sequence[Buffer]) -> Answer | Awaitable[Answer]:
+        if isinstance(request, Forward | Backward | Step):
+            self._check(parse_cid(request.cid))
         match request:
             case Forward() | Backward() | Step() | Infer() if request.reply_codec not in SPELLINGS:
                 raise BadShape(f"a reply is wanted as {request.reply_codec!r}, which {self._node.name} does not know")

@@ -13,6 +13,7 @@ from zsfl.ids import (
     HOST_PATTERN,
     KEY_PATTERN,
     PORT_PATTERN,
+    SHOWN,
     Address,
     Cid,
     NodeId,
@@ -45,12 +46,10 @@ MAX_JOINED = 64
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
 MAX_LINE = 600
 """Characters of a LineOfText."""
-_SHOWN = r"\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\U0010ffff"
-"""No control characters, and none that turn the direction of writing: texts are shown on terminals."""
-ShortText = Annotated[str, Meta(max_length=200, pattern=rf"^[{_SHOWN}]*\Z")]
-LineOfText = Annotated[str, Meta(max_length=MAX_LINE, pattern=rf"^[{_SHOWN}]*\Z")]
-LongText = Annotated[str, Meta(max_length=4000, pattern=rf"^[{_SHOWN}\n\t]*\Z")]
-_NOT_SHOWN = re.compile(rf"[^{_SHOWN}\n\t]|[\ud800-\udfff]")
+ShortText = Annotated[str, Meta(max_length=200, pattern=rf"^[{SHOWN}]*\Z")]
+LineOfText = Annotated[str, Meta(max_length=MAX_LINE, pattern=rf"^[{SHOWN}]*\Z")]
+LongText = Annotated[str, Meta(max_length=4000, pattern=rf"^[{SHOWN}\n\t]*\Z")]
+_NOT_SHOWN = re.compile(rf"[^{SHOWN}\n\t]|[\ud800-\udfff]")
 MAX_SAID = 2000
 """Characters of an error that travel."""
 CidText = Annotated[Cid, Meta(max_length=64, pattern=CID_PATTERN)]

@@ -22,7 +22,7 @@ from zsfl.ids import Cid, NodeCard, NodeId, PartName, Role, RunId, Version, step
 from zsfl.latest import Latest
 from zsfl.learning.averaging import Contribution, StepShare
 from zsfl.metrics import Counters
-from zsfl.spill.layout import SpillMeta, encode
+from zsfl.spill.layout import SpillMeta, decode_meta, encode
 from zsfl.wire.fields import MAX_CARRIED_BYTES, ShardInfo
 from zsfl.wire.messages import FetchSpills, Recheck, ReleaseSpills, Remake, Request, SpillOffer, Spills
 
@@ -164,6 +164,21 @@ async def test_a_spill_that_came_along_is_taken_without_being_asked_for(tmp_path
     ]
     await asyncio.sleep(0)
     assert at.node.asked == []
+    await at.ends()
+
+
+async def test_whose_it_is_is_known_from_who_hands_it_over_and_not_from_what_it_says(tmp_path: Path) -> None:
+    at = Collecting(tmp_path)
+    data = encode(
+        msgspec.structs.replace(decode_meta(spill(4, (1,))[1]), client="client-0", node="client-0"),
+        {"grad/a": torch.ones(3)},
+    )
+    merged, data_of_both = spill(4, (0, 1))
+    single = SpillOffer(cid=cid(4, 1), part="body", version=Version(4), size_bytes=len(data))
+    at.collector.offered(CARD.id, [single, merged], [data, data_of_both])
+    first, both = at.took
+    assert (first.client, first.node) == ("client", "server")
+    assert [member.client for member in both.members] == ["client", "client"]
     await at.ends()
 
 

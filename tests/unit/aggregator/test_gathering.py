@@ -104,9 +104,11 @@ def test_a_second_copy_is_no_news() -> None:
 
 def test_what_nobody_expects_is_neither_fetched_nor_taken() -> None:
     gathering = begun(4)
-    for one in (cid(4, 9), cid(5), cid(4, run=FOREIGN), cid(4, k=2), cid(4, k=1), cid(3, run=FOREIGN), cid(3, k=2)):
-        verdict = gathering.offered(NODES[0], [offer((one, "body"))])
-        assert (verdict.fetch, verdict.release) == ([], [])
+    never = [cid(4, 20), cid(4, k=2), cid(3, k=2)]  # its holder need not keep them
+    for one in (*never, cid(4, 9), cid(5), cid(4, run=FOREIGN), cid(4, k=1), cid(3, run=FOREIGN)):
+        for may_hold in (True, False):
+            verdict = gathering.offered(NODES[0], [offer((one, "body"))], lambda _, may_hold=may_hold: may_hold)
+            assert (verdict.fetch, verdict.release) == ([], [one] * (one in never))
         assert not gathering.arrived(contribution((one, "body")))
     assert not gathering.arrived(contribution((cid(4), "body"), version=3))  # says that other weights were used
     assert gathering.take() == ([], {})
@@ -316,12 +318,12 @@ class Collecting(RuleBasedStateMachine):
         one = cid(max(0, self.version - age), shard, run, k)
         offered: list[Key] = [(one, part) for part in parts]
         verdict = self.gathering.offered(node, map(offer, offered))
-        is_settled = one in self.counted or one in self.dropped
-        assert verdict.release == [one] * len(offered) * is_settled
+        is_useless = one in self.counted or one in self.dropped or (run == RUN and k == 2)
+        assert verdict.release == [one] * len(offered) * is_useless
         wanted = [key for key in offered if key not in self.asked and key[1] not in self.held.get(one, ())]
         assert verdict.fetch == (wanted if self.may_count(one) else [])
         self.asked |= {(one, part): node for one, part in verdict.fetch if part != "merged"}
-        if self.is_ours(one) and self.is_too_late(one) and not is_settled:
+        if self.is_ours(one) and self.is_too_late(one) and not is_useless:
             self.known.add(one)
             self.doom([one])
 

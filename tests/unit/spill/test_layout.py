@@ -190,7 +190,10 @@ def test_a_tensor_that_no_spill_can_hold_is_said_so() -> None:
         encode(META, {"grad/a": torch.zeros(2, dtype=torch.complex64)})
 
 
-@given(st.text(max_size=20), st.text(max_size=20))
+SHOWN = st.text(st.characters(exclude_categories=["Cc", "Cf", "Cs", "Zl", "Zp"]), max_size=20)
+
+
+@given(SHOWN, SHOWN)
 def test_names_come_back_whatever_they_are(client: str, node: str) -> None:
     meta = msgspec.structs.replace(META, client=client, node=node)
     assert decode(encode(meta, TENSORS))[0] == meta
@@ -258,3 +261,13 @@ def test_what_takes_more_than_is_of_use_is_refused_packed_or_not() -> None:
     assert decode_contribution(data, 32).samples == 17
     with pytest.raises(SpillCorrupt, match="its tensors take 32 bytes, and 31 at most"):
         decode_contribution(data, 31)
+
+
+@pytest.mark.parametrize("name", ["\x1b[2Jclient", "client\nanother line", "\u202eclient"])
+def test_names_can_be_shown(name: str) -> None:
+    share = StepShare(cid=META.cid, n=META.n, samples=META.samples, client=name)
+    for changes in ({"client": name}, {"node": name}, {"members": (share,)}):
+        data = encode(msgspec.structs.replace(META, **changes), TENSORS)
+        for read in (decode, decode_contribution, decode_meta):
+            with pytest.raises(SpillCorrupt, match="not a whole spill"):
+                read(data)
