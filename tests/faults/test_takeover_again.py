@@ -30,7 +30,7 @@ async def test_of_two_that_stand_by_one_leads_and_the_other_takes_over_from_it(t
         await nodes.kill(second)
         await rounds.until(led_by(third))
     records = ledger(tmp_path / f"mine.{third}")
-    assert len({record["epoch"] for record in records} - {0, 1}) == 2
+    assert len({record["epoch"] for record in records} - {0, 1}) >= 2
     await assert_undisturbed(tmp_path / f"mine.{third}", tmp_path)
 
 

@@ -82,7 +82,7 @@ async def test_with_half_of_the_clients_one_takes_over_alone_where_it_is_told_to
         await rounds.until_with("client-0")
     first, second = ledger(tmp_path / LED), ledger(tmp_path / COPY)
     assert_one_history(first, second)
-    alone = next(record for record in second if record["epoch"] == 2)
+    alone = next(record for record in second if record["epoch"] > first[-1]["epoch"])
     assert (shards(first[0]), shards(alone), alone["without"]) == ({0, 1}, {1}, [0])
     assert audit(tmp_path / COPY).faults == []
 
@@ -133,7 +133,7 @@ async def test_an_aggregator_that_is_asked_to_leave_hands_over_all_it_has_record
         await rounds.until(led_by("standby-0"))
     first, second = ledger(tmp_path / LED), ledger(tmp_path / COPY)
     assert second[: len(first)] == first
-    assert {record["epoch"] for record in second[len(first) :]} == {2}
+    assert second[len(first)]["epoch"] > first[-1]["epoch"]
     await assert_undisturbed(tmp_path / COPY, tmp_path)
 
 
@@ -148,8 +148,8 @@ async def test_one_that_stands_by_and_leaves_changes_nothing(durability: str, tm
         if durability == "replica":
             await seen.wait_for(says("standby-0 was the last that stood by, and durability is replica"))
             await nodes.restart("standby-0")
-        await rounds.until(lambda report: report.round > last.round + 2)
-    assert {record["epoch"] for record in ledger(tmp_path / LED)} <= {0, 1}
+        after = await rounds.until(lambda report: report.round > last.round + 2)
+    assert {report.node for report in after} == {"aggregator"}
     await assert_undisturbed(tmp_path / LED, tmp_path)
 
 
