@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from helpers.exact import Case, assert_close, ordinary, spills_left
+from helpers.jobs import patch_nodes
 from helpers.ledger import counted, ledger
 from safetensors.torch import load_file
 
@@ -21,8 +22,7 @@ KILLED_AT = {4: "split-server-0", 11: "split-server-1"}
 
 async def test_killed_servers_change_nothing_and_no_step_counts_twice(tmp_path: Path) -> None:
     job = CASE.job_file(tmp_path)
-    with job.open("a") as file:
-        file.write(MERGING)
+    patch_nodes(job, MERGING)
     cluster = zsfl.LocalCluster(job, mdns=False, split_servers=3, runs=tmp_path)
     reports: list[zsfl.RoundReport] = []
     async with cluster:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.exact import Ran, assert_equal, in_process
+from helpers.jobs import patch_nodes
 from helpers.ledger import ledger
 from helpers.takeover import CASE, READY, Seen, cluster, folder_of, says, trained
 from helpers.waiting import HANG_S
@@ -123,8 +124,7 @@ os.fdatasync = slow
 async def test_a_record_that_takes_the_disk_longer_than_a_lease_is_written_once(tmp_path: Path) -> None:
     seen, slow_once = Seen(), tmp_path / "slow"
     nodes = cluster(tmp_path, seen, durability="power")
-    with (tmp_path / "exact.py").open("a") as file:
-        file.write(f"slow_once = {str(slow_once)!r}\n{SLOW_DISK}")
+    patch_nodes(tmp_path / "exact.py", SLOW_DISK, slow_once=slow_once)
     async with asyncio.timeout(2 * HANG_S), nodes:
         await seen.wait_for(says(READY))
         rounds = await trained(nodes, 1)
@@ -142,8 +142,7 @@ async def test_a_record_that_takes_the_disk_longer_than_a_lease_is_written_once(
 async def test_a_standby_whose_disk_is_full_says_so_and_goes_on_once_it_has_room(tmp_path: Path) -> None:
     seen, full = Seen(), tmp_path / "full"
     nodes = cluster(tmp_path, seen, durability="power")
-    with (tmp_path / "exact.py").open("a") as file:
-        file.write(f"full = {str(full)!r}\n{FULL_DISK}")
+    patch_nodes(tmp_path / "exact.py", FULL_DISK, full=full)
     async with asyncio.timeout(2 * HANG_S), nodes:
         await seen.wait_for(says(READY))
         rounds = await trained(nodes, 1)

@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+from helpers.jobs import patch_nodes
 from helpers.ledger import ledger, versions
 from helpers.rounds import Rounds
 from helpers.takeover import READY, Seen, assert_undisturbed, cluster, led_by, says
@@ -58,8 +59,7 @@ Mirror._has = _killed
 async def test_one_that_is_killed_while_it_copies_copies_the_rest_when_it_is_back(tmp_path: Path) -> None:
     seen, armed, copy = Seen(), tmp_path / "armed", tmp_path / "mine.standby-0"
     nodes = cluster(tmp_path, seen)
-    with (tmp_path / "exact.py").open("a") as file:
-        file.write(f"armed = {str(armed)!r}\n{KILL}")
+    patch_nodes(tmp_path / "exact.py", KILL, armed=armed)
     async with asyncio.timeout(2 * HANG_S), nodes:
         await seen.wait_for(says(READY))
         await nodes.kill("standby-0")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import zmq.asyncio
+from helpers.jobs import patch_nodes
 from helpers.ledger import ledger, shards, versions
 from helpers.rounds import Rounds
 from helpers.takeover import (
@@ -179,8 +180,7 @@ async def test_an_aggregator_whose_disk_stays_bad_leaves_the_run_to_another(tmp_
     """How long it is waited for is left out here."""
     seen, bad = Seen(), tmp_path / "bad"
     nodes = cluster(tmp_path, seen, durability="power")
-    with (tmp_path / "exact.py").open("a") as file:
-        file.write(f"bad = {str(bad)!r}\n{BAD_DISK}")
+    patch_nodes(tmp_path / "exact.py", BAD_DISK, bad=bad)
     async with asyncio.timeout(2 * HANG_S), nodes:
         await seen.wait_for(says(READY))
         rounds = Rounds(nodes)

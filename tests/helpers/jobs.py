@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import textwrap
 from pathlib import Path
 
 EXACT = """
@@ -38,3 +40,10 @@ def write_job(
     text = EXACT.format(name=name, rounds=rounds, shards=shards, lr=lr, body=body)
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def patch_nodes(job: Path, code: str, **names: Path) -> None:
+    """What the nodes that load this job run with it, where these names are paths; whoever starts them does not."""
+    given = "".join(f"{name} = {str(path)!r}\n" for name, path in names.items())
+    with job.open("a") as file:
+        file.write(f"import os\nif os.getpid() != {os.getpid()}:\n{textwrap.indent(given + code, '    ')}")
