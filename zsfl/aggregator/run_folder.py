@@ -33,6 +33,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from zsfl.bounds import BESIDE_RUNS
 from zsfl.errors import ConfigError, StorageError
 from zsfl.locks import LOCK, lock_folder
 from zsfl.reports import (
@@ -47,7 +48,6 @@ from zsfl.reports import (
     reports_in,
     to_line,
 )
-from zsfl.settings import BESIDE_RUNS
 from zsfl.words import number_of
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ import asyncio
 from pathlib import Path
 
 from zsfl.bench.network import RoundTrips, measure, serve
+from zsfl.bounds import is_address
 from zsfl.errors import ConfigError
-from zsfl.settings import NodeSettings, is_address
+from zsfl.settings import NodeSettings
 from zsfl.words import number_of
 
 

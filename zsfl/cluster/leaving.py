@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from zsfl.bounds import is_address
 from zsfl.cluster.orders import deadline
 from zsfl.errors import ConfigError, DeadlineExceeded, NoPeer, Rejected, ZsflError
 from zsfl.ids import Address, NodeId
-from zsfl.settings import NodeSettings, is_address
+from zsfl.settings import NodeSettings
 from zsfl.wire.connection import Connection
 from zsfl.wire.greeting import mechanism_at
 from zsfl.wire.messages import Drain, Draining

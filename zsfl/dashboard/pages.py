@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from zsfl.bounds import is_address
 from zsfl.dashboard.observer import changed_within, observing
 from zsfl.dashboard.watch import Participant, Snapshot
 from zsfl.errors import ConfigError, NoPeer
 from zsfl.reports import ADDRESS, METRICS
-from zsfl.settings import NodeSettings, is_address
+from zsfl.settings import NodeSettings
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from zsfl.bounds import is_address
 from zsfl.discovery.mdns import Announcement
 from zsfl.doctor.asking import Asker
 from zsfl.doctor.hearing import listen
@@ -19,7 +20,7 @@ from zsfl.doctor.seen import Multicast, Reach, Seen, SeenNode, Torch
 from zsfl.doctor.together import groups_of, unheard
 from zsfl.ids import NodeCard, NodeId, Role
 from zsfl.reports import ADDRESS
-from zsfl.settings import NodeSettings, is_address
+from zsfl.settings import NodeSettings
 from zsfl.wire.door import is_loopback
 
 MAX_ASKED = 256

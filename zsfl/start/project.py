@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from zsfl.bounds import BESIDE_RUNS
 from zsfl.errors import ConfigError, StorageError
-from zsfl.settings import BESIDE_RUNS
 
 FILES = {
     "job.py": "what is trained: its model, data and loss are yours to change, and it runs as it is",
