@@ -150,7 +150,9 @@ async def test_a_run_begins_with_those_who_are_enough_and_others_join(mode: str,
         await nodes.start("server", Role.SPLIT_SERVER, peers=(address,))
         await nodes.start("one", Role.CLIENT, shards="0-1", peers=(address,))
         await eventually(lambda: len(nodes.rounds) >= 2)
-        assert all(set(report.serving) == {"one"} and 30 <= report.samples < 45 for report in nodes.rounds)
+        assert all(set(report.serving) == {"one"} for report in nodes.rounds)
+        if mode != "elastic":  # in which a step that is late counts in the next round
+            assert all(30 <= report.samples < 45 for report in nodes.rounds)
         await nodes.start("other", Role.CLIENT, shards="2", peers=(address,))
         await eventually(lambda: nodes.rounds[-1].samples >= 45 and "other" in nodes.rounds[-1].serving)
     finally:
