@@ -27,6 +27,8 @@ A message says what happened, to which node, and what to do.
 
 from __future__ import annotations
 
+import errno
+
 
 class ZsflError(Exception):
     """Base of every error zsfl raises on purpose."""
@@ -118,3 +120,16 @@ class RunFailed(ZsflError):
 
 class Fenced(ZsflError):
     """Another aggregator has taken over: this one may commit nothing any more."""
+
+
+NO_DESCRIPTORS = (
+    "this process may open no more files and connections: allow it more (`ulimit -n`, or LimitNOFILE= of a service), "
+    "and see who opens so many connections to it"
+)
+
+
+def lacks_descriptors(error: BaseException | None) -> bool:
+    """Whether this comes of there being no file descriptor left, of this process or of the whole machine."""
+    while error is not None and getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE):
+        error = error.__cause__
+    return error is not None

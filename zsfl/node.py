@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 import zmq.asyncio
 
-from zsfl.errors import RemoteProtocolError, SpillTooLarge, StorageError
+from zsfl.errors import NO_DESCRIPTORS, RemoteProtocolError, SpillTooLarge, StorageError, lacks_descriptors
 from zsfl.ids import NodeCard, NodeId, Role
 from zsfl.lifetime import Lifetime
 from zsfl.metrics import Counters, added
@@ -244,6 +244,7 @@ class Node:
         """Write what a disk may refuse to take, again and again until it does not; its last refusal after `patience_s`.
 
         A disk that is full, or was remounted read-only, is no reason to lose a run: somebody may see to it meanwhile.
+        Nor are connections of strangers that take all file descriptors.
         """
 
         async def written() -> _Result:
@@ -254,15 +255,15 @@ class Node:
     async def until_written(self, write: Callable[[], Awaitable[_Result]]) -> _Result:
         """The same of what waits for others while it writes."""
         try:
-            return await write()
+            return await _stored(write)
         except StorageError as error:
             refusal = error
         ends_s = time.monotonic() + self.settings.patience_s
-        with self.waiting(lambda: f"a disk: {refusal}"):
+        with self.waiting(lambda: _lacking(refusal)):
             while not isinstance(refusal, SpillTooLarge) and time.monotonic() <= ends_s:
                 await asyncio.sleep(self.settings.beat_s)
                 try:
-                    return await write()
+                    return await _stored(write)
                 except StorageError as error:
                     refusal = error
         raise refusal
@@ -348,3 +349,17 @@ class Node:
         except Exception as error:
             if not self._failed.done():
                 self._failed.set_exception(error)
+
+
+async def _stored(write: Callable[[], Awaitable[_Result]]) -> _Result:
+    """What is written; StorageError also where no file can be opened, whatever it was for."""
+    try:
+        return await write()
+    except OSError as error:
+        if not lacks_descriptors(error):
+            raise
+        raise StorageError(str(error)) from error
+
+
+def _lacking(refusal: StorageError) -> str:
+    return f"a file descriptor, as {NO_DESCRIPTORS}" if lacks_descriptors(refusal) else f"a disk: {refusal}"

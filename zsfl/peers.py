@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import random
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, Literal, Protocol
 
@@ -25,6 +24,7 @@ from zsfl.discovery.events import (
     Tick,
     Welcomed,
 )
+from zsfl.discovery.expected import ExpectedKeys
 from zsfl.discovery.mdns import Mdns
 from zsfl.discovery.table import MAX_PEERS, PeerTable, PresenceTiming, wants_of
 from zsfl.errors import (
@@ -55,10 +55,8 @@ MAX_NOTED = 256
 """Addresses of which it is said why they are no peers."""
 GREETING_S = 0.5
 """What somebody who did not answer a HELLO may take to say whether it uses keys."""
-MAX_KEYS_TRIED = 32
-"""Of an address of which only that is known, with as many trusted keys at once; drawn anew for each try."""
-MAX_KEYS_HINTED = 4096
-"""Addresses whose keys are remembered."""
+HINTED_FIRST_S = 0.25
+"""How long somebody may take to answer to the key that it is said to have, before others are tried as well."""
 
 Start = Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
 
@@ -115,8 +113,7 @@ class Peers:
         door: Door | None = None,
     ) -> None:
         self._door = door or Door(card.name)
-        self._key_at: dict[Address, str] = {}
-        """Whose key to expect there; a hint that is followed once."""
+        self._keys = ExpectedKeys()
         self._user = user
         self._card = card
         self._settings = settings
@@ -187,7 +184,7 @@ class Peers:
             job = job_hash(self._facts["name"], self._facts.get("cluster", ""))
             async with Mdns(self._card, job, PROTOCOL, self._trusted_keys) as self._mdns:
                 async for candidate in self._mdns.events():
-                    self._hint_key(candidate.address, candidate.key)
+                    self._keys.hinted(candidate.address, candidate.key)
                     self._on(candidate)
         except Unavailable as error:
             self._user.note(str(error), "warning")
@@ -205,6 +202,9 @@ class Peers:
             self._changed.set()
 
     def _join(self, card: NodeCard) -> None:
+        if others := [peer for peer in self.table.peers() if peer.name == card.name and peer.id != card.id]:
+            said = f"two nodes are called {card.name}, one at {others[0].address} and one of another machine at"
+            self._note_once(card.address, f"{said} {card.address}; give one of them another --name")
         if card.pub_port:
             ear = self._user.ear(card, lambda broadcast: self._heard(card.id, broadcast))
             self._ears[card.id] = self._start(ear.run(), f"listen to {card.name}")
@@ -237,7 +237,7 @@ class Peers:
         trusted = set(self._trusted_keys())
         for hint in hints:
             if self.table.get(hint.id) is None and hint.key in trusted:
-                self._hint_key(hint.address, hint.key)
+                self._keys.hinted(hint.address, hint.key)
                 self._on(Candidate(hint.address, "exchange", hint.role, hint.id))
 
     # --- handshake --------------------------------------------------------------------------------------
@@ -261,13 +261,16 @@ class Peers:
             may_change = isinstance(error, Unavailable | RemoteProtocolError | Unauthorised)
             self._refused(address, str(error), final=not may_change)
         else:
-            self._hint_key(address, key)
+            self._keys.answered(address, key)
             self._welcomed(welcome.card, address, welcome.codecs, "me")
             self._exchange(welcome.peers)
 
     async def _greet(self, address: Address) -> tuple[Welcome, str]:
         """What a node answers to HELLO, and by which key; of several that may be its, only its own gets an answer."""
-        asking = [asyncio.ensure_future(self._ask(address, key)) for key in self._expected_keys(address)]
+        expected, others = self._keys.next_of(address, self._trusted_keys())
+        asking = [asyncio.ensure_future(self._ask(address, key)) for key in expected]
+        later_s = HINTED_FIRST_S if expected else 0.0
+        asking += [asyncio.ensure_future(self._ask(address, key, later_s)) for key in others]
         silence: ZsflError | zmq.ZMQError = NoPeer(f"no key is trusted that {address} could have")
         try:
             for answering in asyncio.as_completed(asking):
@@ -281,7 +284,8 @@ class Peers:
             await asyncio.gather(*asking, return_exceptions=True)
         raise silence
 
-    async def _ask(self, address: Address, key: str) -> tuple[Welcome, str]:
+    async def _ask(self, address: Address, key: str, later_s: float = 0.0) -> tuple[Welcome, str]:
+        await asyncio.sleep(later_s)
         host, _, port = address.rpartition(":")
         somebody = NodeCard(
             id=NodeId(""),
@@ -302,17 +306,6 @@ class Peers:
 
     def _trusted_keys(self) -> tuple[str, ...]:
         return ("",) if self._door.trust is None else tuple(self._door.trust.known)
-
-    def _hint_key(self, address: Address, key: str) -> None:
-        if key:
-            self._key_at[address] = key
-            while len(self._key_at) > MAX_KEYS_HINTED:
-                self._key_at.pop(next(iter(self._key_at)))
-
-    def _expected_keys(self, address: Address) -> Sequence[str]:
-        trusted = self._trusted_keys()
-        hinted = self._key_at.pop(address, "")
-        return (hinted,) if hinted in trusted else random.sample(trusted, min(len(trusted), MAX_KEYS_TRIED))
 
     async def _why_silent(self, address: Address) -> str:
         """Why somebody who listens there does not answer, if that is a matter of keys."""
@@ -367,9 +360,6 @@ class Peers:
         if objection := self._objection(hello):
             self._note_once(hello.card.address, f"{hello.card.address} was turned away: {objection}")
             raise Rejected(objection)
-        there = self.table.at(hello.card.address)
-        if there is not None and there.key != hello.card.key:
-            raise Unavailable(f"{there.name}, of another machine, is at {there.address}: give the address of this one")
         hints = self.hints()
         self._welcomed(hello.card, hello.card.address, hello.codecs, "them")
         if hello.card.id != self._card.id and self.table.get(hello.card.id) is None:

@@ -216,7 +216,7 @@ async def _aggregate(
             # Of a run that never began nobody can have taken over.
             if role is Role.STANDBY or (standing.shared and not folder.is_new):
                 standby = front(Role.STANDBY, settings=_knowing(settings, known))
-                elected = await _stand_by(standby, job, folder, standing)
+                elected = await _stand_by(standby, job, cuts, folder, standing)
                 if elected is None:
                     return
                 known = standby.known()
@@ -269,7 +269,7 @@ def _knowing(settings: NodeSettings, known: Sequence[str]) -> NodeSettings:
     return dataclasses.replace(settings, peers=tuple(dict.fromkeys((*settings.peers, *known)))[:MOST_KNOWN])
 
 
-async def _stand_by(front: Front, job: Job, folder: RunFolder, standing: Standing) -> Elected | None:
+async def _stand_by(front: Front, job: Job, cuts: Cuts, folder: RunFolder, standing: Standing) -> Elected | None:
     """Stand by until this node is elected; None: the run is over, or the node was asked to leave."""
     made: list[StandbyRole] = []
 
@@ -279,7 +279,8 @@ async def _stand_by(front: Front, job: Job, folder: RunFolder, standing: Standin
 
     async def make(node: Node) -> RoleShell:
         syncs = front.settings.durability == "power"
-        mirror = Mirror(folder.path, max_staleness(job.how), syncs=syncs)
+        write_loader = partial(folder.write_loader, cuts.first.load_lines())
+        mirror = Mirror(folder.path, max_staleness(job.how), syncs=syncs, model_came=write_loader)
         made.append(StandbyRole(node, mirror, standing, shards=job.shards, warm_up=warm_up))
         return made[-1]
 

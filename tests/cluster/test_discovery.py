@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 from helpers.jobs import write_job
+from helpers.network import free_port
 from helpers.processes import command
 from helpers.waiting import until
 
@@ -18,7 +18,6 @@ from zsfl.cluster.processes import ProcessSpawner
 from zsfl.cluster.spawner import NodeCommand, Spawner
 from zsfl.ids import Role
 from zsfl.reports import AnyReport, Failed, Finished, Ready, RoundReport
-from zsfl.wire.sockets import is_free
 
 NODES = {
     "aggregator": Role.AGGREGATOR,
@@ -27,11 +26,6 @@ NODES = {
     "client-0": Role.CLIENT,
     "client-1": Role.CLIENT,
 }
-
-
-def free_port() -> int:
-    """A port that nobody listens on now, and that the system gives nobody who asks for any: those begin at 32768."""
-    return next(port for port in iter(lambda: random.randrange(10_000, 32_000), None) if is_free("127.0.0.1", port))
 
 
 @asynccontextmanager

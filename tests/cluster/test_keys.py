@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from helpers.doors import Machine
 from helpers.jobs import write_job
-from helpers.network import Flow, Network
+from helpers.network import Flow, Network, free_port
 from helpers.nodes import Nodes
 from helpers.processes import finished
 from helpers.waiting import HANG_S, eventually
@@ -327,6 +327,41 @@ async def test_nobody_makes_the_steps_of_another_machines_shard(tmp_path: Path) 
         for machine in (anna, bob):
             await machine.close()
     check_history(tmp_path / "runs/nodes", may_be_pending=True)
+
+
+async def test_no_machine_keeps_nodes_of_another_out_by_their_names_or_addresses(tmp_path: Path) -> None:
+    """eve says again and again, before they are there, that she is where the server will be, called as the client."""
+    anna, eve = Machine(tmp_path, "anna"), Machine(tmp_path, "eve")
+    anna.trusts(eve, frozenset({Role.OBSERVER}))
+    eve.trusts(anna)
+    job = zsfl.load_job(write_job(tmp_path, rounds=2, shards=1))
+    nodes, at_annas, port = Nodes(job, tmp_path / "runs"), {"keys": str(anna.folder)}, free_port()
+    try:
+        seed = await nodes.start("aggregator", Role.AGGREGATOR, **at_annas)
+        own_id = new_node_id(eve.key)
+        card = NodeCard(
+            id=own_id, name="client-0", role=Role.OBSERVER, host="127.0.0.1", control_port=port, key=eve.key
+        )
+        hello = Hello(protocol=PROTOCOL, facts=job.facts(job.build_cuts()) | {"cluster": ""}, card=card, codecs=())
+        asking = eve.dial(seed, anna.key, own_id)
+
+        async def claim() -> None:
+            while True:
+                await asking.request(hello, deadline_s=HANG_S)
+                await asyncio.sleep(0.2)
+
+        claiming = asyncio.ensure_future(claim())
+        await eventually(lambda: any(one.peer == "client-0" for one in nodes.met))
+        await nodes.start("server", Role.SPLIT_SERVER, peers=(seed,), port=port, **at_annas)
+        await nodes.start("client-0", Role.CLIENT, peers=(seed,), shards="0", **at_annas)
+        await eventually(lambda: len(nodes.rounds) == 2)
+        assert not claiming.done()
+        assert any(note.startswith("two nodes are called client-0, one at") for note in nodes.notes)
+        claiming.cancel()
+    finally:
+        await nodes.close()
+        for machine in (anna, eve):
+            await machine.close()
 
 
 async def test_a_shard_stays_with_the_machine_that_joined_with_it_also_when_the_run_is_resumed(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Folders that become read-only under nodes at work: they say so, wait, and go on as if nothing had happened."""
+"""Folders that become read-only under nodes at work, or files that cannot be opened: they say so, wait, and go on as if
+nothing had happened.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.descriptors import none_left
 from helpers.disks import read_only
 from helpers.exact import Case, Ran, assert_equal, in_process, spills_left
 from helpers.ledger import ledger
@@ -101,6 +104,24 @@ async def test_it_is_said_and_waited_for_and_nothing_is_lost(
             await told.until(lambda: told.has(node, advice))
             assert not training.done()
         rounds += await training
+        assert all(one.is_there for one in cluster.nodes.values())
+    await assert_as_if_nothing_had_happened(tmp_path, rounds)
+
+
+async def test_connections_that_take_all_file_descriptors_are_waited_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waits, "FIRST_WORD_S", 0.2)
+    told = Told()
+    cluster = zsfl.LocalCluster(
+        CASE.job(), in_process=True, split_servers=1, runs=tmp_path, run="mine", beat_s=0.1, on_report=told.on
+    )
+    async with cluster:
+        reports = cluster.train(5)
+        await anext(reports)
+        with none_left():
+            await told.until(lambda: any("this process may open no more files" in said for _, said in told.words))
+        rounds = 1 + len([report async for report in reports])
         assert all(one.is_there for one in cluster.nodes.values())
     await assert_as_if_nothing_had_happened(tmp_path, rounds)
 

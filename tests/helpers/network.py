@@ -7,6 +7,7 @@ either direction, can be slowed down, held up or torn.
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 import struct
 from collections import Counter
@@ -17,6 +18,7 @@ from contextvars import ContextVar
 import pytest
 
 from zsfl.ids import Address, NodeCard
+from zsfl.wire.sockets import is_free
 
 HERE: ContextVar[str | None] = ContextVar("HERE", default=None)
 """The node that whatever runs belongs to, in whichever thread and loop it runs."""
@@ -24,6 +26,11 @@ HOST = "127.0.0.1"
 CHUNK_BYTES = 1 << 16
 Flow = tuple[str, str]
 """From which node, to which node."""
+
+
+def free_port() -> int:
+    """A port that nobody listens on now, and that the system gives nobody who asks for any: those begin at 32768."""
+    return next(port for port in iter(lambda: random.randrange(10_000, 32_000), None) if is_free("127.0.0.1", port))
 
 
 class _Way:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq.asyncio
+from helpers.descriptors import none_left
 from helpers.waiting import HANG_S
 
 from zsfl.ids import NodeCard, NodeId, Role
@@ -114,3 +116,31 @@ async def test_a_peer_that_is_lost_while_the_node_ends_begins_nothing(ending: st
     del outcome
     gc.collect()  # that nobody asked for the error of a task or a future is told of when it is collected
     assert errors == []
+
+
+async def test_a_file_that_cannot_be_opened_for_want_of_descriptors_is_written_later(tmp_path: Path) -> None:
+    """Nobody opens it through anything that tells refusals of a disk from other errors."""
+    context, settings = zmq.asyncio.Context(), NodeSettings(beat_s=0.01)
+    card = NodeCard(id=NodeId("me"), name="me", role=Role.CLIENT, host="127.0.0.1", control_port=1)
+    waited: list[str] = []
+
+    def write() -> int:
+        waited.extend(what for what, _ in waiting.now())
+        return (tmp_path / "ledger").write_bytes(b"x")
+
+    try:
+        node = Node(NoFace(), card, settings=settings, facts={}, context=context, limits=WireLimits())
+        waiting = node._waits
+        with none_left():
+            writing = asyncio.ensure_future(node.persistently(write))
+            while not waited:
+                await asyncio.sleep(0.01)
+            assert not writing.done()
+        async with asyncio.timeout(HANG_S):
+            assert await writing == 1
+        with pytest.raises(IsADirectoryError):  # that is a fault, and not waited for
+            await node.persistently(lambda: tmp_path.write_bytes(b""))
+        node.close()
+    finally:
+        context.destroy(linger=0)
+    assert waited[0].startswith("a file descriptor, as this process may open no more files and connections: allow it")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from zsfl.aggregator.run_folder import to_disk
-from zsfl.errors import SpillCorrupt, StorageError
+from zsfl.errors import NO_DESCRIPTORS, SpillCorrupt, StorageError, lacks_descriptors
 from zsfl.ids import Cid, SpillKind, Version
 from zsfl.learning.averaging import Contribution
 from zsfl.learning.flat import FlatLayout, FlatTensors
@@ -141,8 +141,8 @@ class Journal:
 
     def _files(self) -> Iterator[tuple[Version, Path]]:
         """Oldest first."""
-        for path in sorted(self._folder.glob(f"v*{SUFFIX}")):
-            if path.stem[1:].isdecimal() and path.stem.isascii():
+        for path in sorted(self._folder.iterdir()) if self._folder.is_dir() else ():
+            if path.name[0] == "v" and path.suffix == SUFFIX and path.stem[1:].isdecimal() and path.stem.isascii():
                 yield Version(int(path.stem[1:])), path
 
     def _path(self, version: Version) -> Path:
@@ -217,6 +217,8 @@ class Kept:
         try:
             data = self._bytes(path, place, size)
         except OSError as error:
+            if lacks_descriptors(error):
+                raise StorageError(f"cannot read {path}: {NO_DESCRIPTORS}") from error
             raise SpillCorrupt(f"{path}: {error.strerror}") from error
         one = decode_contribution(data)
         if not isinstance(one.grads, FlatTensors) or one.grads.size_bytes <= IN_MEMORY_BYTES:

@@ -27,7 +27,8 @@ from zsfl.spill.segments import SUFFIX
 from zsfl.wire.framing import Buffer
 from zsfl.wire.succession import MAX_FILES, PIECE_BYTES, FetchPiece, FileInfo, Follow, Following, Piece
 
-_WHOLE = ("model.safetensors", "best.safetensors", "load_model.py")
+_MODEL = "model.safetensors"
+_WHOLE = (_MODEL, "best.safetensors")
 SUPERSEDED = "superseded.jsonl"
 """Records that were cut off, the last one first."""
 _CHECKPOINT_FILES = ("master.safetensors", "place.json")
@@ -155,9 +156,12 @@ def _last_line(ledger: Path, size_bytes: int) -> bytes | None:
 class Mirror:
     """The copy. What is told of it is what is there, so that it goes on wherever its process was ended."""
 
-    def __init__(self, folder: Path, bound: int, *, syncs: bool) -> None:
-        """With `syncs` a record outlasts a loss of power once it is there."""
+    def __init__(self, folder: Path, bound: int, *, syncs: bool, model_came: Callable[[], None] = lambda: None) -> None:
+        """With `syncs` a record outlasts a loss of power once it is there. `model_came`, called when a model has come,
+        writes the code that loads it: nobody runs what another machine wrote.
+        """
         self.folder = folder
+        self._model_came = model_came
         self._bound = bound
         self._syncs = syncs
         self.version: Version
@@ -266,6 +270,8 @@ class Mirror:
                 aside.rename(path)
                 self._sync_names(path.parent)
             self._has(info)
+        if info.name == _MODEL:
+            self._model_came()
 
     def _make_folder(self, folder: Path) -> None:
         if not folder.is_dir():

@@ -188,7 +188,9 @@ class Progress:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(path for path in folder.glob("round-*") if path.name.removeprefix("round-").isdecimal())
+    # Not by `glob`, which finds nothing where the folder cannot be read.
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if path.name.startswith("round-") and path.name[6:].isdecimal())
 
 
 def _round(checkpoint: Path) -> int:

@@ -222,6 +222,10 @@ class RunFolder:
         Tied weights are stored once for each of their names: safetensors takes no shared memory.
         """
         _write_tensors(self.path / "model.safetensors", state)
+        self.write_loader(load_lines)
+
+    def write_loader(self, load_lines: str) -> None:
+        """The code that loads them, made of the job here: none that somebody would run comes from another machine."""
         with _replacing(self.path / "load_model.py") as file:
             file.write_text(load_lines.rstrip() + "\n", encoding="utf-8")
 

@@ -93,16 +93,15 @@ class Trials:
         tested = msgspec.structs.replace(tested, ends_round=report is not None)
         whole = None if report is None else msgspec.structs.replace(report, loss=tested.loss, accuracy=tested.accuracy)
 
-        def keep() -> None:
-            if is_best:
-                self._progress.keep_best(order.state)
-            self._folder.append_metrics(tested)
-            if whole is not None:
-                self._folder.append_metrics(whole)
-                if not order.left_out:
-                    self._progress.keep_from(whole.round, self._node.settings.keep_mib << 20)
-
-        await self._node.persistently(keep)
+        # One by one, so that a disk which refuses one of them gets no other twice.
+        if is_best:
+            await self._node.persistently(lambda: self._progress.keep_best(order.state))
+        await self._node.persistently(lambda: self._folder.append_metrics(tested))
+        if whole is not None:
+            await self._node.persistently(lambda: self._folder.append_metrics(whole))
+            if not order.left_out:
+                room_bytes = self._node.settings.keep_mib << 20
+                await self._node.persistently(lambda: self._progress.keep_from(whole.round, room_bytes))
         self._node.report(tested)
         if whole is not None:
             self.last = whole

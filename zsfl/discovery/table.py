@@ -184,11 +184,6 @@ class PeerTable:
         peer = self._peers.get(node_id)
         return peer.card if peer else None
 
-    def at(self, address: Address) -> NodeCard | None:
-        """The card of the live peer at an address."""
-        node_id = self._at.get(address)
-        return None if node_id is None else self.get(node_id)
-
     def to_tell(self, count: int) -> tuple[NodeCard, ...]:
         """At most `count` live peers to tell another node of: those that serve first."""
         return tuple(sorted(self.peers(), key=lambda card: _EXCHANGE_ORDER.index(card.role))[:count])
@@ -232,25 +227,30 @@ class PeerTable:
     def _welcome(self, event: Welcomed, now_s: float) -> list[Action]:
         card = event.card
         reached = {card.address}
-        if event.by == "me":
-            self._dialling.discard(event.address)
-            reached.add(event.address)
+        proven = event.address if event.by == "me" else None
+        if proven is not None:
+            self._dialling.discard(proven)
+            reached.add(proven)
         known = self._peers.get(card.id)
         if known is not None and known.card == card:
-            known.heard_s, known.proven = now_s, known.proven or event.by == "me"
-            self._settle(known, reached)
+            known.heard_s, known.proven = now_s, known.proven or proven is not None
+            self._settle(known, reached, proven)
             return []
-        replaced = self._replaced_by(card, reached)
+        replaced = self._replaced_by(card, reached, proven)
         if (objection := self._objection(card, replaced)) is not None:
             self._refuse(event.address, *objection, now_s)
             return []
-        reason = f"restarted as node {card.id} at {card.address}"
-        actions: list[Action] = [self._lose(node_id, reason, now_s, redial=False) for node_id in replaced]
+        actions: list[Action] = []
+        for node_id in replaced:
+            is_mine = self._peers[node_id].card.key == card.key
+            what = "restarted as" if is_mine else "is not where it says, but"
+            reason = f"{what} node {card.id} at {card.address}"
+            actions.append(self._lose(node_id, reason, now_s, redial=False))
         if not replaced:
             said = "it said HELLO, was not heard since, and others came"
             actions += [self._lose(node_id, said, now_s, redial=True) for node_id in self._pushed_out()]
-        peer = self._peers[card.id] = _Peer(card, now_s, proven=event.by == "me")
-        self._settle(peer, reached)
+        peer = self._peers[card.id] = _Peer(card, now_s, proven=proven is not None)
+        self._settle(peer, reached, proven)
         return [*actions, Joined(card)]
 
     def _pushed_out(self) -> list[NodeId]:
@@ -259,11 +259,16 @@ class PeerTable:
         unheard = [node_id for node_id, peer in self._peers.items() if not peer.proven]
         return unheard[:1] if len(self._peers) >= most and len(unheard) > UNHEARD_SHARE * most else []
 
-    def _replaced_by(self, card: NodeCard, reached: set[Address]) -> list[NodeId]:
+    def _replaced_by(self, card: NodeCard, reached: set[Address], proven: Address | None) -> list[NodeId]:
+        """Whose place a node takes: its own, and of those who were where it is now its machine's, or all where it
+        answered. Who only says where it is pushes out no other machine's node, and is kept out by none.
+        """
         return [
             node_id
             for node_id, peer in self._peers.items()
-            if node_id == card.id or not peer.addresses.isdisjoint(reached)
+            if node_id == card.id
+            or proven in peer.addresses
+            or (peer.card.key == card.key and not peer.addresses.isdisjoint(reached))
         ]
 
     def _objection(self, card: NodeCard, replaced: list[NodeId]) -> tuple[str, bool] | None:
@@ -274,8 +279,8 @@ class PeerTable:
             return f"{card.name} claims this node's own address: start it with another --host or port", True
         for node_id, peer in self._peers.items():
             # A restarted node comes in once its predecessor is lost; taking it at once would let two live ones
-            # of one name push each other out for ever.
-            if peer.card.name == card.name and node_id not in replaced:
+            # of one name push each other out for ever. A machine has no say in how the nodes of another are called.
+            if (peer.card.name, peer.card.key) == (card.name, card.key) and node_id not in replaced:
                 where = f"there is a node {card.name} at {peer.card.address} already"
                 return f"{where}: give this one another --name, or wait until that one is gone", False
         most = self._most or MAX_PEERS
@@ -283,11 +288,23 @@ class PeerTable:
             return f"this node has {most} peers already (MAX_PEERS)", False
         return None
 
-    def _settle(self, peer: _Peer, reached: set[Address]) -> None:
-        """Remember where a live peer is, so that its addresses are not dialled."""
+    def _settle(self, peer: _Peer, reached: set[Address], proven: Address | None) -> None:
+        """Remember where a live peer is, so that its addresses are not dialled; where it only says so, and may be
+        another than who is there, they are.
+        """
         for address in reached:
-            self._candidates.pop(address, None)
+            if address == proven or not peer.card.key:
+                self._candidates.pop(address, None)
+            elif candidate := self._candidates.get(address):
+                candidate.refusal = None
+                if candidate.due_s is None:
+                    del self._candidates[address]
+            before = self._at.get(address, peer.card.id)
+            if address != proven and before != peer.card.id:
+                continue
             if address == peer.card.address or address in self._seeds:
+                if before != peer.card.id and before in self._peers:
+                    self._peers[before].addresses.discard(address)
                 self._at[address] = peer.card.id
                 peer.addresses.add(address)
 

@@ -146,7 +146,8 @@ class TrustFile:
             self._say(f"{error}; until then nobody in it is trusted")
             return
         except OSError as error:
-            self._say(f"cannot read {self.path} ({error.strerror}): nobody in it is trusted")
+            self._seen = None  # it may be read the next time: there may be no file descriptor left now
+            self._say(f"cannot read {self.path} ({error.strerror}): until it can be, nobody in it is trusted")
             return
         for number, line in enumerate(lines[:MAX_TRUSTED], 1):
             try:

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import torch
 
-from zsfl.errors import BadShape, SpillCorrupt, SpillFull, SpillTooLarge, StorageError
+from zsfl.errors import (
+    NO_DESCRIPTORS,
+    BadShape,
+    SpillCorrupt,
+    SpillFull,
+    SpillTooLarge,
+    StorageError,
+    lacks_descriptors,
+)
 from zsfl.ids import Cid, RunId, SpillKind, parse_cid
 from zsfl.spill.coded import SpillCoder
 from zsfl.spill.layout import Buffer, SpillMeta, decode_contribution, decode_meta, header_bytes, pieces
@@ -369,4 +377,5 @@ def _cids(offer: SpillOffer) -> Sequence[Cid]:
 def _storage_error(error: OSError, folder: Path) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return SpillFull(f"no room for another spill in {folder}: {error.strerror}; free some space on that disk")
-    return StorageError(f"cannot write spills in {folder}: {error.strerror}; check that it exists and is writable")
+    advice = NO_DESCRIPTORS if lacks_descriptors(error) else "check that it exists and is writable"
+    return StorageError(f"cannot write spills in {folder}: {error.strerror}; {advice}")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from zsfl.errors import RemoteProtocolError, Unauthorised, Unavailable
+from zsfl.errors import Busy, RemoteProtocolError, Unauthorised, Unavailable
 from zsfl.ids import parse_cid
 from zsfl.wire.messages import Backward, Forward, Request, Step
 
 AGAIN_S = 0.1
 """So long no other question is asked about a shard: who sends what is not theirs must not keep an aggregator busy."""
+MOST_CHECKED, MOST_OF_KEY = 128, 64
+"""Claims that are looked into at once, in all and of one machine: the places of a server are for the steps of those who
+are known to hold their shards."""
 
 
 @dataclass(slots=True)
@@ -35,18 +39,37 @@ class Holders:
         self._ask = ask
         self._shards = shards
         self._told: dict[int, _Told] = {}
+        self._checked: Counter[str] = Counter()
+        """Claims that are looked into now, by key."""
 
     def forget(self) -> None:
         """Another aggregator says from now on whose is what."""
         self._told = {}
 
     def permit(self, request: Request, key: str) -> Callable[[], Awaitable[None]] | None:
-        """What raises Unauthorised if a step is not this key's to make; None: it is. Without keys it is anybody's."""
+        """What raises Unauthorised if a step is not this key's to make; None: it is. Without keys it is anybody's.
+
+        Busy where too many wait for that already.
+        """
         if not key or not isinstance(request, Forward | Backward | Step):
             return None
         shard = parse_cid(request.cid).shard
         told = self._told.get(shard)
-        return None if told is not None and told.key == key else partial(self._check, shard, key)
+        if told is not None and told.key == key:
+            return None
+        if self._checked[key] >= MOST_OF_KEY or self._checked.total() >= MOST_CHECKED:
+            raise Busy(f"who holds shard {shard} is being looked into, and too many others are; ask again", AGAIN_S)
+        self._checked[key] += 1
+        checking = asyncio.ensure_future(self._check(shard, key))
+        checking.add_done_callback(partial(self._looked_into, key))
+        return partial(asyncio.shield, checking)  # whoever asks may give up, the others still want to know
+
+    def _looked_into(self, key: str, checking: asyncio.Future[None]) -> None:
+        self._checked[key] -= 1
+        if not self._checked[key]:
+            del self._checked[key]
+        if not checking.cancelled():
+            checking.exception()  # whoever asks gets it
 
     async def _check(self, shard: int, key: str) -> None:
         if shard >= self._shards:

@@ -7,19 +7,23 @@ import itertools
 import secrets
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakSet
 
 import zmq
 
 from zsfl.errors import (
+    NO_DESCRIPTORS,
     DeadlineExceeded,
     LocalProtocolError,
     NoPeer,
     RemoteProtocolError,
     Unauthorised,
     ZsflError,
+    lacks_descriptors,
 )
 from zsfl.ids import NodeCard, PublicKey, Role
 from zsfl.keys.machine import machine_id
@@ -86,25 +90,48 @@ class Connection:
         self._closed: str | None = None
         self._waiting: deque[tuple[list[Buffer], asyncio.Future[Any]]] = deque()
         """Multiparts that found no room, each with the future that makes it pointless, first come first sent."""
-        self._socket = open_socket(context, zmq.DEALER, limits, DATA_QUEUE)
-        # A routing id is never used twice: a ROUTER refuses one whose last connection it has not buried yet. Nor can it
-        # be guessed, or somebody else would have it first.
-        self._socket.routing_id = f"{own_id}/{next(_serial)}-{secrets.token_hex(8)}".encode()
-        # A request to somebody who is not there yet waits for its deadline instead of in a queue. The price: together
-        # with a connection ZeroMQ throws away what came by it and was not read yet.
-        self._socket.setsockopt(zmq.IMMEDIATE, not last_words)
         self.met: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done, where it is watched, once the machine with that key is there and lets this one in."""
         self._watch: HandshakeWatch | None = None
-        if door is not None and door.locked:
-            door.unlock(self._socket, key)
-            if watch:
-                self._watch = HandshakeWatch(context, self._socket, self._shaken)
-            self._own_machine = machine_id(PublicKey(door.key))
-        self._socket.connect(endpoint)
         self._batch = Batch(limits, self._send_batch)
-        self._pump = Pump(self._socket, self._take, counters, self._flush)
+        self._make = partial(self._made, context, own_id, door, key, watch, last_words)
+        self._is_open = False
+        with suppress(NoPeer):  # the first request tries again
+            self._open()
+
+    def _open(self) -> None:
+        """NoPeer where there are no file descriptors left."""
+        try:
+            self._socket = self._make()
+        except zmq.ZMQError as error:
+            if not lacks_descriptors(error):
+                raise
+            raise NoPeer(f"{self.peer} at {self._endpoint} cannot be asked: {NO_DESCRIPTORS}") from error
+        self._pump = Pump(self._socket, self._take, self._counters, self._flush)
         self._pump.ended.add_done_callback(self._reader_ended)
+        self._is_open = True
+
+    def _made(
+        self, context: zmq.Context[Any], own_id: str, door: Door | None, key: str, watch: bool, last_words: bool
+    ) -> zmq.Socket[bytes]:
+        socket = open_socket(context, zmq.DEALER, self._limits, DATA_QUEUE)
+        try:
+            # A routing id is never used twice: a ROUTER refuses one whose last connection it has not buried yet. Nor
+            # can it be guessed, or somebody else would have it first.
+            socket.routing_id = f"{own_id}/{next(_serial)}-{secrets.token_hex(8)}".encode()
+            # A request to somebody who is not there yet waits for its deadline instead of in a queue. The price:
+            # together with a connection ZeroMQ throws away what came by it and was not read yet.
+            socket.setsockopt(zmq.IMMEDIATE, not last_words)
+            if door is not None and door.locked:
+                self._own_machine = machine_id(PublicKey(door.key))
+                door.unlock(socket, key)
+                if watch:
+                    self._watch = HandshakeWatch(context, socket, self._shaken)
+            socket.connect(self._endpoint)
+        except zmq.ZMQError:
+            socket.close(linger=0)
+            raise
+        return socket
 
     async def request(self, body: Request, parts: Sequence[Buffer] = (), *, deadline_s: float) -> Answer:
         """The peer's answer within `deadline_s`.
@@ -116,6 +143,8 @@ class Connection:
             raise NoPeer(f"{self.peer} at {self._endpoint} {self._closed}")
         if len(self._pending) >= self._limits.max_inflight:
             raise LocalProtocolError(f"over {self._limits.max_inflight} requests in flight to {self.peer}")
+        if not self._is_open:
+            self._open()
         request_id = next(self._ids)
         header = Header(kind="request", id=request_id, deadline_s=deadline_s, body=body)
         loop = asyncio.get_running_loop()
@@ -160,6 +189,8 @@ class Connection:
             return
         self._closed = reason
         self._fail(None, NoPeer(f"{self.peer} at {self._endpoint} {reason}"))
+        if not self._is_open:
+            return
         self._pump.close()
         if self._watch is not None:
             self._watch.close()

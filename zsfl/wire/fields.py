@@ -60,8 +60,8 @@ Samples = Annotated[int, Meta(ge=0, le=1 << 40)]
 ClassCounts = Annotated[tuple[Count, ...], Meta(max_length=MAX_CLASSES)]
 Weight = Annotated[float, Meta(ge=0, le=1e300)]
 """Of a batch; a finite number."""
-Counted = Annotated[dict[ShortText, Annotated[float, Meta(ge=-1e300, le=1e300)]], Meta(max_length=64)]
-"""A node's counters by name."""
+Counted = Annotated[dict[ShortText, Annotated[float, Meta(ge=0, le=1 << 53)]], Meta(max_length=64)]
+"""A node's counters by name. None that a node could have counted is refused, and one that lies drowns no sum."""
 NodeIdText = Annotated[NodeId, Meta(max_length=200)]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 """A bound also keeps NaN out, which would compare as neither early nor late."""

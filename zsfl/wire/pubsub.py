@@ -7,12 +7,20 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
 import zmq
 
-from zsfl.errors import LocalProtocolError, ProtocolError, Rejected, RemoteProtocolError, Unavailable
+from zsfl.errors import (
+    LocalProtocolError,
+    ProtocolError,
+    Rejected,
+    RemoteProtocolError,
+    Unavailable,
+    lacks_descriptors,
+)
 from zsfl.ids import Role
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
@@ -33,6 +41,8 @@ subscribers ask for what they missed."""
 
 SWEEP_S = 5.0
 """How often to look whether a broadcast that has begun to arrive still does."""
+OPEN_AGAIN_S = 0.5
+"""After which pause to try again to open a socket."""
 BIND_AGAIN_S = 0.05
 """After which pause to try again to bind to a port that was let go of."""
 
@@ -132,19 +142,22 @@ class Subscriber:
         # In order, so that a broadcast that lost a chunk in a full queue is forgotten when the next one begins.
         self._assembler = Assembler(limits, in_order=True)
         self._sweep: asyncio.TimerHandle | None = None
-        self._socket = open_socket(context, zmq.SUB, limits, BROADCAST_QUEUE)
-        if door is not None:
-            door.unlock(self._socket, key)
-        for topic in topics:
-            self._socket.subscribe(topic)
-        self._socket.connect(endpoint)
+        self._make = partial(_listening, context, endpoint, topics, limits, door, key)
+        self._socket: zmq.Socket[bytes] | None = None
 
     def arriving(self) -> list[AnyMessage]:
         """Bodies of the broadcasts whose parts are still on their way."""
         return self._assembler.arriving()
 
     async def run(self) -> None:
-        """Listen until cancelled."""
+        """Listen until cancelled; where there are no file descriptors left, once there are."""
+        while self._socket is None:
+            try:
+                self._socket = self._make()
+            except zmq.ZMQError as error:
+                if not lacks_descriptors(error):
+                    raise
+                await asyncio.sleep(OPEN_AGAIN_S)
         pump = Pump(self._socket, self._take, self._counters)
         try:
             await pump.until_ended()
@@ -157,7 +170,8 @@ class Subscriber:
         if self._sweep is not None:
             self._sweep.cancel()
         self._assembler.forget_all()
-        self._socket.close(linger=0)
+        if self._socket is not None:
+            self._socket.close(linger=0)
 
     def _take(self, frames: list[zmq.Frame], _size: int) -> None:
         try:
@@ -175,12 +189,24 @@ class Subscriber:
 
     def _sweep_later(self) -> None:
         """What is broken off is not kept for good: nothing else may come to take its place."""
-        idle = self._assembler.idle or self._socket.closed
+        idle = self._assembler.idle or self._socket is None or self._socket.closed
         self._sweep = None if idle else asyncio.get_running_loop().call_later(SWEEP_S, self._swept)
 
     def _swept(self) -> None:
         self._assembler.forget_stalled()
         self._sweep_later()
+
+
+def _listening(
+    context: zmq.Context[Any], endpoint: str, topics: Sequence[bytes], limits: WireLimits, door: Door | None, key: str
+) -> zmq.Socket[bytes]:
+    socket = open_socket(context, zmq.SUB, limits, BROADCAST_QUEUE)
+    if door is not None:
+        door.unlock(socket, key)
+    for topic in topics:
+        socket.subscribe(topic)
+    socket.connect(endpoint)
+    return socket
 
 
 def in_pieces(announcement: Announcement) -> Iterator[Announcement]:

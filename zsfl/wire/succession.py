@@ -20,12 +20,12 @@ Holder = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}\Z")]
 Digest = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
 """SHA-256 of a commit record; empty: none."""
 FILE_PATTERN = (
-    r"^(ledger\.jsonl|metrics\.jsonl|model\.safetensors|best\.safetensors|load_model\.py"
+    r"^(ledger\.jsonl|metrics\.jsonl|model\.safetensors|best\.safetensors"
     r"|journal/v[0-9]{12}\.spills|checkpoint/round-[0-9]{6}/(place\.json|master\.safetensors))\Z"
 )
 KeyText = Annotated[str, Meta(pattern=KEY_PATTERN)]
 FileName = Annotated[str, Meta(max_length=100, pattern=FILE_PATTERN)]
-"""Of a run, below its folder: no other file is ever named, read or written."""
+"""Of a run, below its folder: no other file is ever named, read or written, and none that somebody would run."""
 
 
 class Grant(Message, frozen=True, kw_only=True, tag="grant"):

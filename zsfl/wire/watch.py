@@ -40,9 +40,13 @@ class HandshakeWatch:
         self._told = told
         self._counters = counters
         endpoint = f"inproc://zsfl-watch-{next(_serial)}"
-        socket.monitor(endpoint, _EVENTS)
         self._socket = context.socket(zmq.PAIR, socket_class=zmq.Socket)
         self._socket.linger = 0
+        try:
+            socket.monitor(endpoint, _EVENTS)
+        except zmq.ZMQError:
+            self._socket.close()
+            raise
         self._socket.connect(endpoint)
         self._pump = Pump(self._socket, self._take, Counters())
 

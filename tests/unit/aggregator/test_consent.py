@@ -282,6 +282,16 @@ async def test_nor_a_standby_from_taking_over(lie: str, takeover: str, tmp_path:
     assert (Standing.of(tmp_path).epoch, role.elected.is_behind) == (2, False)
 
 
+@pytest.mark.parametrize(("who", "is_behind"), [(1, False), (2, True)])
+async def test_what_less_than_half_say_was_published_begins_no_other_run(
+    who: int, is_behind: bool, tmp_path: Path
+) -> None:
+    answers = {str(shard): says(shard, refused="") if shard < who else promises(shard) for shard in range(3)}
+    role = standby(tmp_path, FakeNode(answers))
+    assert await role._asked()
+    assert role.elected.is_behind == is_behind
+
+
 async def test_one_that_lies_stops_no_takeover_where_the_others_answer_late(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from helpers.exact import Case, Ran, assert_equal, in_process
 from helpers.ledger import ledger
@@ -88,6 +89,19 @@ def test_it_grows_with_the_run_and_is_the_same_in_the_end(ran: Ran, tmp_path: Pa
         assert mirror.is_usable
     assert ledger(tmp_path / "copy") == ledger(ran.folder)
     assert Mirror(tmp_path / "copy", 0, syncs=False).wish(ME) == mirror.wish(ME)
+
+
+def test_no_code_is_copied_but_made_here_when_the_model_comes(ran: Ran, tmp_path: Path) -> None:
+    came: list[str] = []
+    mirror = Mirror(tmp_path / "copy", 0, syncs=False, model_came=lambda: came.append("model"))
+    copied(Source(ran.folder, 0), mirror, versions(ran))
+    assert {path.name for path in ran.folder.glob("*.py")} == {"load_model.py"}
+    assert list((tmp_path / "copy").rglob("*.py")) == []
+    assert (tmp_path / "copy" / "model.safetensors").exists()
+    assert came == ["model"]
+    for name in ("load_model.py", "journal/evil.py"):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.convert({"t": "fetch-piece", "name": name, "offset": 0, "size_bytes": 1}, FetchPiece)
 
 
 @pytest.mark.parametrize("restarts", [False, True])

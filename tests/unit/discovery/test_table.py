@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 import pytest
 
@@ -26,8 +27,9 @@ from zsfl.ids import Address, NodeCard, NodeId, Role
 TIMING = PresenceTiming()
 
 
-def card(name: str, port: int, role: Role = Role.SPLIT_SERVER, start: int = 0) -> NodeCard:
-    return NodeCard(id=NodeId(f"{name}.{start}"), name=name, role=role, host="10.0.0.1", control_port=port)
+def card(name: str, port: int, role: Role = Role.SPLIT_SERVER, start: int = 0, key: str = "") -> NodeCard:
+    node_id = NodeId(f"{key}{name}.{start}")
+    return NodeCard(id=node_id, name=name, role=role, host="10.0.0.1", control_port=port, key=key)
 
 
 ME = card("me", 1, Role.CLIENT)
@@ -275,6 +277,51 @@ def test_of_two_nodes_with_one_name_the_first_stays_until_it_is_lost() -> None:
     table.on(Left(S1.id, "restarts"), 0.6)
     assert table.on(Welcomed(twin, twin.address, "them"), 0.7) == [Joined(twin)]
     assert table.refusals() == {}
+
+
+GOOD, EVIL = card("s1", 11, key="good"), card("s1", 66, Role.OBSERVER, key="evil")
+EVIL_THERE = card("eve", GOOD.control_port, Role.OBSERVER, key="evil")
+
+
+@pytest.mark.parametrize("by", ["me", "them"])
+def test_no_machine_keeps_a_node_of_another_out_by_its_name(by: Literal["me", "them"]) -> None:
+    table = joined(EVIL)
+    table.on(Heard(EVIL.id), 0.1)
+    assert table.on(Welcomed(GOOD, GOOD.address, by), 0.2) == [Joined(GOOD)]
+    again = card("s1", 99, start=1, key="good")
+    assert table.on(Welcomed(again, again.address, "them"), 0.3) == [], "its own predecessor does"
+
+
+def test_no_machine_keeps_a_node_of_another_out_by_its_address() -> None:
+    table = joined(EVIL_THERE)
+    table.on(Heard(EVIL_THERE.id), 0.1)
+    assert table.on(Welcomed(GOOD, GOOD.address, "them"), 0.2) == [Joined(GOOD)]
+    # Whoever looks for it finds out who is there, and that the other is not.
+    assert table.on(Candidate(GOOD.address, "exchange", GOOD.role, GOOD.id), 0.3) == []
+    assert table.on(Candidate(GOOD.address, "seed"), 0.3) == []
+
+
+def test_who_says_that_it_is_at_an_address_keeps_nobody_from_looking_there() -> None:
+    table = new_table()
+    assert table.on(Candidate(GOOD.address, "seed"), 0.0) == [Dial(GOOD.address)]
+    table.on(DialFailed(GOOD.address), 0.0)
+    assert table.on(Welcomed(EVIL_THERE, EVIL_THERE.address, "them"), 0.1) == [Joined(EVIL_THERE)]
+    assert table.on(Tick(), 0.5) == [Dial(GOOD.address)]
+    reason = f"is not where it says, but node {GOOD.id} at {GOOD.address}"
+    assert table.on(Welcomed(GOOD, GOOD.address, "me"), 0.6) == [Lost(EVIL_THERE, reason), Joined(GOOD)]
+    # It was proven: the other one may say so again, and changes nothing.
+    assert table.on(Welcomed(EVIL_THERE, EVIL_THERE.address, "them"), 0.7) == [Joined(EVIL_THERE)]
+    table.on(Left(EVIL_THERE.id, "bye"), 0.8)
+    assert table.on(Candidate(GOOD.address, "exchange"), 0.9) == []
+    assert table.peers() == (GOOD,)
+
+
+def test_who_answers_elsewhere_pushes_nobody_out() -> None:
+    table = new_table()
+    table.on(Candidate(GOOD.address, "exchange"), 0.0)
+    table.on(Welcomed(GOOD, GOOD.address, "me"), 0.0)
+    assert table.on(Welcomed(EVIL_THERE, Address("10.6.6.6:66"), "me"), 0.1) == [Joined(EVIL_THERE)]
+    assert table.peers() == (GOOD, EVIL_THERE)
 
 
 def test_a_hint_of_another_node_at_a_live_address_is_looked_into() -> None:

@@ -9,9 +9,9 @@ import pytest
 from helpers.doors import machines
 from helpers.waiting import HANG_S, eventually
 
-from zsfl.errors import NoPeer, RemoteProtocolError, Unauthorised, Unavailable
+from zsfl.errors import Busy, NoPeer, RemoteProtocolError, Unauthorised, Unavailable
 from zsfl.ids import RunId, Version, step_cid
-from zsfl.split_server.holders import Holders
+from zsfl.split_server.holders import MOST_OF_KEY, Holders
 from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.messages import Backward, Forward, Infer, Ok
 
@@ -192,3 +192,32 @@ async def test_a_server_asks_before_it_answers(tmp_path: Path) -> None:
         assert anna.counters.snapshot()["unauthorised"] == 2
         assert [note for note in anna.notes if "steps of shard 1" in note] == anna.notes
         assert len(anna.notes) == 1
+
+
+async def test_claims_that_are_looked_into_leave_places_for_those_who_hold_their_shards(tmp_path: Path) -> None:
+    async with machines(tmp_path, "anna", "bob", "eve") as (anna, bob, eve):
+        anna.trusts(bob)
+        anna.trusts(eve)
+        seats, may = Seats(s1=bob.key, s2=anna.key), asyncio.Event()
+
+        async def ask(shard: int) -> str:
+            if shard != 1:
+                await may.wait()
+            return await seats.ask(shard)
+
+        server = anna.serve(permit=Holders(ask, SHARDS).permit)
+        bobs, eves = bob.connect(server, anna.key), eve.connect(server, anna.key)
+        assert (await bobs.request(forward(1), [bytes(4)], deadline_s=HANG_S)).body == Ok()
+        claims = [
+            asyncio.ensure_future(eves.request(forward(2), [bytes(4)], deadline_s=HANG_S))
+            for _ in range(anna.limits.max_inflight)
+        ]
+        await eventually(lambda: sum(one.done() for one in claims) == len(claims) - MOST_OF_KEY)
+        assert (await bobs.request(forward(1), [bytes(4)], deadline_s=HANG_S)).body == Ok()
+        may.set()
+        async with asyncio.timeout(HANG_S):
+            refused = await asyncio.gather(*claims, return_exceptions=True)
+        assert sum(isinstance(one, Unauthorised) for one in refused) == MOST_OF_KEY
+        assert sum(isinstance(one, Busy) for one in refused) == len(claims) - MOST_OF_KEY
+        with pytest.raises(Unauthorised):  # there is room again
+            await eves.request(forward(2), [bytes(4)], deadline_s=HANG_S)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from zsfl.errors import ConfigError
 from zsfl.ids import NodeCard, Role
-from zsfl.wire.fields import LongText, PeerHint, ShortText, fit_to_say
+from zsfl.wire.fields import Counted, LongText, PeerHint, ShortText, fit_to_say
 from zsfl.wire.refusals import refusal
 
 HOSTS = ("127.0.0.1", "10.0.0.255", "0.0.0.0")  # it is not bound, only spelled
@@ -53,3 +53,9 @@ def test_names_of_all_languages_may_be_said(fine: str) -> None:
 def test_whatever_an_error_says_its_refusal_travels(text: str) -> None:
     answer = refusal(ConfigError(text))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(answer), type=type(answer)) == answer
+
+
+@pytest.mark.parametrize("counted", [1e300, float("inf"), float("nan"), -1.0, (1 << 53) + 2.0])
+def test_no_node_says_that_it_counted_what_drowns_the_sums_of_all(counted: float) -> None:
+    assert is_taken({"bytes_sent": 1e12, "step_s": 0.5}, Counted)
+    assert not is_taken({"bytes_sent": counted}, Counted)

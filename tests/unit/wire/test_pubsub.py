@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 
 import msgpack  # pyright: ignore[reportMissingTypeStubs]
 import pytest
 import zmq
+from helpers.descriptors import none_left
 from helpers.waiting import HANG_S, eventually
 from helpers.wires import HOST, Wires, wires
 
@@ -91,6 +92,16 @@ async def test_each_hears_its_topics_only() -> None:
         assert ("ours", [b"y", b""]) in one.heard
         assert not one.said("other")
         assert ("other", [b"x"]) in both.heard
+
+
+async def test_who_finds_no_file_descriptor_listens_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pubsub, "OPEN_AGAIN_S", 0.01)
+    ear = Ear()
+    async with wires(LIMITS) as w, publishing(w) as publisher, AsyncExitStack() as stack:
+        with none_left():
+            await stack.enter_async_context(listening(w, publisher.port, ear))
+            await asyncio.sleep(0)  # it begins
+        await until_joined(publisher, ear)
 
 
 async def test_a_broadcast_longer_than_a_frame_arrives_whole() -> None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 import zmq
 from blockbuster import blockbuster_ctx
+from helpers.descriptors import none_left
 from helpers.waiting import HANG_S, eventually, until
 from helpers.wires import echo, wires
 
@@ -430,3 +431,15 @@ async def test_the_last_words_of_who_leaves_at_once_are_heard() -> None:
             assert (await connection.request(ASK, deadline_s=10.0)).body == Ok()
             connection.close()
         leaver.join()
+
+
+async def test_a_connection_that_finds_no_file_descriptor_is_made_with_a_later_request() -> None:
+    async with wires() as w:
+        server = w.serve()
+        with none_left():
+            connection = w.connect(server)
+            with pytest.raises(NoPeer, match="cannot be asked: this process may open no more files and connections"):
+                await connection.request(ASK, deadline_s=HANG_S)
+        assert (await connection.request(ASK, deadline_s=HANG_S)).body == Ok()
+        with none_left():
+            w.connect(server).close()

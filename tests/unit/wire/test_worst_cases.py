@@ -63,7 +63,7 @@ CARD = NodeCard(
 WIDEST = structs.replace(CARD, id=NodeId(WIDE * 200), name=WIDE * 200, key="k" * 40)
 HINTS = (PeerHint(id=CARD.id, role=CARD.role, address=Address(CARD.address)),) * MAX_PEERS_EXCHANGED
 TEXTS = {f"{number:02}" + WIDE * 198: WIDE * 200 for number in range(64)}
-COUNTERS = {text: 1e300 for text in TEXTS}
+COUNTERS = {text: float(1 << 53) for text in TEXTS}
 CODECS = (WIDE * 200,) * 32
 OFFER = SpillOffer(cid=CID, part="client", version=Version(MOST), size_bytes=MOST)
 KEY: tuple[Cid, PartName] = (CID, "client")
