@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import zmq.asyncio
 from helpers.descriptors import none_left
-from helpers.waiting import HANG_S
+from helpers.waiting import HANG_S, eventually
 
 from zsfl.ids import NodeCard, NodeId, Role
 from zsfl.metrics import Counters
@@ -133,8 +133,7 @@ async def test_a_file_that_cannot_be_opened_for_want_of_descriptors_is_written_l
         waiting = node._waits
         with none_left():
             writing = asyncio.ensure_future(node.persistently(write))
-            while not waited:
-                await asyncio.sleep(0.01)
+            await eventually(lambda: waited or writing.done())
             assert not writing.done()
         async with asyncio.timeout(HANG_S):
             assert await writing == 1

@@ -27,19 +27,23 @@ from zsfl.ids import Address, NodeCard, NodeId, Role
 TIMING = PresenceTiming()
 
 
-def card(name: str, port: int, role: Role, start: int = 0) -> NodeCard:
-    return NodeCard(id=NodeId(f"{name}.{start}"), name=name, role=role, host="10.0.0.1", control_port=port)
+def card(name: str, port: int, role: Role, start: int = 0, key: str = "") -> NodeCard:
+    return NodeCard(id=NodeId(f"{name}.{start}"), name=name, role=role, host="10.0.0.1", control_port=port, key=key)
 
 
 ME = card("me", 1, Role.CLIENT)
 NODES = [card(f"n{n}", 10 + n, role, start) for n, role in enumerate(Role) for start in (0, 1)]
+RIVALS = [card(f"n{n}", 10 + n, role, start, f"key-{start}") for n, role in enumerate(Role) for start in (0, 1)]
+"""Nodes of two machines that claim the same names and addresses."""
+NUMBERS = st.integers(0, len(NODES) - 1)
 ALIASES = {Address("alias:1"): NODES[0], Address("self:1"): ME}
 ADDRESSES = [*dict.fromkeys(node.address for node in NODES), ME.address, *ALIASES]
 
 
 class AnyOrder(RuleBasedStateMachine):
-    @initialize(role=st.sampled_from(list(Role)))
-    def start(self, role: Role) -> None:
+    @initialize(role=st.sampled_from(list(Role)), nodes=st.sampled_from([NODES, RIVALS]))
+    def start(self, role: Role, nodes: list[NodeCard]) -> None:
+        self.nodes = nodes
         self.table = PeerTable(ME, wants_of(role), TIMING)
         self.now_s = 0.0
         self.silent_since: dict[NodeId, float] = {}
@@ -69,13 +73,15 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(
         address=st.sampled_from(ADDRESSES),
         source=st.sampled_from(["mdns", "seed", "exchange", "hello"]),
-        node=st.none() | st.sampled_from([*NODES, ME]),
+        number=st.none() | st.integers(-1, len(NODES) - 1),
     )
-    def hint(self, address: Address, source: Source, node: NodeCard | None) -> None:
+    def hint(self, address: Address, source: Source, number: int | None) -> None:
+        node = None if number is None else self.nodes[number] if number >= 0 else ME
         self.feed(Candidate(address, source, node.role if node else None, node.id if node else None))
 
-    @rule(node=st.sampled_from(NODES))
-    def they_call(self, node: NodeCard) -> None:
+    @rule(number=NUMBERS)
+    def they_call(self, number: int) -> None:
+        node = self.nodes[number]
         self.silent_since[node.id] = self.now_s
         self.feed(Welcomed(node, node.address, "them"))
 
@@ -85,8 +91,8 @@ class AnyOrder(RuleBasedStateMachine):
             return
         address = data.draw(st.sampled_from(self.dialling))
         self.dialling.remove(address)
-        living = [node for node in NODES if node.address == address]
-        node = ALIASES.get(address) or living[start]
+        living = [node for node in self.nodes if node.address == address]
+        node = ME if ALIASES.get(address) is ME else (living or self.nodes)[start]
         match outcome:
             case "ok":
                 self.silent_since[node.id] = self.now_s
@@ -96,13 +102,15 @@ class AnyOrder(RuleBasedStateMachine):
             case _:
                 self.feed(Refused(address, outcome, outcome == "final"))
 
-    @rule(node=st.sampled_from(NODES))
-    def heard(self, node: NodeCard) -> None:
+    @rule(number=NUMBERS)
+    def heard(self, number: int) -> None:
+        node = self.nodes[number]
         self.silent_since[node.id] = self.now_s
         self.feed(Heard(node.id))
 
-    @rule(node=st.sampled_from(NODES))
-    def left(self, node: NodeCard) -> None:
+    @rule(number=NUMBERS)
+    def left(self, number: int) -> None:
+        node = self.nodes[number]
         self.feed(Left(node.id, "bye"))
 
     @rule()
@@ -130,9 +138,9 @@ class AnyOrder(RuleBasedStateMachine):
         assert all(self.now_s < self.silent_since[node_id] + TIMING.lost_after_s for node_id in self.live)
 
     @invariant()
-    def one_peer_per_name_and_address(self) -> None:
+    def one_peer_of_a_machine_per_name_and_address(self) -> None:
         peers = self.table.peers()
-        for values in ({p.id for p in peers}, {p.name for p in peers}, {p.address for p in peers}):
+        for values in ({p.id for p in peers}, {(p.name, p.key) for p in peers}, {(p.address, p.key) for p in peers}):
             assert len(values) == len(peers)
 
 
