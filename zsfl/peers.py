@@ -37,6 +37,7 @@ from zsfl.errors import (
     Unauthorised,
     Unavailable,
     ZsflError,
+    lacks_descriptors,
 )
 from zsfl.ids import PROTOCOL, Address, NodeCard, NodeId, Role
 from zsfl.settings import NodeSettings
@@ -250,8 +251,8 @@ class Peers:
             self._door.guard.introduce(welcome.card)
         except zmq.ZMQError:  # no such address, or no socket left
             self._on(DialFailed(address=address))
-        except (Busy, DeadlineExceeded, NoPeer):
-            if why := await self._why_silent(address):
+        except (Busy, DeadlineExceeded, NoPeer) as error:
+            if not lacks_descriptors(error) and (why := await self._why_silent(address)):
                 self._refused(address, why, final=False)
             else:
                 self._on(DialFailed(address=address))
