@@ -35,13 +35,6 @@ def most_of(shards: int) -> int:
     return shards // 2 + 1
 
 
-def newest_of_most(known: Collection[tuple[int, int]]) -> tuple[int, int]:
-    """The newest epoch and version that at least half of those whose clients said it know of: fewer may be wrong, or
-    lie.
-    """
-    return sorted(known, reverse=True)[(len(known) - 1) // 2] if known else (0, 0)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """Who asks for a promise."""

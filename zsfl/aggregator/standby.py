@@ -26,7 +26,7 @@ from zsfl.errors import (
 )
 from zsfl.ids import NodeCard, NodeId, Role
 from zsfl.latest import Latest
-from zsfl.lease import HANDOVER_S, Lease, clock_s, most_of, newest_of_most
+from zsfl.lease import HANDOVER_S, Lease, clock_s, most_of
 from zsfl.node import STATE_TOPIC, BeatExtras, Node
 from zsfl.ranges import parse_shards
 from zsfl.wire.connection import Connection
@@ -72,8 +72,10 @@ class StandbyRole:
         """When it asked for it first."""
         self._has_rival = False
         """Whether another stood in the same epoch, or a later one, when it was asked last."""
-        self._known: dict[int, tuple[int, int]] = {}
-        """By shard, epoch and version, the newest that its client knew of."""
+        self._known = (0, 0)
+        """Epoch and version, the newest that clients knew of. One's word is enough: if it lies, a few steps are made
+        again; if it were not heeded, steps made with weights that were lost might count.
+        """
         self._states: Latest[dict[NodeId, RunState]] = Latest({})
         """Of the aggregators that are there."""
         self._rounds = standing.rounds
@@ -353,7 +355,7 @@ class StandbyRole:
         if not await self._has_majority(lease_s):
             return False
         await self._node.persistently(self._mirror.tidy)
-        is_behind = newest_of_most(self._known.values()) > (self._standing.epoch, self._mirror.version)
+        is_behind = self._known > (self._standing.epoch, self._mirror.version)
         await self._node.persistently(lambda: self._keep(epoch=self._epoch, led=True))
         with suppress(ZsflError):
             await self._has_majority(HANDOVER_S)  # until the versions since the checkpoint are made again
@@ -382,10 +384,7 @@ class StandbyRole:
 
         def took(answers: Sequence[Granted]) -> None:
             lease.answered(answers, asked_s)
-            for granted in answers:
-                for shard in granted.shards:
-                    if shard < self._shards:
-                        self._known[shard] = max(self._known.get(shard, (0, 0)), granted.newest)
+            self._known = max(self._known, *(granted.newest for granted in answers), (0, 0))
 
         is_alone = self._node.settings.takeover == "always"
         all_answered = await consent.ask(grant, took, all_=is_alone)  # whose silence then counts as consent
