@@ -96,6 +96,8 @@ def rate_in(metrics: Path, seconds: float) -> float:
     before = len(rounds_in(metrics)) + 1  # the one in progress does not count
     time.sleep(seconds)
     rounds = rounds_in(metrics)[before:]
+    if not rounds:
+        raise SystemExit(f"no round began and ended within {seconds:g} s: give turns more --seconds")
     return sum(steps for steps, _ in rounds) / sum(took_s for _, took_s in rounds)
 
 
