@@ -32,7 +32,7 @@ test: check
 
 docs: $(stamp)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build
-	@echo "make docs: open build/site/index.html, or see changes as you make them: $(VENV)/bin/mkdocs serve"
+	@echo "make docs: open build/site/index.html, or, with its search, and changes as you make them: $(VENV)/bin/mkdocs serve"
 
 check: $(stamp)
 	VENV=$(VENV) tools/check

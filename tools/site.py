@@ -56,24 +56,24 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
 
 
 def _commands() -> Iterator[str]:
-    os.environ["COLUMNS"] = "110"  # which argparse wraps at
+    os.environ["COLUMNS"] = "80"  # which argparse wraps at: what fits between the lists of pages and of headings
     yield from _helps(parser(), level=2)
 
 
 def _helps(command: argparse.ArgumentParser, level: int) -> Iterator[str]:
     below = [action for action in command._actions if isinstance(action, argparse._SubParsersAction)]
     if not below:
-        yield f"{'#' * level} {command.prog}\n\n```\n{command.format_help()}```\n"
+        yield f"{'#' * level} {command.prog}\n\n```{{ .text .help }}\n{command.format_help()}```\n"
     for action in below:
         for one in dict.fromkeys(action.choices.values()):
             yield from _helps(one, level)
 
 
 def _settings() -> Iterator[str]:
-    yield "| in zsfl.toml | flag | default | what it is |\n|---|---|---|---|"
+    yield "| in zsfl.toml, flag | what it is | default |\n|---|---|---|"
     flagged = {name for names in NODE_FLAGS.values() for name in names}
     for one in fields(NodeSettings):
         flags = one.metadata["flags"] or (f"--{one.name.replace('_', '-')}",)
-        flag = f"`{flags[0]}`" if one.name in flagged else ""
+        flag = f"<br>`{flags[0]}`" if one.name in flagged else ""
         default = "" if one.default in (None, "", ()) else f"`{one.default}`"
-        yield f"| `{one.name}` | {flag} | {default} | {one.metadata['help']} |"
+        yield f"| `{one.name}`{flag} | {one.metadata['help']} | {default} |"

@@ -1,9 +1,10 @@
-"""Shards as people write them: single ones, and ranges."""
+"""Numbers as people write them, of shards and of nodes: single ones, and ranges."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 from zsfl.errors import ConfigError
 from zsfl.words import number_of
@@ -50,3 +51,17 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def short_names(names: Iterable[str]) -> str:
+    """`client-[0-3,7], other` for names that differ in the number at their end."""
+    numbers: defaultdict[str, list[int]] = defaultdict(list)
+    rest: list[str] = []
+    for name in sorted(set(names)):
+        if found := re.fullmatch(r"(.*?)(0|[1-9][0-9]{0,8})", name):
+            numbers[found[1]].append(int(found[2]))
+        else:
+            rest.append(name)
+    shorts = [(prefix, ranges(sorted(found)).replace(" ", ""), len(found)) for prefix, found in numbers.items()]
+    grouped = [f"{prefix}[{short}]" if many > 1 else f"{prefix}{short}" for prefix, short, many in shorts]
+    return ", ".join([*grouped, *rest])

@@ -123,7 +123,7 @@ class RoundReport(Report, frozen=True, kw_only=True, tag="round"):
     without: tuple[str, ...] = ()
     """Clients that were not there when it ended: held-out figures are without their samples, too."""
     serving: dict[str, dict[str, int]]
-    """Client name to split-server name to steps served in this round."""
+    """Client name to split-server name to steps of this round that counted."""
     peers: dict[str, dict[str, float]]
     """Node name to its counters (steps, bytes_sent, bytes_received, busy, retries, ...) in this round."""
 
@@ -148,6 +148,12 @@ class Tested(Report, frozen=True, kw_only=True, tag="tested"):
     """Whether it is the test at the end of a round, which the round's report repeats."""
     left_out: tuple[str, ...] = ()
     """Clients whose loss was not finite, or out of all proportion to that of others: not in `loss` and `accuracy`."""
+
+
+class Before(Report, frozen=True, kw_only=True, tag="before"):
+    """What a run that is taken up again has left of its rounds so far; of many rounds there are several, in order."""
+
+    reports: tuple[RoundReport | Tested, ...]
 
 
 class Finished(Report, frozen=True, kw_only=True, tag="finished"):
@@ -189,8 +195,8 @@ class Exited(Report, frozen=True, kw_only=True, tag="exited"):
 
 
 AnyReport = (
-    Ready | Met | Waiting | Starting | Following | Assembled | WindowReport | RoundReport | Tested | Finished | Failed
-    | Note | Exited
+    Ready | Met | Waiting | Starting | Following | Assembled | WindowReport | RoundReport | Tested | Before | Finished
+    | Failed | Note | Exited
 )  # fmt: skip
 
 _decoder = msgspec.json.Decoder(AnyReport)

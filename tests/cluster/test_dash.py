@@ -146,10 +146,15 @@ async def test_the_page_in_a_browser(tmp_path: Path) -> None:
         await window.js("document.getElementById('one').value = 'client-1'")
         await window.js("document.getElementById('one').dispatchEvent(new Event('change'))")
         read = "document.querySelector('#{} .read').textContent"
+        colours: list[str] = []
         for chart, lines in (("loss", 8), ("accuracy", 4)):
             assert await window.js(f"document.querySelectorAll('#{chart} svg path').length") == lines
             assert await window.js(f"{read.format(chart)}.includes('(lowest client-')")
             assert await window.js(f"{read.format(chart)}.includes(' · client-1: ')")
+            lines_of = f"[...document.querySelectorAll('#{chart} svg path')].map(line => getComputedStyle(line).stroke)"
+            colours.append(await window.js(f"{lines_of}.at(-1)"))
+            assert await window.js(f"{lines_of}.filter(colour => colour === '{colours[0]}').length") == lines // 2
+        assert colours[0] == colours[1], "a client has one colour in all charts, and no other has it"
         assert await window.barriers() == []
         await window.eventually("document.querySelector('#nodes').textContent.includes('● there')")
         shown = await window.js("rounds.at(-1).round")

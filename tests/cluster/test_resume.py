@@ -25,6 +25,7 @@ import zsfl
 from zsfl.aggregator.audit import audit, replay_versions
 from zsfl.errors import ConfigError, RemoteProtocolError, RunFailed, ZsflError
 from zsfl.ids import Cid, Role, Version
+from zsfl.reports import AnyReport, Before, RoundReport
 from zsfl.settings import WireLimits
 from zsfl.spill.layout import SpillMeta
 from zsfl.spill.store import SpillStore
@@ -65,14 +66,19 @@ def assert_sound(ran: Ran, rounds: int) -> None:
     # A round that was made again is reported again.
     assert sorted({line["round"] for line in metrics}) == list(range(1, rounds + 1))
     assert metrics[-1]["version"] == rounds * WINDOWS
+    served = {line["round"]: sum(sum(of.values()) for of in line["serving"].values()) for line in metrics}
+    assert sum(served.values()) == len(counted), "who took how many steps adds up to what the ledger counts"
 
 
 async def test_two_rounds_and_two_more_are_four(tmp_path: Path) -> None:
     straight = await in_process(CASE, tmp_path, run="straight", servers=2)
     begun = await in_process(CASE, tmp_path, run="halves", rounds=2)
     assert_sound(begun, 2)
-    finished = await in_process(CASE, tmp_path, run="halves", resume=True, servers=3)
+    told: list[AnyReport] = []
+    finished = await in_process(CASE, tmp_path, run="halves", resume=True, servers=3, on_report=told.append)
     assert finished.folder == begun.folder
+    (before,) = [report for report in told if isinstance(report, Before)]
+    assert [one.round for one in before.reports if isinstance(one, RoundReport)] == [1, 2]
     assert [report.round for report in finished.reports] == [3, 4]
     assert_equal(finished.weights, straight.weights)
     for ran in (straight, finished):

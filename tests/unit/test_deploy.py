@@ -205,6 +205,7 @@ def test_a_node_in_a_container_is_told_its_address(addresses: str, tmp_path: Pat
 
 
 def test_in_a_container_an_address_that_is_given_stays(tmp_path: Path) -> None:
+    assert in_container(tmp_path, "172.18.0.3", "bench", "--serve").stdout.splitlines()[0] == "172.18.0.3"
     done = in_container(tmp_path, "172.18.0.3", "ls", ZSFL_HOST="192.168.1.20")
     assert done.stdout.splitlines() == ["192.168.1.20", "ls"]
     assert in_container(tmp_path, "172.18.0.3", "demo").stdout.splitlines() == ["none", "demo"]

@@ -207,10 +207,6 @@ class RunFolder:
         found = {report.round: report for report in self.reports() if isinstance(report, RoundReport)}
         return [found[number] for number in sorted(found)]
 
-    def tests(self) -> list[Tested]:
-        """The held-out tests in metrics.jsonl, as they came."""
-        return [report for report in self.reports() if isinstance(report, Tested)]
-
     def reports(self) -> list[AnyReport]:
         """All that metrics.jsonl has."""
         with _storing(self.path / METRICS):

@@ -33,13 +33,6 @@ class Tally:
         self._served: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._last: dict[str, str] = {}
 
-    def served(self, one: Contribution) -> None:
-        """A split server took a step of a client."""
-        if one.part == "body":
-            for client in [step.client for step in one.members] or [one.client]:
-                self._served[client][one.node] += 1
-                self._last[client] = one.node
-
     def counted(
         self, window: Iterable[Contribution], at: Version, dropped: Collection[Cid] = (), refused: int = 0
     ) -> None:
@@ -49,7 +42,11 @@ class Tally:
         self._dropped += len(dropped)
         self._refused += refused
         for contribution in window:
-            if contribution.part == "client":
+            if contribution.part == "body":
+                for client in [step.client for step in contribution.members] or [contribution.client]:
+                    self._served[client][contribution.node] += 1
+                    self._last[client] = contribution.node
+            else:
                 self._steps += 1
                 self._late += contribution.version < at
                 self._behind += at - contribution.version

@@ -179,8 +179,6 @@ class Training:
         """Count what a former process made of this round; the window that comes next."""
         retold, self._retold = self._retold, ()
         for record, window in ((made.record, made.window) for made in retold):
-            for one in window:
-                self._tally.served(one)
             self._tally.counted(window, Version(record.version - 1), record.dropped, record.refused)
         return retold[-1].record.window + 1 if retold else 0
 
@@ -333,7 +331,6 @@ class Training:
     def _took(self, one: Contribution) -> None:
         """A part of a step is here, or of several."""
         now_s = self._progress_s = time.monotonic()
-        self._tally.served(one)
         if not (steps := self._gathering.completed(one.cid)):
             somebody_left = not self._sizes.keys() <= set(self._awaited)
             if somebody_left and self._is_broken(self._awaited):

@@ -18,7 +18,10 @@ from zsfl.ids import Version
 from zsfl.learning.job import Job
 from zsfl.learning.modes import Exact
 from zsfl.node import Node
-from zsfl.reports import RoundReport, Tested
+from zsfl.reports import Before, RoundReport, Tested
+
+TOLD_AT_ONCE = 20
+"""Reports of a run with thousands of clients are long."""
 
 
 class Trials:
@@ -36,26 +39,36 @@ class Trials:
         self._begun_s = 0.0
         self._untested: list[tuple[RoundReport | None, Version, dict[str, Tensor]]] = []
         """Versions that were to be tested when the run ended that is resumed, with the report of the round they end."""
+        self._before: list[RoundReport | Tested] = []
+        """What that run has left."""
         self.best = Best()
         self.last: RoundReport | None = None
         """Of the newest round that was tested."""
 
     def resume(self, at: Recovered, round_: int) -> list[tuple[Version, dict[str, Tensor]]]:
         """Go on at this point after the checkpoint of a round; versions that are tested yet, to be put on the shelf."""
-        for tested in self._folder.tests():
-            if tested.version <= at.version:  # what was tested of later ones is lost with them
-                self.best.take(tested)
-        done = [report for report in self._folder.rounds() if report.round <= at.round]
-        self.last = done[-1] if done else None
-        left = self._progress.untested({report.round for report in done}, round_)
+        done: dict[int, RoundReport] = {}
+        for one in self._folder.reports():
+            if isinstance(one, Tested) and one.version <= at.version:  # what was tested of later ones is lost with them
+                self.best.take(one)
+                self._before.append(one)
+            elif isinstance(one, RoundReport) and one.round <= at.round:
+                done[one.round] = one
+                self._before.append(one)
+        self.last = done[max(done)] if done else None
+        left = self._progress.untested(done.keys(), round_)
         self._untested += left
         if at.windows and self._job.tests(at.version) and at.version not in self.best.seen:
             self._untested.append((None, *self._training.newest))
         return [(version, state) for _, version, state in left]
 
     async def begin(self) -> None:
-        """Training begins: have tested what an earlier process did not come to."""
+        """Training begins: tell what was before, and have tested what an earlier process did not come to."""
         self._begun_s = time.monotonic()
+        for first in range(0, len(self._before), TOLD_AT_ONCE):
+            some = self._before[first : first + TOLD_AT_ONCE]
+            self._node.report(Before(node=self._node.name, reports=tuple(some)))
+        self._before.clear()
         for report, version, state in self._untested:
             await self.order(report, version, state)
 

@@ -8,11 +8,11 @@ from collections import deque
 import msgspec
 
 from zsfl.cluster.talk import Printed
-from zsfl.reports import Following, Met, Note, Report, RoundReport, Tested, Waiting, WindowReport
+from zsfl.reports import Before, Following, Met, Note, Report, RoundReport, Tested, Waiting, WindowReport
 
 MOST_WAITING_BYTES = 16 << 20
 """Beyond that lines are dropped until half of it is left."""
-_SHOWN = (Printed, WindowReport, Following, Tested, Waiting, Note, Met)
+_SHOWN = (Printed, WindowReport, Following, Tested, Waiting, Note, Met, Before)
 """They are for people alone: what is newer says more."""
 
 

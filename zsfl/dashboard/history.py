@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from zsfl.dashboard.step_time import step_time
-from zsfl.reports import AnyReport, Failed, Finished, RoundReport, Tested, WindowReport
+from zsfl.reports import AnyReport, Before, Failed, Finished, RoundReport, Tested, WindowReport
 
 MAX_ROUNDS = 2000
 """Of more rounds every second one is left out, again and again."""
@@ -138,6 +138,9 @@ class History:
                 self._take_round(report)
             case Tested():
                 self._take_test(report)
+            case Before():
+                for one in report.reports:
+                    self.on(one)
             case _:
                 pass
 

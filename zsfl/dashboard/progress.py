@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter, defaultdict, deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zsfl.dashboard.pace import Pace
+from zsfl.ranges import short_names
 from zsfl.reports import (
     AnyReport,
     Assembled,
+    Before,
     Exited,
     Failed,
     Finished,
@@ -79,8 +81,10 @@ class RunView:
         """The first with these words: a mistake in the job is one that every node finds."""
         self.ended_by_failure: set[str] = set()
         """Nodes that said why they ended."""
-        self._recent: deque[Mapping[str, str]] = deque(maxlen=RECENT_WINDOWS)
-        self._started: tuple[float, float] | None = None
+        self._served: dict[int, Serving] = {}
+        """By round; after a kill some are told twice."""
+        self._recent: deque[Serving] = deque(maxlen=RECENT_WINDOWS)
+        self._pace = Pace()
         self._now_s = 0.0
         self._begun_s: float | None = None
 
@@ -92,7 +96,7 @@ class RunView:
                 self.nodes = report.nodes
             case Following():
                 self.following = report
-                self._started = self._started or (now_s, self.done)
+                self._pace.see(self.done, now_s)
             case Ready():
                 self.ready[report.node] = report.role
                 self.waiting.pop(report.node, None)
@@ -100,13 +104,16 @@ class RunView:
                 self.waiting[report.node] = report
             case WindowReport():
                 self.window = report
-                self._recent.append(report.serving)
+                self._recent.append({client: {server: 1} for client, server in report.serving.items()})
                 self._moved()
             case RoundReport():
                 self.rounds.append(report)
+                self._served[report.round] = report.serving
                 if self.window is not None and self.window.round <= report.round:  # it was tested while others ran
                     self.window = None
                 self._moved()
+            case Before():
+                self._served |= {one.round: one.serving for one in report.reports if isinstance(one, RoundReport)}
             case Finished():
                 self.finished = report
                 self.waiting.clear()
@@ -137,7 +144,7 @@ class RunView:
 
     def _moved(self) -> None:
         self.waiting.clear()
-        self._started = self._started or (self._now_s, self.done)
+        self._pace.see(self.done, self._now_s)
 
     @property
     def done(self) -> float:
@@ -155,50 +162,29 @@ class RunView:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds to go at the pace seen so far; None while there is none."""
-        if self._started is None:
-            return None
-        start_s, start = self._started
-        if self.done <= start or self._now_s <= start_s:
-            return None
-        return (self.total - self.done) * (self._now_s - start_s) / (self.done - start)
+        """Seconds to go at the pace seen of late; None while there is none."""
+        return self._pace.left_s(self.total, self._now_s)
 
     @property
     def serving(self) -> Serving:
-        """Who serves whom: over the last windows while training, over the last round when it is over."""
-        if self.finished is not None or not self._recent:
-            return self.rounds[-1].serving if self.rounds else {}
+        """Who serves whom: over the last windows while training, over all rounds when it is over."""
         steps: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        for window in self._recent:
-            for client, server in window.items():
-                steps[client][server] += 1
+        for serving in self._recent if self._is_live else self._served.values():
+            for client, servers in serving.items():
+                steps[client].update(servers)
         return steps
 
+    @property
+    def served(self) -> str:
+        """When that was."""
+        if self._is_live or not self._served:
+            return "lately"
+        first, last = min(self._served), max(self._served)
+        return f"round {last}" if first == last else f"rounds {first}-{last}"
 
-def short_names(names: Iterable[str]) -> str:
-    """`client-[0-3,7], other` for names that differ in the number at their end."""
-    numbers: defaultdict[str, list[int]] = defaultdict(list)
-    rest: list[str] = []
-    for name in sorted(set(names)):
-        if found := re.fullmatch(r"(.*?)(0|[1-9][0-9]{0,8})", name):
-            numbers[found[1]].append(int(found[2]))
-        else:
-            rest.append(name)
-    grouped = [_group(prefix, sorted(found)) for prefix, found in numbers.items()]
-    return ", ".join([*grouped, *rest])
-
-
-def _group(prefix: str, numbers: list[int]) -> str:
-    if len(numbers) == 1:
-        return f"{prefix}{numbers[0]}"
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return f"{prefix}[{','.join(parts)}]"
+    @property
+    def _is_live(self) -> bool:
+        return self.finished is None and bool(self._recent)
 
 
 def server_shares(serving: Serving) -> list[tuple[str, float, str]]:
@@ -269,7 +255,7 @@ def plain_line(report: AnyReport) -> str | None:
             )
         case Failed():
             return f"{report.node} failed: {report.message} ({report.kind})"
-        case Ready() | Met() | Starting() | Following() | WindowReport() | Tested() | Exited():
+        case Ready() | Met() | Starting() | Following() | WindowReport() | Tested() | Before() | Exited():
             return None
 
 
@@ -293,7 +279,7 @@ def render(view: RunView) -> RenderableType:
         shown = LIVE_ROUNDS if view.finished is None else FINAL_ROUNDS
         parts += [_rounds_table(view.rounds[-shown:]), Text()]
     if view.serving:
-        parts += [_serving_table(view.serving), Text()]
+        parts += [_serving_table(view), Text()]
     if view.total and view.finished is None:
         parts.append(progress_bar(view))
     parts += [Text(note, style="yellow" if warns else "dim") for note, warns in view.notes]
@@ -331,11 +317,11 @@ def _rounds_table(rounds: Collection[RoundReport]) -> Table:
     return table
 
 
-def _serving_table(serving: Serving) -> Table:
+def _serving_table(view: RunView) -> Table:
     from rich.text import Text
 
-    table = _table("split server", "share", "serves")
-    for server, share, clients in server_shares(serving):
+    table = _table("split server", f"share, {view.served}", "serves")
+    for server, share, clients in server_shares(view.serving):
         table.add_row(Text(server), f"{share:.0%}", Text(clients))
     return table
 

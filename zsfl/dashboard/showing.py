@@ -23,7 +23,8 @@ from zsfl.words import number_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("#1f6fb4", "#d1661a", "#2c8c3c", "#8a56b4", "#b4342d", "#0f8f97", "#7f7f7f", "#a08a12")
+COLOURS = ("#1f6fb4", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1c2128", "#a59a00")
+"""Told apart by the colour-blind, too (Okabe and Ito 2008, yellow made darker); the page has the same."""
 TESTS_OF_EACH, TRAINING_OF_EACH = "#1f6fb470", "#d1661a55"
 MOST_DRAWN = 16
 """Runs in one plot."""
@@ -157,9 +158,9 @@ def report_page(run: Run) -> str:
         parts += ["<h2>Each client, at the end</h2>", _table(titles, _clients(run))]
         parts += [
             "<h2>Who did what</h2>",
-            _table(("node", "steps", "sent", "received", "told busy", "retries"), _peers(run)),
+            _table(("node", "steps that counted", "sent", "received", "told busy", "retries"), _peers(run)),
         ]
-    parts += ["<h2>Ledger</h2>", _ledger(run.folder / LEDGER)]
+    parts += ["<h2>Ledger</h2>", _ledger(run.folder / LEDGER, run.steps)]
     for name in ("job", "node", "versions"):
         if isinstance(settings := run.settings.get(name), dict):
             held = cast("dict[str, Any]", settings)
@@ -185,9 +186,9 @@ def _clients(run: Run) -> list[tuple[str, ...]]:
     ]
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _natural(name: str) -> list[tuple[str, int]]:
     """For sorting: client-2 before client-10."""
-    return [(int(digits or 0), text) for text, digits in re.findall(r"([^0-9]*)([0-9]*)", name)]
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"([^0-9]*)([0-9]*)", name)]
 
 
 def _number(value: float | None) -> str:
@@ -195,24 +196,30 @@ def _number(value: float | None) -> str:
 
 
 def _peers(run: Run) -> list[tuple[str, ...]]:
-    sums: dict[str, Counter[str]] = {}
+    """Of all rounds; steps are those that counted, as nodes tell their own number of them now and then only."""
+    sums: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    steps = Counter[str]()
     for one in run.rounds:
         for node, counters in one.peers.items():
-            sums.setdefault(node, Counter()).update({name: int(value) for name, value in counters.items()})
+            sums[node].update({name: int(value) for name, value in counters.items()})
+        for client, servers in one.serving.items():
+            steps.update({client: sum(servers.values())})
+            steps.update(servers)
     return [
         (
             node,
-            f"{of['steps']:,}" if of["steps"] else "",
+            f"{steps[node]:,}" if steps[node] else "",
             in_bytes(of["bytes_sent"]),
             in_bytes(of["bytes_received"]),
             f"{of['busy']:,}",
             f"{of['retries']:,}",
         )
-        for node, of in sorted(sums.items())
+        for node, of in ((node, sums[node]) for node in sorted(sums.keys() | steps, key=_natural))
     ]
 
 
-def _ledger(path: Path) -> str:
+def _ledger(path: Path, in_rounds: int) -> str:
+    """What it counts; `in_rounds` are the steps of rounds that ended."""
     counted, samples, reasons, late = 0, 0, Counter[str](), 0
     for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
         try:
@@ -223,7 +230,9 @@ def _ledger(path: Path) -> str:
             late += sum(int(cid.split("-v")[1].split("-")[0]) < record["version"] - 1 for cid in record["counted"])
         except (ValueError, LookupError, TypeError, AttributeError):
             return f"<p>It cannot be read: <code>zsfl audit {html.escape(str(path.parent))}</code> says where.</p>"
-    facts = {"steps counted": f"{counted:,}", "samples counted": f"{samples:,}", "of those late": f"{late:,}"}
+    facts = {"steps counted": f"{counted:,}", "of those late": f"{late:,}", "samples counted": f"{samples:,}"}
+    if counted > in_rounds:
+        facts["steps of a round that has not ended"] = f"{counted - in_rounds:,}"
     facts |= {f"dropped: {reason}": f"{times:,}" for reason, times in reasons.most_common(20)}
     proof = f"<p><code>zsfl audit {html.escape(str(path.parent))}</code> proves it.</p>"
     return _facts_table(facts) + proof
@@ -277,6 +286,8 @@ def _figure(runs: Sequence[Run]) -> Any:
             _curve(loss, at, [one.train_loss for one in rounds], f"{before}training", colour, "--")
             _curve(loss, at, [one.loss for one in rounds], f"{before}held out", colour, "-")
             _curve(accuracy, at, _in_percent(one.accuracy for one in rounds), f"{before}held out", colour, "-")
+    for axes in (*rows[0], *rows[2]):
+        axes.locator_params(axis="x", integer=True)
     for row, across in zip(rows, ("round", "seconds of training", "version"), strict=True):
         for axes, title in zip(row, ("Loss, mean over samples", "Accuracy, % of held-out samples"), strict=True):
             axes.set_title(title, loc="left", fontsize="medium")
@@ -284,30 +295,34 @@ def _figure(runs: Sequence[Run]) -> Any:
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
             if axes.lines:
-                axes.legend(frameon=False, fontsize="small")
+                axes.legend(frameon=False, fontsize="small", ncols=1 + len(axes.get_legend_handles_labels()[1]) // 5)
             else:
                 axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
     return figure
 
 
 def _draw_each(loss: Axes, accuracy: Axes, at: Sequence[float], run: Run) -> None:
-    """Thin lines: how each client fares on its own held-out samples, and in training."""
+    """Thin lines: how each client fares on its own held-out samples, and in training; of a few, each has its colour."""
     tests = {test.version: test for test in run.tests}
     tested = [tests.get(one.version) for one in run.rounds]
     trained, losses = [one.train_losses for one in run.rounds], [test.losses if test else {} for test in tested]
     right = [test.clients if test else {} for test in tested]
-    for axes, figures, what, colour, scale in (
-        (loss, trained, "training", TRAINING_OF_EACH, 1),
-        (loss, losses, "held out", TESTS_OF_EACH, 1),
-        (accuracy, right, "held out", TESTS_OF_EACH, 100),
+    names = sorted({name for one in (*trained, *losses, *right) for name in one}, key=_natural)
+    own = dict(zip(names, COLOURS[1:], strict=False)) if len(names) < len(COLOURS) else {}
+    for axes, figures, what, colour, dashes, scale in (
+        (loss, trained, "training", TRAINING_OF_EACH, "--", 1),
+        (loss, losses, "held out", TESTS_OF_EACH, "-", 1),
+        (accuracy, right, "held out", TESTS_OF_EACH, "-", 100),
     ):
         label = f"{what}, each client"
-        for name in dict.fromkeys(name for one in figures for name in one):
+        for name in names:
             values = [one.get(name) for one in figures]
             points = [(x, scale * y) for x, y in zip(at, values, strict=True) if y is not None]
-            style: dict[str, Any] = {"linewidth": 0.7, "color": colour, "label": label}
+            style: dict[str, Any] = {"linewidth": 0.7, "color": own.get(name, colour)}
+            if own:
+                style["linestyle"], label = dashes, name.replace("$", r"\$") if what == "held out" else "_"
             if points:
-                cast("Any", axes).plot(*zip(*points, strict=True), **style)
+                cast("Any", axes).plot(*zip(*points, strict=True), label=label, **style)
                 label = "_"  # one line of the legend is enough
 
 

@@ -8,13 +8,12 @@ from typing import Any, Literal
 
 import msgspec
 
+from zsfl.dashboard.pace import Pace
 from zsfl.ids import NodeCard, NodeId, Role
 from zsfl.wire.messages import Beat, RunState
 
 RATE_S = 5.0
 """Rates are of what happened in the last so many seconds."""
-PACE_S = 60.0
-"""The pace of a run is that of the last so many seconds."""
 MAX_GONE = 256
 """Nodes remembered that are gone; of more the one that has been gone for longest is forgotten."""
 MAX_EVENTS = 500
@@ -95,8 +94,7 @@ class Watch:
         self._nodes: dict[NodeId, _Seen] = {}
         self._events: deque[tuple[float, str, str]] = deque(maxlen=MAX_EVENTS)
         self._state: RunState | None = None
-        self._paces: deque[tuple[float, float]] = deque()
-        """When, and how many rounds were done, whenever that changed in the last seconds, and once before."""
+        self._pace = Pace()
 
     def joined(self, card: NodeCard, now_s: float) -> None:
         """A node is there."""
@@ -127,7 +125,7 @@ class Watch:
             self._tell_change(beat.card.name, self._state, beat.state, now_s)
             self._state = beat.state
             if beat.state.phase == "training":
-                self._take_pace(_done(beat.state), now_s)
+                self._pace.see(_done(beat.state), now_s)
 
     def told(self, node: str, what: str, now_s: float) -> None:
         """Something that happened to a node, from whoever started it."""
@@ -138,25 +136,14 @@ class Watch:
         """Whether nobody is there."""
         return all(seen.gone_for for seen in self._nodes.values())
 
-    def _take_pace(self, done: float, now_s: float) -> None:
-        if self._paces and done < self._paces[-1][1]:  # a resume went back, or it is another run
-            self._paces.clear()
-        if not self._paces or done > self._paces[-1][1]:
-            self._paces.append((now_s, done))
-        while len(self._paces) > 2 and self._paces[1][0] <= now_s - PACE_S:
-            self._paces.popleft()
-
     def _run(self, state: RunState, now_s: float) -> dict[str, Any]:
         shown = ("run", "phase", "version", "round", "rounds", "window", "windows", "epoch", "tested", "reason")
         done = _done(state) if state.phase == "training" else None
         run = {name: getattr(state, name) for name in shown}
         run |= {"done": done, "left_s": None, "round_left_s": None}
-        if done is not None and len(self._paces) > 1:
-            (first_s, first), (last_s, last) = self._paces[0], self._paces[-1]
-            round_s = (last_s - first_s) / (last - first)
-            since_s = now_s - last_s
-            run["left_s"] = max(0.0, (state.rounds - done) * round_s - since_s)
-            run["round_left_s"] = max(0.0, (state.round + 1 - done) * round_s - since_s)
+        if done is not None:
+            run["left_s"] = self._pace.left_s(state.rounds, now_s)
+            run["round_left_s"] = self._pace.left_s(state.round + 1, now_s)
         return run
 
     @staticmethod

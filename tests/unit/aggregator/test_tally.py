@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from zsfl.aggregator.tally import WINDOW_REPORT_S, PeerCounters, Tally, pooled
 from zsfl.ids import NodeId, PartName, RunId, Version, step_cid
-from zsfl.learning.averaging import Contribution
+from zsfl.learning.averaging import Contribution, StepShare
 from zsfl.wire.messages import Evaluated
 
 RUN = RunId("3fa9c1")
@@ -101,9 +101,7 @@ def test_each_client_has_the_mean_over_its_own_samples() -> None:
 
 def test_progress_is_reported_now_and_then() -> None:
     counting = tally(100.0)
-    counting.counted([contribution("client", 2.0, 3.0, 2)], Version(0))
-    counting.served(meta("body", "client-0", "server-1"))
-    counting.served(meta("client", "client-0", "client-0"))
+    counting.counted([meta("body", "client-0", "server-1"), contribution("client", 2.0, 3.0, 2)], Version(0))
     assert counting.window_report(1, Version(1), 100.0 + WINDOW_REPORT_S / 2) is None
     report = counting.window_report(1, Version(1), 100.5)
     assert report is not None
@@ -115,12 +113,17 @@ def test_progress_is_reported_now_and_then() -> None:
 
 def test_who_served_whom_is_counted() -> None:
     counting = tally()
-    for server in ("s0", "s1", "s0"):
-        counting.served(meta("body", "c1", server))
-    counting.served(meta("body", "c0", "s1"))
-    counting.served(meta("client", "c0", "c0"))
-    report = counting.round_report(Version(1), {}, 101.0)
-    assert report.serving == {"c0": {"s1": 1}, "c1": {"s0": 2, "s1": 1}}
+    bodies = [("c1", "s0"), ("c1", "s1"), ("c1", "s0"), ("c0", "s1")]
+    counting.counted(
+        [one for client, server in bodies for one in (meta("body", client, server), meta("client", client, client))],
+        Version(0),
+    )
+    shares = tuple(StepShare(cid=step_cid(RUN, at, Version(1)), n=1, samples=1, client=f"c{at}") for at in range(2))
+    alone = [meta("client", one.client, one.client) for one in shares]
+    counting.counted([replace(meta("body", "c0", "s2"), members=shares), *alone], Version(1))
+    report = counting.round_report(Version(2), {}, 101.0)
+    assert report.serving == {"c0": {"s1": 1, "s2": 1}, "c1": {"s0": 2, "s1": 1, "s2": 1}}
+    assert sum(sum(servers.values()) for servers in report.serving.values()) == report.steps
 
 
 def test_bytes_are_those_of_this_round_and_of_all_peers() -> None:

@@ -13,7 +13,7 @@ from zsfl import reports
 from zsfl.dashboard import history, tail
 from zsfl.dashboard.history import History
 from zsfl.dashboard.tail import Tail
-from zsfl.reports import Finished, RoundReport, WindowReport
+from zsfl.reports import Before, Finished, RoundReport, WindowReport
 
 
 def round_(number: int, **about: Any) -> RoundReport:
@@ -46,6 +46,14 @@ def test_rounds_and_tests_lie_where_training_had_come_to() -> None:
     assert [row.end_s for row in told.rounds] == [2.5, 6.0, 8.0]
     assert [test.version for test in told.tests] == [10, 15, 20]
     assert told.since(mark) is None, "what was made again is not only an addition"
+
+
+def test_a_run_that_is_taken_up_again_elsewhere_is_shown_from_its_first_round() -> None:
+    told = History()
+    told.on(Before(reports=(of_test(10, 2.5), round_(1), of_test(20, 5.0), round_(2))))
+    told.on(of_test(30, 1.5))
+    told.on(round_(3))
+    assert [(row.round, row.end_s) for row in told.rounds] == [(1, 2.5), (2, 5.0), (3, 6.5)]
 
 
 def test_a_viewer_needs_only_what_was_added() -> None:

@@ -23,6 +23,7 @@ from zsfl.dashboard.progress import (
 from zsfl.reports import (
     AnyReport,
     Assembled,
+    Before,
     Exited,
     Failed,
     Finished,
@@ -95,8 +96,19 @@ def test_time_left_follows_the_pace_since_the_first_window() -> None:
 
 
 def test_a_resumed_run_is_timed_from_where_it_goes_on() -> None:
-    view = folded(window(1, round=3), window(6, round=3))
-    assert view.left_s == pytest.approx((4 - 2.6) / 0.5)
+    view = folded(window(1, round=3), window(2, round=3), window(7, round=3))
+    assert view.left_s == pytest.approx((4 - 2.7) / 0.5)
+    view.on(window(1), 9.0)  # another run
+    assert view.left_s is None
+
+
+def test_whoever_comes_late_does_not_take_the_rest_of_a_round_for_a_whole_one() -> None:
+    view = RunView()
+    for round_, at_s in ((2, 0.0), (3, 1.0), (3, 50.0)):  # as in async mode, where whole rounds are all that is told
+        view.on(following(round_, 70), at_s)
+        assert view.left_s is None
+    view.on(following(4, 70), 101.0)
+    assert view.left_s == pytest.approx(100.0)
 
 
 def test_waiting_is_forgotten_once_the_run_moves() -> None:
@@ -121,15 +133,20 @@ def test_it_is_said_whether_keys_are_used_and_whose_machine_a_peer_is_on() -> No
         assert plain_line(silent) is None
 
 
-def test_live_serving_is_of_the_last_windows_and_final_serving_of_the_last_round() -> None:
-    view = folded(window(1), whole_round(1), window(1, round=2, server="server-1"))
+def test_live_serving_is_of_the_last_windows_and_final_serving_of_the_whole_run() -> None:
+    earlier = msgspec.structs.replace(whole_round(1), serving={client: {"server-2": 4} for client in CLIENTS})
+    view = folded(Before(reports=(earlier, held_out(ends_round=True))), whole_round(2), window(1, round=3))
+    view.on(window(2, round=3, server="server-1"), 4.0)
     assert view.serving["client-0"] == {"server-0": 1, "server-1": 1}
-    view.on(whole_round(2), 5.0)
-    view.on(FINISHED, 6.0)
+    assert "share, lately" in drawn(view)
+    for report in (whole_round(3), whole_round(3), FINISHED):  # after a kill one may be told twice
+        view.on(report, 6.0)
     assert server_shares(view.serving) == [
-        ("server-0", 0.75, "80% of client-[0-19]"),
-        ("server-1", 0.25, "20% of client-[0-19]"),
+        ("server-0", 0.5, "50% of client-[0-19]"),
+        ("server-1", pytest.approx(1 / 6), "20% of client-[0-19]"),
+        ("server-2", pytest.approx(1 / 3), "30% of client-[0-19]"),
     ]
+    assert "share, rounds 1-3" in drawn(view)
 
 
 @pytest.mark.parametrize(
@@ -328,6 +345,7 @@ def test_what_a_run_does_before_its_first_version_is_shown_with_how_long_it_has_
 def test_after_the_last_window_it_says_what_is_still_to_do() -> None:
     view = RunView()
     view.on(window(1, round=4), 0.0)
+    view.on(window(3, round=4), 2.0)
     view.on(window(5, round=4), 4.0)
     assert "round 4/4" in drawn(view)
     assert "0:05 left" in drawn(view)
@@ -346,6 +364,7 @@ def test_at_a_terminal_a_node_says_a_line_for_each_thing_and_how_far_its_run_is(
         Ready(node="client-0", role="client", address="a:1", pid=1),
         following(1, 0),
         following(2, 0),
+        following(3, 0),
         Note(node="client-0", message="the run is finished, at version 40"),
         Failed(node="client-0", kind="RunFailed", message="told elsewhere"),
     )
@@ -355,7 +374,7 @@ def test_at_a_terminal_a_node_says_a_line_for_each_thing_and_how_far_its_run_is(
     text = file.getvalue()
     assert text.startswith("client-0 is ready at a:1")
     assert "round 1/4" in text
-    assert "0:30 left" in text
+    assert "0:20 left" in text
     assert "client-0: the run is finished, at version 40" in text
     assert "told elsewhere" not in text
     assert text.endswith("\x1b[2K")  # the last line is gone

@@ -22,8 +22,8 @@ def round_report(number: int, accuracy: float | None = 0.5, **more: Any) -> Roun
     counters = {"steps": 4.0, "bytes_sent": 600.0, "bytes_received": 400.0}
     usual: dict[str, Any] = {
         "rounds": 3, "version": 2 * number, "train_loss": 1 / number, "loss": 2 / number, "accuracy": accuracy,
-        "steps": 8, "samples": 80, "seconds": 40.0, "steps_per_s": 0.2, "bytes_sent": 1200,
-        "serving": {"client-0": {"server": 4}}, "peers": {"client-0": counters, "server <b>": counters},
+        "steps": 1, "samples": 80, "seconds": 40.0, "steps_per_s": 0.2, "bytes_sent": 1200,
+        "serving": {"client-0": {"server <b>": 1}}, "peers": {"client-0": counters, "server <b>": counters},
     }  # fmt: skip
     return RoundReport(round=number, **(usual | more))
 
@@ -62,7 +62,7 @@ def test_a_run_is_what_its_reports_add_up_to(tmp_path: Path) -> None:
     assert run.rounds[0] == again
     assert (run.state, run.planned, run.versions, run.accuracy) == ("finished", 3, 3, 0.7)
     assert run.best is not None
-    assert (run.best.version, run.seconds, run.bytes_sent, run.steps) == (4, 120.0, 3600, 24)
+    assert (run.best.version, run.seconds, run.bytes_sent, run.steps) == (4, 120.0, 3600, 3)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +200,12 @@ def test_a_report_is_one_page_that_needs_no_other(tmp_path: Path, capsys: pytest
     assert all(link.startswith("#") for link in page.links), "nothing is loaded from anywhere"
     for part in ("server <b>", "80.00% at version 4", "steps counted", "dropped: 2 versions late", "SGD(lr=0.1)"):
         assert part in page.text
+    cells = " ".join(page.text.split())
+    assert "client-0 3 1.8 kB 1.2 kB 0 0 server <b> 3 1.8 kB" in cells, "steps are those that the ledger counts"
+    assert "steps counted 3 of those late 1 samples counted 30 dropped" in cells
+    said(capsys, "report", "--runs", str(write(tmp_path / "more", "two", *ROUNDS[:2]).parent))
+    cells = " ".join(_Page((tmp_path / "more" / "two" / "report.html").read_text(encoding="utf-8")).text.split())
+    assert "steps counted 3 of those late 1 samples counted 30 steps of a round that has not ended 2 dropped" in cells
     (folder / "ledger.jsonl").write_text("nonsense\n")
     code, _ = said(capsys, "report", "one", "--to", str(tmp_path / "there.html"), "--runs", str(tmp_path))
     assert "It cannot be read:" in (tmp_path / "there.html").read_text(encoding="utf-8")

@@ -122,15 +122,16 @@ def test_how_long_it_goes_on_is_told_by_the_pace_of_late() -> None:
         assert run is not None
         return run
 
-    assert said(1, 0, 0, 0.0)["left_s"] is None, "there is no pace yet"
-    run = said(2, 0, 2, 5.0)
+    assert said(1, 0, 0, -0.1)["left_s"] is None
+    assert said(2, 0, 1, 2.5)["left_s"] is None, "it may have been looked at since the last moment of a window"
+    run = said(3, 0, 2, 5.0)
     assert (run["done"], run["left_s"], run["round_left_s"]) == (0.5, 95.0, 5.0)
-    run = said(3, 1, 1, 12.5)
+    run = said(4, 1, 1, 12.5)
     assert (run["done"], run["left_s"], run["round_left_s"]) == (1.25, 87.5, 7.5)
     assert watch.snapshot(14.5).run == {**run, "left_s": 85.5, "round_left_s": 5.5}
     # What was quick or slow long ago counts no more, and windows that count on for ever are no part of a round.
     for number in range(200):
-        run = said(4 + number, 2 + number % 2, 4 + number, 20.0 + number)
+        run = said(5 + number, 2 + number % 2, 4 + number, 20.0 + number)
     assert run["done"] == 3.0
     run = said(300, 3, 0, 400.0, "idle")
     assert (run["done"], run["left_s"]) == (None, None)
