@@ -38,7 +38,12 @@ def shard_ranges(text: str) -> list[tuple[int, int]]:
 
 def clients_for(shards: Sequence[int]) -> str:
     """`a client for shard 3`, `clients for shards 0-3, 7`."""
-    return f"{'a client for shard' if len(shards) == 1 else 'clients for shards'} {ranges(shards)}"
+    return f"{'a client' if len(shards) == 1 else 'clients'} for {shards_named(shards)}"
+
+
+def shards_named(shards: Sequence[int]) -> str:
+    """`shard 3`, `shards 0-3, 7`."""
+    return f"{'shard' if len(shards) == 1 else 'shards'} {ranges(shards)}"
 
 
 def ranges(numbers: Sequence[int]) -> str:

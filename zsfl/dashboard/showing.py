@@ -17,8 +17,8 @@ import msgspec
 from zsfl.dashboard.pages import console, in_bytes
 from zsfl.dashboard.runs import LEDGER, Run, all_runs, find_run, read_run
 from zsfl.errors import ConfigError, StorageError
-from zsfl.reports import Failed
-from zsfl.words import number_of
+from zsfl.reports import Failed, RoundReport, Tested
+from zsfl.words import FEWER, fewer, number_of, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,12 +56,15 @@ def print_runs(named: Sequence[str], runs: Path, plot: Path | None, *, as_json: 
             _mode(run),
             run.state,
             f"{len(run.rounds)}/{run.planned}",
-            _percent(run.accuracy),
-            _percent(best.accuracy if best else None),
+            _accuracy(run.tested),
+            _accuracy(best),
             in_time(run.seconds),
             in_bytes(run.bytes_sent),
         )
     console().print(table)
+    for run in found:
+        if run.without:
+            print(f"{run.name}: {fewer(run.without)}")
     if plot is not None:
         print(f"the curves are in {plot}")
     return 0
@@ -80,9 +83,11 @@ def in_short(run: Run) -> dict[str, Any]:
         "planned": run.planned,
         "versions": run.versions,
         "accuracy": run.accuracy,
+        "without": run.tested.without if run.tested else (),
         "loss": last.loss if last else None,
         "best_accuracy": best.accuracy if best else None,
         "best_version": best.version if best else None,
+        "best_without": best.without if best else (),
         "seconds": run.seconds,
         "steps": run.steps,
         "bytes_sent": run.bytes_sent,
@@ -104,13 +109,13 @@ def print_status(named: str | None, runs: Path, *, as_json: bool) -> int:
     )
     if last is not None:
         tested = f", held-out loss {last.loss:.4f}" if last.loss is not None else ""
-        tested += f", accuracy {last.accuracy:.2%}" if last.accuracy is not None else ""
+        tested += f", accuracy {_accuracy(last)}" if last.accuracy is not None else ""
         print(f"round {last.round}: training loss {last.train_loss:.4f}{tested}")
         print(f"{number_of(run.steps, 'step')} in {in_time(run.seconds)}, {in_bytes(run.bytes_sent)} sent")
     if best is not None:
-        print(f"best: {_percent(best.accuracy)} at version {best.version} (best.safetensors)")
-    if last is not None and last.without:
-        print(f"without {', '.join(last.without)}")
+        print(f"best: {_accuracy(best)} at version {best.version} (best.safetensors)")
+    if absent := run.without.union(last.without if last else ()):
+        print(fewer(absent))
     if isinstance(run.end, Failed):
         print(f"it failed: {run.end.message}")
     match run.state:
@@ -141,13 +146,15 @@ def report_page(run: Run) -> str:
     facts = {
         "state": run.state,
         "rounds": f"{len(run.rounds)} of {run.planned}",
-        "held-out accuracy": _percent(run.accuracy) or "not measured",
-        "best": f"{_percent(best.accuracy)} at version {best.version}" if best else "not measured",
+        "held-out accuracy": _accuracy(run.tested) or "not measured",
+        "best": f"{_accuracy(best)} at version {best.version}" if best else "not measured",
         "training time": in_time(run.seconds),
         "steps": f"{run.steps:,}",
         "sent": in_bytes(run.bytes_sent),
         "versions": f"{run.versions:,}",
     }
+    if run.without:
+        facts[FEWER] = fewer(run.without).removeprefix(FEWER).strip()
     if isinstance(end, Failed):
         facts["why it failed"] = end.message
     parts = [_facts_table(facts)]
@@ -256,7 +263,9 @@ def draw_runs(runs: Sequence[Run], path: Path) -> None:
         raise ConfigError(f"{len(runs)} runs are too many for one plot: name up to {MOST_DRAWN}")
     try:
         _figure(runs).savefig(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"cannot draw into {path}: {error.strerror}; name another with --plot") from error
+    except ValueError as error:
         raise ConfigError(f"cannot draw into {path}: {error}") from error
 
 
@@ -337,8 +346,13 @@ def _mode(run: Run) -> str:
     return str(run.job.get("mode", "")).partition("(")[0].lower()
 
 
+def _accuracy(tested: RoundReport | Tested | None) -> str:
+    """Marked where it is that of fewer clients."""
+    return percent(tested.accuracy, tested.without, "") if tested else ""
+
+
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.2%}"
+    return percent(share, nothing="")
 
 
 def in_time(seconds: float) -> str:
