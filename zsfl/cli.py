@@ -111,8 +111,9 @@ Tensors go there and back through the messages that training uses. The other way
 
 AUDIT_EXAMPLES = """\
 examples:
-  zsfl audit runs/mnist                              was every step counted once, or dropped with a reason?
-  zsfl audit runs/mnist --replay 12..15 --job mnist.py   make these versions again: do they come out the same?
+  zsfl audit                                         was every step of the newest run counted once, or dropped?
+  zsfl audit mnist                                   of that one; runs/mnist, too
+  zsfl audit mnist --replay 12..15 --job mnist.py    make these versions again: do they come out the same?
 
 How far back versions can be made again is a matter of how much the aggregator keeps: --keep-mib.
 It ends with 0 when all is well, with 1 when it is not.
@@ -138,6 +139,9 @@ UP_FLAGS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code."""
     given = sys.argv[1:] if argv is None else list(argv)
+    if not given:
+        print(starting.SHORT, end="")
+        return 2
     args = parser().parse_args(given)
     args.given = given
     try:
@@ -184,9 +188,10 @@ def parser() -> argparse.ArgumentParser:
     baseline.set_defaults(run_command=_baseline)
 
     audit = _parser(commands.add_parser, "audit", help="prove what a run counted", epilog=AUDIT_EXAMPLES)
-    audit.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/mnist")
+    audit.add_argument("target", nargs="?", metavar="RUN", help="a run, or its folder; default: the newest")
     audit.add_argument("--replay", metavar="A..B", help="make versions A to B again, bit for bit; needs --job")
     audit.add_argument("--job", type=Path, metavar="JOB", help="the job file that the run was started with")
+    add_flags(audit, ("runs",))
     audit.set_defaults(run_command=_audit)
 
     drain = _parser(commands.add_parser, "drain", help="have nodes finish and leave", epilog=DRAIN_EXAMPLES)
@@ -300,9 +305,14 @@ def _baseline(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from zsfl.aggregator.pages import print_audit
+    import os
 
-    return print_audit(args.run, args.replay, args.job)
+    from zsfl.aggregator.pages import print_audit
+    from zsfl.dashboard.runs import find_run
+    from zsfl.settings import load_settings
+
+    folder = find_run(args.target, load_settings(vars(args), os.environ).runs)
+    return print_audit(folder, args.replay, args.job)
 
 
 def _drain(args: argparse.Namespace) -> int:

@@ -20,11 +20,12 @@ from zsfl.ids import Address, NodeCard, NodeId, PublicKey, Role
 from zsfl.keys.machine import machine_id
 from zsfl.keys.nodes import new_node_id
 from zsfl.lane import soon_in_lane, to_lane
+from zsfl.learning.blame import own_line
 from zsfl.lifetime import Lifetime
 from zsfl.metrics import Counters
 from zsfl.node import Node, RoleShell
 from zsfl.peers import Peers
-from zsfl.reports import AnyReport, Failed, Met, Note, Ready, Waiting
+from zsfl.reports import LOGGED, AnyReport, Failed, Met, Note, Ready, Waiting
 from zsfl.settings import NodeSettings, WireLimits
 from zsfl.waits import LOOK_S, Overdue, Waits
 from zsfl.wire.connection import Connection, Dialer
@@ -60,6 +61,9 @@ TOPIC = b"node"
 
 class Front:
     """One node of one job, as its peers see it."""
+
+    _was_asked = False
+    """Whether it was asked to leave, and does not end by itself."""
 
     def __init__(
         self,
@@ -183,6 +187,9 @@ class Front:
         self._report(Ready(node=self.name, role=str(card.role), address=card.address, pid=os.getpid(), machine=machine))
         await asyncio.wait({acting, asked}, return_when=asyncio.FIRST_COMPLETED)
         if not acting.done():
+            if not self._was_asked:
+                self.note("asked to leave: finishing what is in hand")
+            self._was_asked = True
             await asyncio.wait({acting, self.start(self._drained(), "drain")}, return_when=asyncio.FIRST_COMPLETED)
 
     async def _drained(self) -> None:
@@ -249,7 +256,7 @@ class Front:
         """Report a wait, with what to check if it is a lonely one; may be called from the lane."""
 
         def say() -> None:
-            hints = self._peers.advice() if wait.lonely else ()
+            hints = wait.hints or (self._peers.advice() if wait.lonely else ())
             self._report(Waiting(node=self.name, what=wait.what, seconds=wait.seconds, hints=hints))
 
         self._soon(say)
@@ -257,6 +264,11 @@ class Front:
     def note(self, message: str, level: str = "info") -> None:
         """One line in the log."""
         self._report(Note(node=self.name, message=message, level=level))
+
+    def say_left(self, then: str) -> None:
+        """The last word of a node that was asked to leave: what becomes of the run."""
+        if self._was_asked:
+            self.note(f"has left; {then}")
 
     # --- what peers and the wire ask --------------------------------------------------------------------
 
@@ -329,6 +341,7 @@ class Front:
             raise Rejected(f"{self.name} is another node than was asked to leave")
         if not self._stopping.is_set():
             self.note("asked to leave by zsfl drain: finishing what is in hand")
+            self._was_asked = True
             self._stopping.set()
         extras = self._role.beat()
         busy = 0 if extras.load is None else extras.load.busy
@@ -360,5 +373,5 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]
 
 def failed(name: str, error: BaseException) -> Failed:
     """The report of a node that ends with an error."""
-    said = str(error) if isinstance(error, ZsflError) else f"{type(error).__name__}: {error}; its log has the traceback"
+    said = str(error) if isinstance(error, ZsflError) else f"{type(error).__name__}: {error}{own_line(error)}{LOGGED}"
     return Failed(node=name, kind=type(error).__name__, message=said)

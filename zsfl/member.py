@@ -199,7 +199,7 @@ class Member:
         if self.aggregator.value is None:
             allowed_s = settings.join_s if other_than is None else settings.patience_s
             try:
-                with self._node.waiting("an aggregator"):
+                with self._node.waiting("an aggregator", lambda: self._node.hints_of_gone(Role.AGGREGATOR)):
                     async with asyncio.timeout(allowed_s):
                         await self.aggregator.wait_for(lambda now: now is not None)
             except TimeoutError:

@@ -16,6 +16,7 @@ from weakref import WeakSet
 import zmq.asyncio
 
 from zsfl.errors import NO_DESCRIPTORS, RemoteProtocolError, SpillTooLarge, StorageError, lacks_descriptors
+from zsfl.hints import how_to_start, where_it_was
 from zsfl.ids import NodeCard, NodeId, Role
 from zsfl.lifetime import Lifetime
 from zsfl.metrics import Counters, added
@@ -38,6 +39,8 @@ OFFERS_TOPIC = b"offers"
 """What only aggregators listen to."""
 MOST_BYTES = {STATE_TOPIC: 0, OFFERS_TOPIC: MAX_OFFERS * MAX_CARRIED_BYTES}
 """Of the parts of what is said on a topic; of weights as many as a message may have."""
+MOST_GONE = 1024
+"""Former peers that are remembered."""
 FAREWELL_LINGER_S = 0.2
 """What the last broadcast may take to leave."""
 
@@ -135,6 +138,8 @@ class Node:
         self._subscribers: WeakSet[Subscriber] = WeakSet()
         self._context = context
         self._peers: dict[NodeId, NodeCard] = {}
+        self._gone: dict[NodeId, NodeCard] = {}
+        """Who was a peer before; the newest last."""
         self._waits = Waits()
         self._links: dict[NodeId, Connection] = {}
         self._closed = self._has_run = False
@@ -232,9 +237,24 @@ class Node:
         """One line in the log."""
         self.report(Note(node=self.name, message=message, level=level))
 
-    def waiting(self, what: str | Callable[[], str]) -> AbstractContextManager[None]:
-        """While inside, the node says now and then what it waits for, and after a while what to check."""
-        return self._waits.waiting(what)
+    def waiting(
+        self, what: str | Callable[[], str], hints: Callable[[], tuple[str, ...]] | None = None
+    ) -> AbstractContextManager[None]:
+        """While inside, the node says now and then what it waits for, and after a while what to check: the `hints`, or
+        where there are none what may be in the way of nodes that look for each other.
+        """
+        return self._waits.waiting(what, hints)
+
+    def hints_of_gone(self, role: Role, last: NodeId | None = None, shards: Sequence[int] = ()) -> tuple[str, ...]:
+        """Where a node of this role was, the one that is named or the last that was there, and how to start another;
+        nothing where none ever was.
+        """
+        gone = [card for card in self._gone.values() if card.role is role and last in (None, card.id)]
+        if not gone:
+            return ()
+        one = "one" if role is Role.SPLIT_SERVER else "it again"
+        start = f"start {one} with: {how_to_start(role, self.settings, self.card.address, shards)}"
+        return where_it_was(gone[-1], self.card.host), start
 
     async def waits(self) -> list[tuple[str, float]]:
         """What it waits for now, and for how many seconds it has."""
@@ -327,6 +347,9 @@ class Node:
             return
         with self._told():
             self._peers.pop(card.id, None)
+            self._gone[card.id] = self._gone.pop(card.id, card)
+            while len(self._gone) > MOST_GONE:
+                self._gone.pop(next(iter(self._gone)))
             if link := self._links.pop(card.id, None):
                 link.close(f"is gone ({reason})")
             self.peer_codecs.pop(card.id, None)

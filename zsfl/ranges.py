@@ -1,13 +1,12 @@
-"""Numbers as people write them, of shards and of nodes: single ones, and ranges."""
+"""Numbers of shards as people write them: single ones, and ranges."""
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from zsfl.errors import ConfigError
-from zsfl.words import number_of
+from zsfl.words import number_of, spans
 
 
 def parse_shards(text: str, total: int) -> tuple[int, ...]:
@@ -39,29 +38,14 @@ def shard_ranges(text: str) -> list[tuple[int, int]]:
 
 def clients_for(shards: Sequence[int]) -> str:
     """`a client for shard 3`, `clients for shards 0-3, 7`."""
-    return f"{'a client for shard' if len(shards) == 1 else 'clients for shards'} {ranges(shards)}"
+    return f"{'a client' if len(shards) == 1 else 'clients'} for {shards_named(shards)}"
+
+
+def shards_named(shards: Sequence[int]) -> str:
+    """`shard 3`, `shards 0-3, 7`."""
+    return f"{'shard' if len(shards) == 1 else 'shards'} {ranges(shards)}"
 
 
 def ranges(numbers: Sequence[int]) -> str:
     """Sorted numbers for people: `0-3, 7`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def short_names(names: Iterable[str]) -> str:
-    """`client-[0-3,7], other` for names that differ in the number at their end."""
-    numbers: defaultdict[str, list[int]] = defaultdict(list)
-    rest: list[str] = []
-    for name in sorted(set(names)):
-        if found := re.fullmatch(r"(.*?)(0|[1-9][0-9]{0,8})", name):
-            numbers[found[1]].append(int(found[2]))
-        else:
-            rest.append(name)
-    shorts = [(prefix, ranges(sorted(found)).replace(" ", ""), len(found)) for prefix, found in numbers.items()]
-    grouped = [f"{prefix}[{short}]" if many > 1 else f"{prefix}{short}" for prefix, short, many in shorts]
-    return ", ".join([*grouped, *rest])
+    return ", ".join(spans(numbers))

@@ -121,7 +121,7 @@ class RoundReport(Report, frozen=True, kw_only=True, tag="round"):
     staleness: float = 0.0
     """By how many versions the steps that counted were behind, on average."""
     without: tuple[str, ...] = ()
-    """Clients that were not there when it ended: held-out figures are without their samples, too."""
+    """Clients that were not there when it ended, or when it was tested: held-out figures are without their samples."""
     serving: dict[str, dict[str, int]]
     """Client name to split-server name to steps of this round that counted."""
     peers: dict[str, dict[str, float]]
@@ -148,6 +148,8 @@ class Tested(Report, frozen=True, kw_only=True, tag="tested"):
     """Whether it is the test at the end of a round, which the round's report repeats."""
     left_out: tuple[str, ...] = ()
     """Clients whose loss was not finite, or out of all proportion to that of others: not in `loss` and `accuracy`."""
+    without: tuple[str, ...] = ()
+    """Clients that were not there, or did not answer: their samples are not in `loss` and `accuracy` either."""
 
 
 class Before(Report, frozen=True, kw_only=True, tag="before"):
@@ -170,8 +172,16 @@ class Finished(Report, frozen=True, kw_only=True, tag="finished"):
     best_accuracy: float | None = None
     best_version: int | None = None
     """Of the best held-out test so far, whose weights are in best.safetensors."""
+    without: tuple[str, ...] = ()
+    """Clients whose samples are not in `accuracy` and `loss`."""
+    best_without: tuple[str, ...] = ()
+    """The same of the best one."""
     early: bool = False
     """Training ended before its last round, as held-out tests no longer got better (`Job.stop_after`)."""
+
+
+LOGGED = "; its log has the traceback"
+"""How the message of an error ends that is none of zsfl's."""
 
 
 class Failed(Report, frozen=True, kw_only=True, tag="failed"):
@@ -179,6 +189,10 @@ class Failed(Report, frozen=True, kw_only=True, tag="failed"):
 
     kind: str
     message: str
+
+
+ADVICE = "advice"
+"""Level of a note that has a command in it, to be copied whole."""
 
 
 class Note(Report, frozen=True, kw_only=True, tag="note"):

@@ -24,7 +24,7 @@ from zsfl.aggregator.mirror import Mirror
 from zsfl.aggregator.role import AggregatorRole
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.aggregator.standby import Elected, StandbyRole
-from zsfl.aggregator.standing import Standing
+from zsfl.aggregator.standing import Standing, what_is_kept
 from zsfl.client.role import ClientRole
 from zsfl.dashboard.printer import NodePrinter
 from zsfl.errors import ConfigError, Fenced, StorageError, ZsflError
@@ -39,7 +39,7 @@ from zsfl.locks import LOCK, lock_folder
 from zsfl.node import Node, RoleShell
 from zsfl.outputs import drop_unread
 from zsfl.ranges import parse_shards
-from zsfl.reports import AnyReport, Note, Ready, to_line
+from zsfl.reports import LOGGED, AnyReport, Note, Ready, to_line
 from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings
 from zsfl.split_server.role import SplitServerRole
 from zsfl.tensors.codec import SUPPORTED
@@ -173,6 +173,7 @@ async def _play(front: Front, job: Job, cuts: Cuts, spills: Path) -> None:
                 return client
 
             await front.run(make)
+            front.say_left("the run goes on without its shards, as its mode says, until a client holds them again")
         case Role.SPLIT_SERVER:
 
             async def make(node: Node) -> RoleShell:
@@ -181,6 +182,7 @@ async def _play(front: Front, job: Job, cuts: Cuts, spills: Path) -> None:
                 return server
 
             await front.run(make)
+            front.say_left("clients go to other split servers; where there is none, the run waits for one")
         case role:
             raise ConfigError(f"{role} is not a role that a node can play")
 
@@ -242,7 +244,7 @@ async def _aggregate(
                 role, known = Role.STANDBY, leading.known()
                 await _until_free(settings)
             else:
-                return
+                return leading.say_left(what_is_kept(folder))
 
 
 def _done(folder: RunFolder, settings: NodeSettings, job: Job) -> str | None:
@@ -285,6 +287,7 @@ async def _stand_by(front: Front, job: Job, cuts: Cuts, folder: RunFolder, stand
         return made[-1]
 
     await front.run(make)
+    front.say_left(f"its copy of the run is kept in {folder.path}")
     return made[-1].elected
 
 
@@ -366,7 +369,8 @@ def run_node(role: Role, job: Job | Path, flags: Mapping[str, Any], report: Repo
         return 130
     except Exception as error:  # a fault of ours, or of the job's own functions: its traceback says where
         traceback.print_exc()
-        report(failed(name, error))
+        report(said := failed(name, error))
+        print(f"zsfl: {said.message.removesuffix(LOGGED)}", file=sys.stderr)
         return 1
     return 0
 

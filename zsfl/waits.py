@@ -20,6 +20,7 @@ class _Wait:
     what: str | Callable[[], str]
     since_s: float
     due_s: float
+    hints: Callable[[], tuple[str, ...]] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class Overdue:
     seconds: float
     lonely: bool
     """So long that it should say what to check."""
+    hints: tuple[str, ...] = ()
+    """What that is, where whoever waits knows it."""
 
 
 class Waits:
@@ -40,10 +43,12 @@ class Waits:
         self._waits: list[_Wait] = []
 
     @contextmanager
-    def waiting(self, what: str | Callable[[], str]) -> Iterator[None]:
-        """While inside, the node waits for `what`."""
+    def waiting(
+        self, what: str | Callable[[], str], hints: Callable[[], tuple[str, ...]] | None = None
+    ) -> Iterator[None]:
+        """While inside, the node waits for `what`; one that is empty is not worth a word yet."""
         now_s = self._clock()
-        wait = _Wait(what, now_s, now_s + FIRST_WORD_S)
+        wait = _Wait(what, now_s, now_s + FIRST_WORD_S, hints)
         self._waits.append(wait)
         try:
             yield
@@ -51,19 +56,22 @@ class Waits:
             self._waits.remove(wait)
 
     def now(self) -> list[tuple[str, float]]:
-        """All of them, and how many seconds each has lasted."""
+        """All that are worth a word, and how many seconds each has lasted."""
         now_s = self._clock()
-        return [(_said(wait), now_s - wait.since_s) for wait in self._waits]
+        return [(said, now_s - wait.since_s) for wait in self._waits if (said := _said(wait))]
 
     def overdue(self, now_s: float) -> list[Overdue]:
         """Waits to speak of now: after `FIRST_WORD_S`, then each time `LONELY_S` more have passed."""
         found: list[Overdue] = []
         for wait in self._waits:
-            if now_s < wait.due_s:
+            if now_s < wait.due_s or not (said := _said(wait)):
                 continue
             waited_s = now_s - wait.since_s
             wait.due_s = wait.since_s + LONELY_S * (waited_s // LONELY_S + 1)
-            found.append(Overdue(_said(wait), waited_s, waited_s >= LONELY_S))
+            lonely = waited_s >= LONELY_S
+            if said in [one.what for one in found]:  # several things at once may wait for the same
+                continue
+            found.append(Overdue(said, waited_s, lonely, wait.hints() if lonely and wait.hints else ()))
         return found
 
 

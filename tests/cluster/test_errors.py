@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import socket
 import struct
@@ -86,6 +87,23 @@ def test_a_mistake_is_told_once(
     assert (said.out + said.err).count(message) == 1, said
     assert said.err.startswith("zsfl: ")
     assert "ended with exit code" not in said.out
+    if text == "DATA":
+        own = next(number for number, line in enumerate(job.read_text().splitlines(), 1) if "out of luck" in line)
+        end = rf"\({job}, line {own}\); its log has the traceback: \S+/logs/(\S+)\.log\n$"
+        found = re.search(end, said.err)
+        assert found, said.err
+        log = tmp_path / "runs" / "logs" / f"{found[1]}.log"
+        assert log.read_text().endswith(f"zsfl: OSError: out of luck ({job}, line {own})\n")
+
+
+def test_a_label_that_is_no_class_is_told_with_its_shard(said: Said, tmp_path: Path) -> None:
+    job = write_job(tmp_path)
+    job.write_text(
+        job.read_text().replace("    return torch.utils.data", "    y[20] = 3 + shard\n    return torch.utils.data")
+    )
+    code, error = said("up", job, "--in-process", "--runs", tmp_path / "runs")
+    assert code == 2
+    assert re.search(r"in shard [01] the label [34] is there, and the model gives 3 classes, 0 to 2", error), error
 
 
 def test_parts_that_do_not_fit_are_found_before_training(said: Said, tmp_path: Path) -> None:

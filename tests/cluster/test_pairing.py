@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 from helpers.jobs import write_job
@@ -43,10 +44,16 @@ async def test_two_machines_are_paired_and_their_nodes_find_one_another_encrypte
         assert await invite.ended() == 0, invite.text
     job = write_job(tmp_path)
     async with (
+        AsyncExitStack() as stack,
         command("node", "split-server", job, "--host", there.host, cwd=tmp_path, prefix=in_there) as server,
         command("node", "client", job, "--shards", "0-1", "--host", here.host, cwd=tmp_path, prefix=in_here) as client,
-        command("node", "aggregator", job, "--host", here.host, cwd=tmp_path, prefix=in_here) as aggregator,
     ):
+        # Which of its addresses leads there, a machine that only looks finds out by itself.
+        async with command("ls", "--peer", await client.address(), cwd=tmp_path, prefix=in_there) as ls:
+            assert await ls.ended() == 0, ls.text
+            assert "client-0-1" in ls.text
+        aggregating = command("node", "aggregator", job, "--host", here.host, cwd=tmp_path, prefix=in_here)
+        aggregator = await stack.enter_async_context(aggregating)
         for node in (aggregator, client, server):
             assert await node.ended() == 0, node.text
     assert next(report for report in aggregator.reports() if isinstance(report, Finished)).rounds == 3

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import sys
 import time
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,13 @@ from typing import Any
 import pytest
 from helpers.exact import Case, assert_equal, in_process, spills_left
 from helpers.ledger import ledger, shards
+from helpers.processes import Command, command
 from helpers.rounds import Rounds
 from helpers.waiting import eventually
 from safetensors.torch import load_file
 
 import zsfl
-from zsfl.reports import AnyReport, Note, RoundReport
+from zsfl.reports import ADVICE, AnyReport, Note, RoundReport
 
 RETURN_S = 4.0
 LONG_S = 20.0
@@ -26,16 +30,19 @@ QUICK: dict[str, Any] = {"mdns": False, "split_servers": 1, "lost_after_s": 1.0,
 
 
 class Watch:
-    """Who was said to be gone, and the rounds."""
+    """Who was said to be gone, how to start a client again, and the rounds."""
 
     def __init__(self) -> None:
         self.gone: set[str] = set()
+        self.commands: list[str] = []
         self.rounds: list[RoundReport] = []
 
     def on(self, report: AnyReport) -> None:
         """For `LocalCluster(on_report=...)`."""
         if isinstance(report, Note) and " is gone: " in report.message:
             self.gone.add(report.message.split()[0])
+        if isinstance(report, Note) and report.level == ADVICE:
+            self.commands.append(report.message.splitlines()[-1])
         if isinstance(report, RoundReport):
             self.rounds.append(report)
 
@@ -86,11 +93,19 @@ async def test_exact_mode_waits_for_a_return_and_ends_as_if_nothing_had_happened
     settings = {**QUICK, "lost_after_s": 4.0}  # nobody else is to be taken for gone
     watch = Watch()
     cluster = zsfl.LocalCluster(case.job_file(tmp_path), runs=tmp_path, run="struck", on_report=watch.on, **settings)
-    async with cluster:
+    by_hand: Command | None = None
+    async with cluster, AsyncExitStack() as stack:
         async for report in cluster.train():
             if report.round == 1:
-                await cluster.kill("client-2")
-                await cluster.start_client("2")
+                pid = cluster.nodes["client-2"].pid
+                assert pid is not None
+                if sys.platform == "linux":
+                    assert Path(f"/proc/{pid}/cmdline").read_text().startswith("zsfl node client --name client-2 ")
+                os.kill(pid, signal.SIGKILL)
+                await eventually(lambda: watch.commands)
+                zsfl_, *again = shlex.split(watch.commands[0])
+                assert (zsfl_, again[:2]) == ("zsfl", ["node", "client"])
+                by_hand = await stack.enter_async_context(command(*again, cwd=tmp_path))
             if report.round == 3:
                 pid = cluster.nodes["client-1"].pid
                 assert pid is not None
@@ -99,6 +114,10 @@ async def test_exact_mode_waits_for_a_return_and_ends_as_if_nothing_had_happened
                     await eventually(lambda: "client-1" in watch.gone)
                 finally:
                     os.kill(pid, signal.SIGCONT)
+        assert by_hand is not None
+        by_hand.signal(signal.SIGINT)
+        assert await by_hand.ended() == 0, by_hand.text
+        assert "has left; the run goes on without its shards" in by_hand.text
     assert watch.gone == {"client-1", "client-2"}
     assert_equal(load_file(tmp_path / "struck" / "model.safetensors"), quiet.weights)
     assert all(shards(record) == {0, 1, 2, 3} for record in ledger(tmp_path / "struck"))

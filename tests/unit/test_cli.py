@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -32,7 +33,7 @@ FLAGS = {
     "": {"--version"},
     "demo": {*CLUSTER, "--print-job"},
     "up": {*CLUSTER, "JOB"},
-    "audit": {"RUN", "--replay", "--job"},
+    "audit": {"RUN", "--replay", "--job", "--runs"},
     "new": {"DIR"},
     "completion": {"SHELL"},
     "baseline": {"ALGORITHM", "JOB", "--clients", "--rounds", "--threads"},
@@ -204,6 +205,14 @@ def test_baseline_help_names_them_all(capsys: pytest.CaptureFixture[str]) -> Non
     assert [line.split()[0] for line in text.split("one of:\n")[1].split("\n\n")[0].splitlines()] == list(
         zsfl.baselines.BASELINES
     )
+
+
+def test_who_gives_it_nothing_to_do_is_told_how_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    said = capsys.readouterr()
+    assert re.findall(r"^  (zsfl \w+)", said.out, re.MULTILINE) == ["zsfl demo", "zsfl new", "zsfl up"]
+    assert "zsfl --help" in said.out
+    assert said.err == ""
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

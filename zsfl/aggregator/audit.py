@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ class Audit:
     samples: int = 0
     verified: int = 0
     """Versions of which all contributions are kept, whole and as recorded."""
+    without: Counter[int] = field(default_factory=Counter[int])
+    """By shard, the versions that were made while its client was away."""
     faults: list[str] = field(default_factory=list[str])
 
 
@@ -52,6 +55,7 @@ def audit(folder: Path) -> Audit:
     settled = _settled(records, found.faults.append)
     found.versions, found.samples = len(records), sum(record.samples for record in records)
     found.counted = sum(len(record.counted) for record in records)
+    found.without = Counter(shard for record in records for shard in record.without)
     found.dropped = sum(len(record.dropped) for record in records)
     places = _check_checkpoints(folder, lines, found.faults.append)
     first = min((place.version for place in places), default=0)

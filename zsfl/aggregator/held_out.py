@@ -181,6 +181,7 @@ class HeldOut:
             clients={name: one and _accuracy(one) for name, one in said.items()},
             losses={name: one and mean_loss(one.loss_sum, one.weight) for name, one in said.items()},
             left_out=tuple(self._roster.value.label(shard) for shard in sorted(strange)[:MOST_NAMED]),
+            without=self._roster.value.untested(answers) if answers else (),
         )
 
     async def _until_answered(self) -> None:

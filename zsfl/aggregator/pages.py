@@ -6,11 +6,13 @@ import dataclasses
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from zsfl.aggregator.audit import Audit, audit, replay_versions
 from zsfl.errors import ConfigError
 from zsfl.learning.job import Job, load_job
+from zsfl.ranges import shards_named
 from zsfl.words import number_of
 
 MOST_FAULTS = 20
@@ -22,6 +24,8 @@ def print_audit(folder: Path, versions: str | None, job: Path | None) -> int:
     found = audit(folder)
     print(f"{folder}: {_summary(found)}")
     print(f"contributions kept whole for {number_of(found.verified, 'version')}")
+    for absence in _absences(found):
+        print(absence)
     for fault in found.faults[:MOST_FAULTS]:
         print(f"WRONG: {fault}")
     if len(found.faults) > MOST_FAULTS:
@@ -48,6 +52,13 @@ def _summary(found: Audit) -> str:
         else f"{number_of(found.versions, 'version')}, {number_of(found.counted, 'step')} counted, "
         f"{found.dropped:,} dropped"
     )
+
+
+def _absences(found: Audit) -> Iterator[str]:
+    for times in sorted(set(found.without.values())):
+        shards = sorted(shard for shard, missed in found.without.items() if missed == times)
+        away = f"without {shards_named(shards)} in {times:,} of {number_of(found.versions, 'version')}"
+        yield f"{away}, as nobody was there who holds {'it' if len(shards) == 1 else 'them'}"
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -30,7 +30,7 @@ from zsfl.learning.master import Master
 from zsfl.learning.modes import Exact, max_staleness
 from zsfl.node import OFFERS_TOPIC, BeatExtras, Node
 from zsfl.ranges import clients_for
-from zsfl.reports import Assembled, Failed, Finished, RoundReport
+from zsfl.reports import Assembled, Failed, RoundReport
 from zsfl.tensors.plan import CodecPlan
 from zsfl.weights.shelf import Shelf
 from zsfl.wire.fields import fit_to_say
@@ -200,6 +200,9 @@ class AggregatorRole:
         self._roster.touch()
         if card.role is not Role.OBSERVER and self._stage.state.phase not in ("finished", "failed"):
             self._node.note(f"{card.name} is gone: {reason}", "warning")
+            if card.role is Role.SPLIT_SERVER and not self._node.peers(card.role):
+                start = self._node.hints_of_gone(card.role)[-1]
+                self._node.note(f"no split server is left, and without one no step can be made; {start}", "warning")
 
     def heard(self, broadcast: Broadcast) -> None:
         """Take in everybody's counters, and digests of spills again, should one have been lost."""
@@ -316,19 +319,7 @@ class AggregatorRole:
         self._stage.enter(phase="idle", version=self._training.version)
         await self._held_out.all_done()
         await self._node.persistently(self._folder.write_plot)
-        best, last = self._trials.best.tested, self._trials.last
-        finished = Finished(
-            node=self._node.name,
-            rounds=self._training.round,
-            version=self._training.version,
-            accuracy=last.accuracy if last else None,
-            loss=last.loss if last else None,
-            seconds=time.monotonic() - begun_s + self._before_s,
-            folder=str(self._folder.path),
-            best_accuracy=best.accuracy if best else None,
-            best_version=best.version if best else None,
-            early=self._training.round < total,
-        )
+        finished = self._trials.finished(total, time.monotonic() - begun_s + self._before_s)
         await self._node.persistently(lambda: self._folder.append_metrics(finished))
         self._node.report(finished)
 

@@ -146,6 +146,12 @@ class Roster:
         """Shards with held-out samples whose client is there."""
         return frozenset(shard for shard, seat in self._seats.items() if seat.info.test_samples and seat.present)
 
+    def untested(self, tested: Collection[int]) -> tuple[str, ...]:
+        """Whose held-out samples are not among those of the shards `tested`, as far as anybody has any."""
+        seats = self._seats
+        there = (shard for shard in range(self._shards) if shard not in seats or seats[shard].info.test_samples)
+        return tuple(self.label(shard) for shard in there if shard not in tested)[:MOST_NAMED]
+
     def test_samples(self, shard: int) -> int:
         """How many held-out samples there are, as whoever holds the shard said."""
         seat = self._seats.get(shard)

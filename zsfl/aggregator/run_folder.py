@@ -48,7 +48,7 @@ from zsfl.reports import (
     reports_in,
     to_line,
 )
-from zsfl.words import number_of
+from zsfl.words import fewer, number_of, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -259,7 +259,9 @@ def _write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
 def _summary(last: RoundReport) -> str:
     if last.accuracy is None:
         return f"{last.round} of {number_of(last.rounds, 'round')}"
-    return f"{last.accuracy:.2%} test accuracy after {last.round} of {number_of(last.rounds, 'round')}"
+    absent = f" ({fewer(last.without)})" if last.without else ""
+    accuracy = percent(last.accuracy, last.without)
+    return f"{accuracy} test accuracy after {last.round} of {number_of(last.rounds, 'round')}{absent}"
 
 
 def _plot_losses(axes: Axes, rounds: list[RoundReport]) -> None:
@@ -298,7 +300,7 @@ def _finish(axes: Axes, title: str) -> None:
 
 
 def _known_runs(runs: Path) -> str:
-    names = sorted(entry.name for entry in runs.iterdir() if entry.is_dir()) if runs.is_dir() else []
+    names = sorted({path.parent.name for name in ("settings.json", LEDGER) for path in runs.glob(f"*/{name}")})
     return f"{runs} has {', '.join(names)}" if names else f"{runs} has no run yet: start without --resume"
 
 

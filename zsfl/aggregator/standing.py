@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from zsfl.aggregator.run_folder import STANDING, to_disk
+from zsfl.aggregator.run_folder import STANDING, RunFolder, to_disk
 from zsfl.errors import StorageError
 
 
@@ -54,3 +54,11 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
             to_disk(folder)
         except OSError as error:
             raise StorageError(f"cannot write {folder / STANDING}: {error.strerror}; make room there") from error
+
+
+def what_is_kept(folder: RunFolder) -> str:
+    """What becomes of a run whose aggregator was asked to leave, for people."""
+    if not folder.commits():
+        return "nothing was trained yet"
+    again = f"the run is kept in {folder.path}: --run {folder.path.name} --resume goes on from there"
+    return again + ", unless one that stands by has taken over" * Standing.of(folder.path).shared

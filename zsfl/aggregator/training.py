@@ -14,6 +14,7 @@ from zsfl.aggregator.closing import closing_for
 from zsfl.aggregator.collector import Collector
 from zsfl.aggregator.commit import Ledger, check_losses, record_of
 from zsfl.aggregator.gathering import Gathering
+from zsfl.aggregator.holdup import HoldUp
 from zsfl.aggregator.journal import Journal
 from zsfl.aggregator.pacing import Slices
 from zsfl.aggregator.refusals import Refusals
@@ -90,7 +91,7 @@ class Training:
         self._tally: Tally
         self._sizes: Sizes = {}
         self._attempt = self._place = 0
-        self._attendance = Attendance()
+        self._attendance, self._holdup = Attendance(), HoldUp(node, roster, self._missing)
         self.left: frozenset[int] = frozenset()
         """Shards whose clients had left before this process began."""
         self._retold: Sequence[Made] = ()
@@ -188,14 +189,14 @@ class Training:
 
     async def _until_somebody_is_there(self) -> Sequence[int]:
         """Shards that take part, once there are any."""
-        await self._until("client", lambda roster: bool(roster.present()))
+        await self._until(Role.CLIENT, lambda roster: bool(roster.present()))
         return self._roster.value.taking_part(time.monotonic())
 
-    async def _until(self, what: str, fits: Callable[[Roster], bool]) -> None:
+    async def _until(self, role: Role, fits: Callable[[Roster], bool]) -> None:
         """Wait for a peer that the run cannot go on without."""
-        patience_s = self._node.settings.patience_s
+        patience_s, what = self._node.settings.patience_s, role.replace("-", " ")
         try:
-            with self._node.waiting(f"a {what}"):
+            with self._node.waiting(f"a {what}", lambda: self._node.hints_of_gone(role)):
                 async with asyncio.timeout(patience_s):
                     await self._roster.wait_for(fits)
         except TimeoutError:
@@ -224,7 +225,7 @@ class Training:
     async def _gather(self, plan: Plan, window: int, attempt: int) -> Outcome:
         """Ask for the steps of one window, and wait until there are enough."""
         if self.rules.merges:
-            await self._until("split server", lambda _: bool(self._node.peers(Role.SPLIT_SERVER)))
+            await self._until(Role.SPLIT_SERVER, lambda _: bool(self._node.peers(Role.SPLIT_SERVER)))
         there = self._roster.value.taking_part(time.monotonic())
         if not there:
             return "alone"
@@ -239,7 +240,7 @@ class Training:
         self.rules.there(self._roster.value.samples(there))
         await self._node.persistently(lambda: self.journal.begin(self.version))
         late = self._gathering.begin(self.version, None if self.rules.is_async else self._cids(self._sizes))
-        now_s = self._progress_s = time.monotonic()
+        now_s = self._progress_s = self._holdup.began()
         self._closing.began(self.version, self._sizes, now_s)
         for step in late:
             self._closing.arrived(step, self._gathering.samples(step), now_s)
@@ -252,7 +253,7 @@ class Training:
             slices=wire_slices,
             **self._asked(there),
         )
-        with self._node.waiting(lambda: f"the steps of {self._missing()}"):
+        with self._node.waiting(self._holdup.unusual, self._holdup.hints):
             return await self._until_closed(plan)
 
     def _pace(self, there: Sequence[int]) -> Slices:
@@ -311,8 +312,8 @@ class Training:
                 return "deserted"
             if now_s >= self._progress_s + patience_s:
                 raise RunFailed(
-                    f"round {self.round + 1} stood still for {patience_s:g} s without the steps of {self._missing()}. "
-                    "Start what is missing, then go on with --resume"
+                    f"round {self.round + 1} stood still for {patience_s:g} s without the steps of "
+                    f"{self._holdup.names()}. Start what is missing, then go on with --resume"
                 )
             alarms = (self._closing.next_deadline_s(), roster.next_leave_s(now_s), self._progress_s + patience_s)
             self._awaited, self._alarm_s = frozenset(there), min(alarm for alarm in alarms if alarm > now_s)
@@ -345,10 +346,8 @@ class Training:
         if self._closing.closes(self._awaited, now_s) or self._closing.next_deadline_s() < self._alarm_s:
             self._roster.touch()
 
-    def _missing(self) -> str:
-        """Who holds up the window, for people."""
-        roster = self._roster.value
-        return roster.names(self._closing.missing(roster.taking_part(time.monotonic()))) or "any client"
+    def _missing(self) -> list[int]:
+        return self._closing.missing(self._roster.value.taking_part(time.monotonic()))
 
     # --- versions ---------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from zsfl.ids import Version
 from zsfl.learning.job import Job
 from zsfl.learning.modes import Exact
 from zsfl.node import Node
-from zsfl.reports import Before, RoundReport, Tested
+from zsfl.reports import Before, Finished, RoundReport, Tested
 
 TOLD_AT_ONCE = 20
 """Reports of a run with thousands of clients are long."""
@@ -95,6 +95,24 @@ class Trials:
         if self._job.stop_after is not None and isinstance(self._job.how, Exact):
             await self._held_out.all_done()  # where training ends must not depend on who was quicker
 
+    def finished(self, rounds: int, seconds: float) -> Finished:
+        """How the run ended, which was to have so many rounds."""
+        best, last, done = self.best.tested, self.last, self._training.round
+        return Finished(
+            node=self._node.name,
+            rounds=done,
+            version=self._training.version,
+            accuracy=last.accuracy if last else None,
+            loss=last.loss if last else None,
+            seconds=seconds,
+            folder=str(self._folder.path),
+            best_accuracy=best.accuracy if best else None,
+            best_version=best.version if best else None,
+            early=done < rounds,
+            without=last.without if last else (),
+            best_without=best.without if best else (),
+        )
+
     async def _tested(self, tested: Tested, order: Order, report: RoundReport | None) -> None:
         if tested.loss is not None and not math.isfinite(tested.loss):
             self._training.newest = self._training.proven
@@ -104,7 +122,7 @@ class Trials:
             )
         is_best = tested.loss is not None and self.best.take(tested)
         tested = msgspec.structs.replace(tested, ends_round=report is not None)
-        whole = None if report is None else msgspec.structs.replace(report, loss=tested.loss, accuracy=tested.accuracy)
+        whole = report and whole_of(report, tested)
 
         # One by one, so that a disk which refuses one of them gets no other twice.
         if is_best:
@@ -119,3 +137,9 @@ class Trials:
         if whole is not None:
             self.last = whole
             self._node.report(whole)
+
+
+def whole_of(report: RoundReport, tested: Tested) -> RoundReport:
+    """The report of a round with what its test gave."""
+    without = tuple(dict.fromkeys((*report.without, *tested.without)))
+    return msgspec.structs.replace(report, loss=tested.loss, accuracy=tested.accuracy, without=without)

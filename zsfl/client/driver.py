@@ -218,7 +218,7 @@ class StepDriver:
             scores: list[tuple[float, float | None, float]] = []
 
             def take(output: torch.Tensor, y: torch.Tensor = y, scores: list[Any] = scores) -> None:
-                scores.append(self.local.score(weights, output, y))
+                scores.append(self.local.score(weights, output, y, shard))
 
             await self._remote.infer(shard, version, hidden, take)
             loss, right, n = scores[-1]

@@ -194,7 +194,8 @@ class LocalParts:
             raise TypeError("a job without a tail has no turn")
         forward = self._tail.forward(weights.tail, output, seed=step.seed + 2, train=True)
         loss_of = self._job.loss if step.shift is None else shifted_loss(self._job.loss, step.shift)
-        loss = loss_sum(loss_of, forward.output, step.target.to(self._tail.device), step.n)
+        whose = f"shard {parse_cid(step.cid).shard}"
+        loss = loss_sum(loss_of, forward.output, step.target.to(self._tail.device), step.n, whose)
         backward = self._tail.backward(weights.tail, forward.ending_in(loss))
         step.loss_sum = float(loss.detach())
         step.grad = backward.grad_input
@@ -220,13 +221,15 @@ class LocalParts:
         """Head forward in evaluation mode."""
         return self._head.infer(weights.head, x)
 
-    def score(self, weights: ClientWeights, output: torch.Tensor, y: torch.Tensor) -> tuple[float, float | None, float]:
-        """Loss sum, correct samples (None without a metric) and weight of a held-out batch."""
+    def score(
+        self, weights: ClientWeights, output: torch.Tensor, y: torch.Tensor, shard: int
+    ) -> tuple[float, float | None, float]:
+        """Loss sum, correct samples (None without a metric) and weight of a held-out batch of a shard."""
         if self._tail is not None and weights.tail is not None:
             output = self._tail.infer(weights.tail, output)
         y = y.to(output.device)
         n = self._weight(y)
         with torch.no_grad():
-            loss = float(loss_sum(self._job.loss, output, y, n))
+            loss = float(loss_sum(self._job.loss, output, y, n, f"what shard {shard} holds out"))
             correct = None if self._job.metric is None else float(self._job.metric(output, y))
         return loss, correct, n

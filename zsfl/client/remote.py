@@ -29,7 +29,9 @@ from zsfl.errors import (
     Unavailable,
 )
 from zsfl.ids import Cid, NodeCard, NodeId, Version
+from zsfl.ids import Role as NodeRole
 from zsfl.latest import Latest
+from zsfl.learning.blame import own_line
 from zsfl.node import Node
 from zsfl.tensors.choice import CodecChooser, Role
 from zsfl.tensors.codec import Codec
@@ -324,11 +326,19 @@ class RemoteBody:
         start = time.monotonic()
         free_s, behind = self._chooser.next_free_s(), self._chooser.occupied
         until = free_s if behind else min(deadline, math.inf if free_s is None else free_s)
-        aloud = nullcontext() if behind else self._node.waiting("a split server")
+        aloud = nullcontext() if behind else self._node.waiting(self._lacking, self._hints)
         with aloud, suppress(TimeoutError):
             async with asyncio.timeout(None if until is None else max(0.0, until - start)):
                 await self._line.wait()
         return deadline + (time.monotonic() - start if behind else 0.0)
+
+    def _lacking(self) -> str:
+        if self._connections:
+            return "a split server, as those that are there take no steps"
+        return "a split server" + ", as none is left" * bool(self._hints())
+
+    def _hints(self) -> tuple[str, ...]:
+        return () if self._connections else self._node.hints_of_gone(NodeRole.SPLIT_SERVER)
 
     def _output_of(self, sent: Outgoing, use: Use) -> Take[torch.Tensor]:
         def take(server: NodeId, answer: Answer) -> torch.Tensor:
@@ -337,7 +347,7 @@ class RemoteBody:
                 use(output)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 shape = f"{str(output.dtype).removeprefix('torch.')} {tuple(output.shape)}"
-                raise BadShape(f"the output {shape} of {server} cannot be used: {error}") from error
+                raise BadShape(f"the output {shape} of {server} cannot be used: {error}{own_line(error)}") from error
             return output
 
         return take

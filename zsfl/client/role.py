@@ -109,7 +109,7 @@ class ClientRole:
         rows = torch.arange(min(DRY_RUN_SAMPLES, len(self._data[0].train)))
         x, y = self._data[0].train[rows]
         for cut, driver in self._drivers.items():
-            check_shapes(self._cuts.model(cut), x, y, self._job.loss)
+            check_shapes(self._cuts.model(cut), x, y, self._job.loss, f"shard {self._shards[0]}")
             for warning in driver.local.warnings():
                 self._node.note(warning, "warning")
 

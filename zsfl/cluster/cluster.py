@@ -17,7 +17,7 @@ import msgspec
 from zsfl.cluster.chaos import Chaos, wreck
 from zsfl.cluster.keeper import Keeper
 from zsfl.cluster.metered import Metered
-from zsfl.cluster.nodes import Leader, NodeInfo, death, given_up, is_done_without, port_again
+from zsfl.cluster.nodes import Leader, NodeInfo, death, given_up, how_to_start, is_done_without, port_again
 from zsfl.cluster.orders import deadline, order
 from zsfl.cluster.plan import Plan
 from zsfl.cluster.spawner import NodeCommand, Spawner
@@ -231,6 +231,12 @@ class Cluster:
     async def _start(self, name: str, role: Role, flags: Mapping[str, Any]) -> NodeInfo:
         if name in self.nodes and self.nodes[name].exit_code is None:
             raise ConfigError(f"there is a node {name} already; choose another name")
+        self.nodes[name] = NodeInfo(role, flags)
+        await self._spawner.start(NodeCommand(name=name, role=role, flags=self._all_flags(role, flags)))
+        return self.nodes[name]
+
+    def _all_flags(self, role: Role, flags: Mapping[str, Any]) -> dict[str, Any]:
+        """With those that all nodes have, for one that is started now."""
         common: dict[str, Any] = {**self._settings, "clients": self._shards, "port": 0}
         there = [other.address for other in self.nodes.values() if other.is_there]
         # The aggregator first, also while it is away: it comes back to its port, and all are to find one another there.
@@ -241,9 +247,7 @@ class Cluster:
         again: dict[str, Any] = {"run": self._leader.run} if role is Role.STANDBY else {}
         if role is Role.AGGREGATOR and self._leader.run:
             again = {"resume": True, "run": self._leader.run, "port": port_again(self._leader.first)}
-        self.nodes[name] = node = NodeInfo(role, flags)
-        await self._spawner.start(NodeCommand(name=name, role=role, flags={**common, **flags, **again}))
-        return node
+        return {**common, **flags, **again}
 
     # --- listening --------------------------------------------------------------------------------------
 
@@ -319,10 +323,16 @@ class Cluster:
                 case "let go":
                     pass
         if self._assembled and is_done_without(node, self.nodes.values()):
+            if advice := how_to_start(name, node, self._logs, self._command_for(name, node)):
+                self._spawner.reports.put_nowait(advice)
             return
         # What the others know of a failed run they have from the aggregator, whose own words are on the way.
         if node.role is Role.AGGREGATOR or node.failed is None or node.failed.kind != "RunFailed":
             self._fail(death(name, node, self._logs))
+
+    def _command_for(self, name: str, node: NodeInfo) -> str:
+        """What starts it by hand; empty where nothing does."""
+        return ""
 
     def _fail(self, error: Exception) -> None:
         """The first failure is the one to tell of."""

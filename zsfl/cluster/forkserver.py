@@ -25,6 +25,7 @@ import msgspec
 
 from zsfl.cluster.outbox import Outbox
 from zsfl.cluster.talk import Files, Introduce, Introduced, Kill, Order, Printed, Spawn, Trust, read_order
+from zsfl.cluster.titles import call_itself
 from zsfl.errors import ZsflError
 from zsfl.ids import AGGREGATING, PROTOCOL
 from zsfl.reports import Exited, Failed, Report
@@ -138,6 +139,7 @@ class ForkServer:
 
     def _become_node(self, order: Spawn, log: int | None) -> None:
         """Leave everything of the fork server behind, except what it imported and where its output goes."""
+        call_itself(order.name, f"zsfl node {order.role} --name {order.name} {self._job}")
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)

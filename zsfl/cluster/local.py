@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zsfl.cluster.chaos import Chaos
 from zsfl.cluster.cluster import Cluster
-from zsfl.cluster.nodes import check_counts
+from zsfl.cluster.nodes import NodeInfo, check_counts, command_line
 from zsfl.cluster.plan import Plan, client_flags
 from zsfl.cluster.spawner import Spawner
 from zsfl.cluster.spawners import loaded, spawner_for
@@ -89,6 +89,13 @@ class LocalCluster(Cluster):
             clients=client_flags(range(shards), min(shards, self._client_processes or shards)),
             standbys={f"standby-{number}": {} for number in range(self._standbys)},
         )
+
+    def _command_for(self, name: str, node: NodeInfo) -> str:
+        if self._in_process or not isinstance(self._job, str | Path):
+            return ""
+        flags = self._all_flags(node.role, node.flags)
+        one = tuple(flags.get("peers", ()))[:1]  # is enough to find the others by
+        return command_line(node.role, self._job, {**flags, "peers": one, "name": name})
 
     async def start_split_server(self, name: str | None = None) -> str:
         """Start one more split server; its name, once it is ready."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 from zsfl.errors import ConfigError, RunFailed, ZsflError
 from zsfl.ids import AGGREGATING, Address, Role
-from zsfl.reports import Failed
+from zsfl.reports import ADVICE, LOGGED, Failed, Note
+from zsfl.settings import NODE_FLAGS, NodeSettings
 from zsfl.wire.sockets import is_free
 
 
@@ -83,11 +85,36 @@ def check_counts(clients: int | None, split_servers: int, standbys: int, process
         raise ConfigError(f"a cluster cannot have {standbys} standbys; use 0 or more")
 
 
+def command_line(role: Role, job: str | Path, flags: Mapping[str, Any]) -> str:
+    """`zsfl node ROLE JOB` with these settings, as far as they are flags and not what they are by default."""
+    words, usual = ["zsfl", "node", str(role), str(job)], NodeSettings()
+    for name in NODE_FLAGS[role]:
+        value, flag = flags.get(name), {"peers": "--peer"}.get(name, f"--{name.replace('_', '-')}")
+        if value is None or value == getattr(usual, name):
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            for one in value if isinstance(value, tuple) else (value,):
+                words += [flag, str(one)]
+    return shlex.join(words)
+
+
+def how_to_start(name: str, node: NodeInfo, logs: Path, command: str) -> Note | None:
+    """How somebody starts a node again that was killed, and not by whoever runs the cluster; None: nothing is to do."""
+    by_itself = node.exit_code == 0 or node.was_killed or node.role not in (Role.CLIENT, Role.SPLIT_SERVER)
+    if by_itself or not command:
+        return None
+    said = f"what {name} said is in {logs / name}.log; start it again, from this folder, with:\n  {command}"
+    return Note(message=said, level=ADVICE)
+
+
 def death(name: str, node: NodeInfo, logs: Path) -> ZsflError:
     """How a node ended, for people."""
     if node.failed is not None:
         kind = ConfigError if node.failed.kind == "ConfigError" else RunFailed
-        return kind(f"{name}: {node.failed.message}")
+        where = f": {logs / name}.log" if node.failed.message.endswith(LOGGED) else ""
+        return kind(f"{name}: {node.failed.message}{where}")
     code = node.exit_code or 0
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     last = f", and there is no other {node.role.replace('-', ' ')}" if node.role is not Role.AGGREGATOR else ""

@@ -23,7 +23,19 @@ from zsfl.dashboard.watch import Snapshot, Watch
 from zsfl.errors import ConfigError, ZsflError
 from zsfl.front import root_cause
 from zsfl.ids import Role
-from zsfl.reports import METRICS, AnyReport, Assembled, Exited, Failed, Finished, Note, Ready, WindowReport, readable
+from zsfl.reports import (
+    ADVICE,
+    METRICS,
+    AnyReport,
+    Assembled,
+    Exited,
+    Failed,
+    Finished,
+    Note,
+    Ready,
+    WindowReport,
+    readable,
+)
 from zsfl.settings import NodeSettings
 
 SOON_S = 0.4
@@ -115,7 +127,7 @@ class Dash:
                 what = f"failed: {report.message}"
             case Exited(code=code) if code:
                 what = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            case Note(level=level) if level != "info":
+            case Note(level=level) if level not in ("info", ADVICE):
                 what = report.message
             case _:
                 return

@@ -71,7 +71,9 @@ class _PageBeside:
 
     async def _serve(self, is_open: Callable[[str], None]) -> None:
         self._dash = Dash(self._started.find, self._started.settings.beat_s, lambda _: None)
-        await self._dash.run(PageServer(Page.load(), self._dash.hub), LOOPBACK, self._port, "", is_open)
+        server = PageServer(Page.load(), self._dash.hub)
+        server.flag = "--dash-port"
+        await self._dash.run(server, LOOPBACK, self._port, "", is_open)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from zsfl.dashboard.watch import Participant, Snapshot
 from zsfl.errors import ConfigError, NoPeer
 from zsfl.reports import ADDRESS, METRICS
 from zsfl.settings import NodeSettings
+from zsfl.wire.door import is_loopback
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,8 +60,29 @@ def where(run: str | None, settings: NodeSettings) -> tuple[NodeSettings, Mappin
     """
     folder = folder_of(run, settings)
     if folder is None:
-        return settings, {} if run is None else {"name": run}
-    return replace(settings, peers=(_address(folder / ADDRESS),)), {}
+        return _towards_peers(settings), {} if run is None else {"name": run}
+    return _towards_peers(replace(settings, peers=(_address(folder / ADDRESS),))), {}
+
+
+def _towards_peers(settings: NodeSettings) -> NodeSettings:
+    """Where a peer is on another machine, and no address of this one is given: the one by which that is reached."""
+    if not is_loopback(settings.host):
+        return settings
+    for peer in settings.peers:
+        host = peer.rpartition(":")[0]
+        if not is_loopback(host) and (mine := _address_towards(host)) not in ("", host):
+            return replace(settings, host=mine)
+    return settings
+
+
+def _address_towards(host: str) -> str:
+    """This machine's own address on the way to another, as the routes say; empty where there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        try:
+            asking.connect((host, 9))  # which sends nothing
+        except OSError:
+            return ""
+        return str(asking.getsockname()[0])
 
 
 def _address(path: Path) -> str:

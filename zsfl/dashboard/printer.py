@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING, Self
 
 from zsfl.dashboard.progress import REDRAW_S, REPEAT_S, RunView, plain_line, progress_bar, ready_line, render
 from zsfl.dashboard.runs import LEDGER
-from zsfl.reports import AnyReport, Exited, Failed, Finished, Following, Ready, RoundReport, Waiting, WindowReport
+from zsfl.reports import (
+    ADVICE,
+    AnyReport,
+    Exited,
+    Failed,
+    Finished,
+    Following,
+    Note,
+    Ready,
+    RoundReport,
+    Waiting,
+    WindowReport,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -101,7 +113,7 @@ class ProgressPrinter:
             self._show(report, now_s)
 
     def _show(self, report: AnyReport, now_s: float) -> None:
-        if self._live is None:
+        if self._live is None or (isinstance(report, Note) and report.level == ADVICE):
             self._tell(report, now_s)
         elif not isinstance(report, WindowReport | Following) or now_s - self._drawn_s >= REDRAW_S:
             self._live.update(render(self.view), refresh=True)

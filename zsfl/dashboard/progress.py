@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zsfl.dashboard.pace import Pace
-from zsfl.ranges import short_names
 from zsfl.reports import (
+    ADVICE,
     AnyReport,
     Assembled,
     Before,
@@ -27,7 +27,7 @@ from zsfl.reports import (
     Waiting,
     WindowReport,
 )
-from zsfl.words import number_of
+from zsfl.words import FEWER, fewer, number_of, percent, short_names
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -124,6 +124,8 @@ class RunView:
                     self.failed = report
             case Exited() if report.node in self.ended_by_failure:
                 self.ended_by_failure.discard(report.node)  # it may be started again
+            case Note(level=level) if level == ADVICE:
+                pass  # a line of its own, above
             case Assembled() | Met() | Note() | Tested() | Exited():
                 if isinstance(report, Assembled):
                     self.waiting.clear()
@@ -226,15 +228,16 @@ def plain_line(report: AnyReport) -> str | None:
         case RoundReport():
             return (
                 f"round {report.round}/{report.rounds}: train loss {report.train_loss:.4f}, "
-                f"test loss {_number(report.loss)}, test accuracy {_percent(report.accuracy)}, "
+                f"test loss {_number(report.loss)}, test accuracy {percent(report.accuracy, report.without)}, "
                 f"{report.steps_per_s:,.0f} steps/s, {report.bytes_sent / 1e6:,.1f} MB sent, served by "
                 + ", ".join(f"{server} {share:.0%}" for server, share, _ in server_shares(report.serving))
-                + (f"; without {short_names(report.without)}" if report.without else "")
+                + (f"; {fewer(report.without)}" if report.without else "")
             )
         case Tested() if not report.ends_round:
             return (
                 f"version {report.version}, in round {report.round + 1}: test loss {_number(report.loss)}, "
-                f"test accuracy {_percent(report.accuracy)}"
+                f"test accuracy {percent(report.accuracy, report.without)}"
+                + (f"; {fewer(report.without)}" if report.without else "")
             )
         case Note():
             return f"{report.node}: {report.message}" if report.node else report.message
@@ -244,14 +247,16 @@ def plain_line(report: AnyReport) -> str | None:
         case Finished():
             early = ", ended early since its tests got no better" if report.early else ""
             best = (
-                f" (best {_percent(report.best_accuracy)} at version {report.best_version})"
+                f" (best {percent(report.best_accuracy, report.best_without)} at version {report.best_version})"
                 if _was_better(report)
                 else ""
             )
+            absent = _absent(report)
             return (
                 f"finished: {number_of(report.rounds, 'round')} in {report.seconds:.1f} s{early}, "
-                f"test accuracy {_percent(report.accuracy)}{best}, test loss {_number(report.loss)}; "
-                f"see {report.folder}"
+                f"test accuracy {percent(report.accuracy, report.without)}{best}, test loss {_number(report.loss)}; "
+                + (f"{fewer(absent)}; " if absent else "")
+                + f"see {report.folder}"
             )
         case Failed():
             return f"{report.node} failed: {report.message} ({report.kind})"
@@ -263,6 +268,11 @@ def _was_better(finished: Finished) -> bool:
     """Whether an earlier version was better than the last one."""
     best, last = finished.best_accuracy, finished.accuracy
     return best is not None and last is not None and best > last
+
+
+def _absent(finished: Finished) -> set[str]:
+    """Whose samples are not in all of its figures that are shown."""
+    return {*finished.without, *(finished.best_without if _was_better(finished) else ())}
 
 
 def render(view: RunView) -> RenderableType:
@@ -300,7 +310,7 @@ def _starting(view: RunView) -> str:
 
 
 def _rounds_table(rounds: Collection[RoundReport]) -> Table:
-    absent = ["without"] if any(report.without for report in rounds) else []
+    absent = [f"{FEWER} without"] if any(report.without for report in rounds) else []
     table = _table("round", "train loss", "test loss", "test accuracy", "steps/s", "MB sent", *absent)
     for column in table.columns:
         column.justify = "right"
@@ -309,7 +319,7 @@ def _rounds_table(rounds: Collection[RoundReport]) -> Table:
             f"{report.round}/{report.rounds}",
             f"{report.train_loss:.4f}",
             _number(report.loss),
-            _percent(report.accuracy),
+            percent(report.accuracy, report.without),
             f"{report.steps_per_s:,.0f}",
             f"{report.bytes_sent / 1e6:,.1f}",
             *([short_names(report.without)] if absent else []),
@@ -332,11 +342,12 @@ def _result_table(finished: Finished) -> Table:
     table = _table("result", "")
     early = ", ended early" if finished.early else ""
     table.add_row("rounds", f"{finished.rounds} in {finished.seconds:.1f} s (version {finished.version}){early}")
-    table.add_row("test accuracy", Text(_percent(finished.accuracy), style="bold green"))
+    table.add_row("test accuracy", Text(percent(finished.accuracy, finished.without), style="bold green"))
     if _was_better(finished):
-        table.add_row(
-            "best", f"{_percent(finished.best_accuracy)} at version {finished.best_version}: best.safetensors"
-        )
+        best = percent(finished.best_accuracy, finished.best_without)
+        table.add_row("best", f"{best} at version {finished.best_version}: best.safetensors")
+    if absent := _absent(finished):
+        table.add_row("", fewer(absent))
     table.add_row("test loss", _number(finished.loss))
     table.add_row("left in", Text(f"{finished.folder}/", style="bold", overflow="fold"))
     for name, what in LEFT:
@@ -375,10 +386,6 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.2%}"
 
 
 def _number(value: float | None) -> str:

@@ -59,9 +59,19 @@ class Run:
         return self.rounds[-1].rounds if self.rounds else stated if isinstance(stated, int) else 0
 
     @property
+    def tested(self) -> RoundReport | None:
+        """The last round with an accuracy."""
+        return next((one for one in reversed(self.rounds) if one.accuracy is not None), None)
+
+    @property
     def accuracy(self) -> float | None:
         """Of the last round that was tested."""
-        return next((one.accuracy for one in reversed(self.rounds) if one.accuracy is not None), None)
+        return self.tested and self.tested.accuracy
+
+    @property
+    def without(self) -> frozenset[str]:
+        """Clients whose samples are not in all of `accuracy` and `best`."""
+        return frozenset(name for one in (self.tested, self.best) if one for name in one.without)
 
     @property
     def best(self) -> Tested | None:
@@ -132,7 +142,7 @@ def find_run(named: str | None, runs: Path) -> Path:
             raise ConfigError(f"there is no run in {runs}: name the folder of one, such as runs/mnist")
         return found[-1].parent
     for folder in (Path(named), runs / named):
-        if (folder / SETTINGS).is_file():
+        if any((folder / name).is_file() for name in (SETTINGS, LEDGER)):  # whoever stands by keeps no settings
             return folder
     others = ", ".join(sorted(path.parent.name for path in runs.glob(f"*/{SETTINGS}"))[:20]) or "none"
     raise ConfigError(f"there is no run {named}: {runs} has {others}")

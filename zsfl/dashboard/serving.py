@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import hashlib
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -70,10 +72,7 @@ class HttpServer:
         try:
             self._server = await asyncio.start_server(self._connected, host, port, limit=MAX_HEAD_BYTES)
         except (OSError, OverflowError) as error:
-            said = getattr(error, "strerror", None) or error
-            raise ConfigError(
-                f"cannot serve {self.what} at {host}:{port} ({said}); choose another {self.flag}"
-            ) from None
+            raise ConfigError(f"cannot serve {self.what} at {host}:{port}{_why(error, self.flag)}") from None
         port = self._server.sockets[0].getsockname()[1]
         self._gate = Gate(host, port, token, self.whose)
         self.url = f"http://{host}:{port}{self.path}"
@@ -153,6 +152,16 @@ class HttpServer:
     async def _drained(self, writer: asyncio.StreamWriter) -> None:
         async with asyncio.timeout(self._stall_s):
             await writer.drain()
+
+
+def _why(error: Exception, flag: str) -> str:
+    number = getattr(error, "errno", None)
+    if number == errno.EADDRINUSE:
+        return f" (something listens there already); choose another {flag}"
+    said = os.strerror(number) if number else str(error)
+    if number == errno.EADDRNOTAVAIL:
+        return " (this machine has no such address); name one that it has"
+    return f" ({said}); choose another {flag}"
 
 
 class PageServer(HttpServer):

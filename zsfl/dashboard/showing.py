@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import html
-import io
 import json
-import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, cast
 
 import msgspec
 
+from zsfl.dashboard.drawing import curves, draw_runs, natural
 from zsfl.dashboard.pages import console, in_bytes
 from zsfl.dashboard.runs import LEDGER, Run, all_runs, find_run, read_run
 from zsfl.errors import ConfigError, StorageError
-from zsfl.reports import Failed
-from zsfl.words import number_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-COLOURS = ("#1f6fb4", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1c2128", "#a59a00")
-"""Told apart by the colour-blind, too (Okabe and Ito 2008, yellow made darker); the page has the same."""
-TESTS_OF_EACH, TRAINING_OF_EACH = "#1f6fb470", "#d1661a55"
-MOST_DRAWN = 16
-"""Runs in one plot."""
+from zsfl.reports import Failed, RoundReport, Tested
+from zsfl.words import FEWER, fewer, number_of, percent
 
 
 def print_runs(named: Sequence[str], runs: Path, plot: Path | None, *, as_json: bool) -> int:
@@ -57,12 +47,15 @@ def print_runs(named: Sequence[str], runs: Path, plot: Path | None, *, as_json: 
             _mode(run),
             run.state,
             f"{len(run.rounds)}/{run.planned}",
-            _percent(run.accuracy),
-            _percent(best.accuracy if best else None),
+            _accuracy(run.tested),
+            _accuracy(best),
             in_time(run.seconds),
             in_bytes(run.bytes_sent),
         )
     console().print(table)
+    for run in found:
+        if run.without:
+            print(f"{run.name}: {fewer(run.without)}")
     if plot is not None:
         print(f"the curves are in {plot}")
     return 0
@@ -81,9 +74,11 @@ def in_short(run: Run) -> dict[str, Any]:
         "planned": run.planned,
         "versions": run.versions,
         "accuracy": run.accuracy,
+        "without": run.tested.without if run.tested else (),
         "loss": last.loss if last else None,
         "best_accuracy": best.accuracy if best else None,
         "best_version": best.version if best else None,
+        "best_without": best.without if best else (),
         "seconds": run.seconds,
         "steps": run.steps,
         "bytes_sent": run.bytes_sent,
@@ -105,13 +100,13 @@ def print_status(named: str | None, runs: Path, *, as_json: bool) -> int:
     )
     if last is not None:
         tested = f", held-out loss {last.loss:.4f}" if last.loss is not None else ""
-        tested += f", accuracy {last.accuracy:.2%}" if last.accuracy is not None else ""
+        tested += f", accuracy {_accuracy(last)}" if last.accuracy is not None else ""
         print(f"round {last.round}: training loss {last.train_loss:.4f}{tested}")
         print(f"{number_of(run.steps, 'step')} in {in_time(run.seconds)}, {in_bytes(run.bytes_sent)} sent")
     if best is not None:
-        print(f"best: {_percent(best.accuracy)} at version {best.version} (best.safetensors)")
-    if last is not None and last.without:
-        print(f"without {', '.join(last.without)}")
+        print(f"best: {_accuracy(best)} at version {best.version} (best.safetensors)")
+    if absent := run.without.union(last.without if last else ()):
+        print(fewer(absent))
     if isinstance(run.end, Failed):
         print(f"it failed: {run.end.message}")
     match run.state:
@@ -142,13 +137,15 @@ def report_page(run: Run) -> str:
     facts = {
         "state": run.state,
         "rounds": f"{len(run.rounds)} of {run.planned}",
-        "held-out accuracy": _percent(run.accuracy) or "not measured",
-        "best": f"{_percent(best.accuracy)} at version {best.version}" if best else "not measured",
+        "held-out accuracy": _accuracy(run.tested) or "not measured",
+        "best": f"{_accuracy(best)} at version {best.version}" if best else "not measured",
         "training time": in_time(run.seconds),
         "steps": f"{run.steps:,}",
         "sent": in_bytes(run.bytes_sent),
         "versions": f"{run.versions:,}",
     }
+    if run.without:
+        facts[FEWER] = fewer(run.without).removeprefix(FEWER).strip()
     if isinstance(end, Failed):
         facts["why it failed"] = end.message
     parts = [_facts_table(facts)]
@@ -182,13 +179,8 @@ def _clients(run: Run) -> list[tuple[str, ...]]:
     return [
         (name, _number(trained.get(name)), _number(losses.get(name)))
         + ((_percent(found[-1]), _percent(max(found))) if (found := accuracies[name]) else ("", ""))
-        for name in sorted(trained.keys() | losses, key=_natural)
+        for name in sorted(trained.keys() | losses, key=natural)
     ]
-
-
-def _natural(name: str) -> list[tuple[str, int]]:
-    """For sorting: client-2 before client-10."""
-    return [(text, int(digits or 0)) for text, digits in re.findall(r"([^0-9]*)([0-9]*)", name)]
 
 
 def _number(value: float | None) -> str:
@@ -214,7 +206,7 @@ def _peers(run: Run) -> list[tuple[str, ...]]:
             f"{of['busy']:,}",
             f"{of['retries']:,}",
         )
-        for node, of in ((node, sums[node]) for node in sorted(sums.keys() | steps, key=_natural))
+        for node, of in ((node, sums[node]) for node in sorted(sums.keys() | steps, key=natural))
     ]
 
 
@@ -251,109 +243,17 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
 
 
-def curves(runs: Sequence[Run]) -> str:
-    """The plot as an SVG element."""
-    drawn = io.StringIO()
-    _figure(runs).savefig(drawn, format="svg", metadata={"Date": None})
-    text = drawn.getvalue()
-    return text[text.index("<svg") :]
-
-
-def draw_runs(runs: Sequence[Run], path: Path) -> None:
-    """Loss and accuracy of several runs by round, time and version, into a file whose ending says its kind."""
-    if len(runs) > MOST_DRAWN:
-        raise ConfigError(f"{len(runs)} runs are too many for one plot: name up to {MOST_DRAWN}")
-    try:
-        _figure(runs).savefig(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot draw into {path}: {error}") from error
-
-
-def _figure(runs: Sequence[Run]) -> Any:
-    # The object interface, since pyplot keeps global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 10), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    rows = figure.subplots(3, 2)
-    for run, colour in zip(runs, COLOURS * (1 + len(runs) // len(COLOURS)), strict=False):
-        rounds, before = run.rounds, f"{run.name}: " if len(runs) > 1 else ""
-        across = ([float(one.round) for one in rounds], _times(run), [float(one.version) for one in rounds])
-        for (loss, accuracy), at in zip(rows, across, strict=True):
-            if not before:
-                _draw_each(loss, accuracy, at, run)
-            _curve(loss, at, [one.train_loss for one in rounds], f"{before}training", colour, "--")
-            _curve(loss, at, [one.loss for one in rounds], f"{before}held out", colour, "-")
-            _curve(accuracy, at, _in_percent(one.accuracy for one in rounds), f"{before}held out", colour, "-")
-    for axes in (*rows[0], *rows[2]):
-        axes.locator_params(axis="x", integer=True)
-    for row, across in zip(rows, ("round", "seconds of training", "version"), strict=True):
-        for axes, title in zip(row, ("Loss, mean over samples", "Accuracy, % of held-out samples"), strict=True):
-            axes.set_title(title, loc="left", fontsize="medium")
-            axes.set_xlabel(across)
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
-            if axes.lines:
-                axes.legend(frameon=False, fontsize="small", ncols=1 + len(axes.get_legend_handles_labels()[1]) // 5)
-            else:
-                axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
-    return figure
-
-
-def _draw_each(loss: Axes, accuracy: Axes, at: Sequence[float], run: Run) -> None:
-    """Thin lines: how each client fares on its own held-out samples, and in training; of a few, each has its colour."""
-    tests = {test.version: test for test in run.tests}
-    tested = [tests.get(one.version) for one in run.rounds]
-    trained, losses = [one.train_losses for one in run.rounds], [test.losses if test else {} for test in tested]
-    right = [test.clients if test else {} for test in tested]
-    names = sorted({name for one in (*trained, *losses, *right) for name in one}, key=_natural)
-    own = dict(zip(names, COLOURS[1:], strict=False)) if len(names) < len(COLOURS) else {}
-    for axes, figures, what, colour, dashes, scale in (
-        (loss, trained, "training", TRAINING_OF_EACH, "--", 1),
-        (loss, losses, "held out", TESTS_OF_EACH, "-", 1),
-        (accuracy, right, "held out", TESTS_OF_EACH, "-", 100),
-    ):
-        label = f"{what}, each client"
-        for name in names:
-            values = [one.get(name) for one in figures]
-            points = [(x, scale * y) for x, y in zip(at, values, strict=True) if y is not None]
-            style: dict[str, Any] = {"linewidth": 0.7, "color": own.get(name, colour)}
-            if own:
-                style["linestyle"], label = dashes, name.replace("$", r"\$") if what == "held out" else "_"
-            if points:
-                cast("Any", axes).plot(*zip(*points, strict=True), label=label, **style)
-                label = "_"  # one line of the legend is enough
-
-
-def _in_percent(shares: Iterable[float | None]) -> list[float | None]:
-    return [None if share is None else 100 * share for share in shares]
-
-
-def _times(run: Run) -> list[float]:
-    seconds, so_far = 0.0, list[float]()
-    for one in run.rounds:
-        seconds += one.seconds
-        so_far.append(seconds)
-    return so_far
-
-
-def _curve(
-    axes: Axes, across: Sequence[float], up: Sequence[float | None], label: str, colour: str, style: Literal["-", "--"]
-) -> None:
-    points = [(x, y) for x, y in zip(across, up, strict=True) if y is not None]
-    if points:
-        marker = "." if len(points) <= 40 else ""
-        style_of: dict[str, Any] = {"linewidth": 1.6, "linestyle": style, "color": colour, "label": label}
-        cast("Any", axes).plot(*zip(*points, strict=True), marker=marker, **style_of)
-
-
 def _mode(run: Run) -> str:
     return str(run.job.get("mode", "")).partition("(")[0].lower()
 
 
+def _accuracy(tested: RoundReport | Tested | None) -> str:
+    """Marked where it is that of fewer clients."""
+    return percent(tested.accuracy, tested.without, "") if tested else ""
+
+
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.2%}"
+    return percent(share, nothing="")
 
 
 def in_time(seconds: float) -> str:

@@ -19,12 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from zsfl.errors import ConfigError
+from zsfl.learning.blame import own_line
 from zsfl.learning.model import SplitModel
-from zsfl.learning.part import Loss
+from zsfl.learning.part import Loss, label_objection
 
 
-def check_shapes(model: SplitModel, x: Tensor, y: Tensor | None, loss: Loss) -> None:
-    """Run a tiny batch through the parts and, given labels, the loss; `ConfigError` when that fails.
+def check_shapes(model: SplitModel, x: Tensor, y: Tensor | None, loss: Loss, whose: str = "the data") -> None:
+    """Run a tiny batch through the parts and, given labels, the loss; `ConfigError` when that fails. `whose` it is, for
+    people.
 
     The model, its buffers and its modes, and the random number generators are as before afterwards.
     """
@@ -33,7 +35,7 @@ def check_shapes(model: SplitModel, x: Tensor, y: Tensor | None, loss: Loss) -> 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         output = _run(model, x)
         if y is not None:
-            _check_loss(loss, torch.zeros(output.shape, dtype=output.dtype), y)
+            _check_loss(loss, torch.zeros(output.shape, dtype=output.dtype), y, whose)
 
 
 def _check_not_tied(model: SplitModel) -> None:
@@ -65,13 +67,15 @@ def _dtype_names(dtypes: set[torch.dtype]) -> str:
     return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
-def _check_loss(loss: Loss, output: Tensor, target: Tensor) -> None:
+def _check_loss(loss: Loss, output: Tensor, target: Tensor, whose: str) -> None:
     try:
         value: object = loss(output, target)
     except Exception as error:
+        if why := label_objection(output, target):
+            raise ConfigError(f"in {whose} {why}") from error
         raise ConfigError(
             f"the loss cannot compare the output, {_shape(output)} {_dtype_names({output.dtype})}, with the "
-            f"labels, {_shape(target)} {_dtype_names({target.dtype})}. PyTorch says: {error}"
+            f"labels, {_shape(target)} {_dtype_names({target.dtype})}. PyTorch says: {error}{own_line(error)}"
         ) from error
     if not isinstance(value, Tensor) or value.dim() != 0:
         shown = f"shape {_shape(value)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
@@ -170,7 +174,9 @@ def _blame(trail: _Trail, error: Exception) -> NoReturn:
     own = {param.dtype for param in layer.parameters(recurse=False)}
     if got is not None and own and got.dtype not in own and not isinstance(layer, nn.Embedding):
         facts += f"; the input is {_dtype_names({got.dtype})} and the layer {_dtype_names(own)}"
-    raise ConfigError(f"{name} ({shown}) fails in a dry run: {facts}. PyTorch says: {error}") from error
+    raise ConfigError(
+        f"{name} ({shown}) fails in a dry run: {facts}. PyTorch says: {error}{own_line(error)}"
+    ) from error
 
 
 def _expected(layer: nn.Module) -> str | None:

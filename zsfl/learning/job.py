@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from zsfl.errors import ConfigError
 from zsfl.learning.batches import BySpeed, batch_place, is_number
-from zsfl.learning.blame import line_of, said_of
+from zsfl.learning.blame import line_of, own_line, said_of
 from zsfl.learning.model import JOB_MODULE_PREFIX
 from zsfl.learning.modes import Async, Elastic, Exact, Mode, ModeName, mode_named
 from zsfl.learning.norms import tracked_norms
@@ -313,7 +313,7 @@ class Job:
         try:
             return function()
         except Exception as error:
-            where = f"{said_of(error)}{line_of(error, None)}"
+            where = f"{said_of(error)}{own_line(error) or line_of(error, None)}"
             raise self._wrong(f"{call} failed: {where}; correct the {call.partition('(')[0]}'s function") from error
 
     def tests(self, version: int) -> bool:

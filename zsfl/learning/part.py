@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from zsfl.errors import BadShape
+from zsfl.errors import BadShape, ConfigError
 from zsfl.learning.norms import VALUES, tracked_norms
 
 BatchNorm = Literal["per-client", "merged", "frozen"]
+IGNORED = -100
+"""The label of samples that do not count, for PyTorch."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 """`loss(output, target)`, a scalar: the mean over the samples."""
 
@@ -316,9 +318,30 @@ def _differs(generator: torch.Generator, state: Tensor) -> bool:
     return not torch.equal(generator.get_state(), state)
 
 
-def loss_sum(loss: Loss, output: Tensor, target: Tensor, n: float) -> Tensor:
-    """The loss times the sample count (or weight sum), so that gradients are sums over samples."""
-    return loss(output, target) * n
+def loss_sum(loss: Loss, output: Tensor, target: Tensor, n: float, whose: str = "a batch") -> Tensor:
+    """The loss times the sample count (or weight sum), so that gradients are sums over samples.
+
+    ConfigError, saying `whose` samples they are, where labels are no classes of the output.
+    """
+    try:
+        return loss(output, target) * n
+    except Exception as error:
+        if why := label_objection(output, target):
+            raise ConfigError(f"in {whose} {why}") from error
+        raise
+
+
+def label_objection(output: Tensor, target: Tensor) -> str:
+    """Which label is none of the classes that the output has; empty where all are, or labels are no classes."""
+    if target.is_floating_point() or output.ndim < 2 or target.shape != (*output.shape[:1], *output.shape[2:]):
+        return ""
+    classes, wrong = output.shape[1], target[(target >= output.shape[1]) | ((target < 0) & (target != IGNORED))]
+    if not wrong.numel():
+        return ""
+    return (
+        f"the label {int(wrong.flatten()[0])} is there, and the model gives {classes} classes, 0 to {classes - 1}: "
+        "correct the labels, or the size of its last layer"
+    )
 
 
 def _describe(tensor: Tensor) -> str:

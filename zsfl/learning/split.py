@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Argument
 
 from zsfl.errors import ConfigError
+from zsfl.learning.blame import own_line
 from zsfl.learning.model import Origin, SplitModel, spell
 
 _INNER = "inner."
@@ -141,9 +142,10 @@ def _trace(module: nn.Module, cuts: Sequence[str]) -> tuple[_Whole, fx.Graph]:
             whole = _Whole(module)
             traces.append((whole, _Tracer(cuts).trace(whole)))
     except Exception as error:
+        why = f"{error}{own_line(error)}"
         raise ConfigError(
-            f"{kind} cannot be cut by name, because torch.fx cannot trace its forward ({error}). Move what "
-            "depends on the data into a submodule, or write the parts yourself: "
+            f"{kind} cannot be cut by name, because torch.fx cannot trace its forward: {why}. If that is no mistake in "
+            "it, move what depends on the data into a submodule, or write the parts yourself: "
             "zsfl.SplitModel(head, body, tail)"
         ) from error
     finally:

@@ -300,7 +300,8 @@ class BodyWorker:
             if request.shift
             else self._job.loss
         )
-        return loss_sum(loss, output, target.to(self._part.device), request.n)
+        whose = f"shard {parse_cid(request.cid).shard}"
+        return loss_sum(loss, output, target.to(self._part.device), request.n, whose)
 
     def _spill_all(
         self,

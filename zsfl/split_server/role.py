@@ -11,9 +11,10 @@ from typing import assert_never
 
 import torch
 
-from zsfl.errors import BadShape, Busy, Rejected, RemoteProtocolError, StorageError, Unavailable, ZsflError
+from zsfl.errors import BadShape, Busy, ConfigError, Rejected, RemoteProtocolError, StorageError, Unavailable, ZsflError
 from zsfl.ids import BODY, Cid, NodeCard, Role, StepId, parse_cid
 from zsfl.latest import Latest
+from zsfl.learning.blame import said_of
 from zsfl.learning.cuts import Cuts
 from zsfl.learning.job import Job
 from zsfl.learning.part import Part, PartWeights
@@ -277,8 +278,8 @@ class SplitServerRole:
         except StorageError as error:
             self._member.in_trouble(NOT_PUT, error)
             raise
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise Rejected(f"the body fails on this batch: {type(error).__name__}: {error}") from error
+        except (RuntimeError, TypeError, ValueError, IndexError, ConfigError) as error:
+            raise Rejected(f"the body fails on this batch: {said_of(error)}") from error
         self._admission.measured((time.perf_counter() - start_s) / count)
 
     # --- merged batches ---------------------------------------------------------------------------------

@@ -7,6 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+SHORT = """\
+zsfl trains one neural network over machines that may not share their data.
+
+  zsfl demo              see it work on this machine; nothing is downloaded
+  zsfl new my-project    a job of your own, to begin with
+  zsfl up job.py         train it, with a whole cluster on this machine
+
+`zsfl --help` has all commands, and `zsfl COMMAND --help` all about one.
+"""
+"""What `zsfl` says to who gives it nothing to do."""
 NEW_EXAMPLES = """\
 examples:
   zsfl new digits                    a folder with a job that runs as it is, and says where your own model and data go

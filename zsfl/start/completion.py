@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import shtab
@@ -48,8 +47,6 @@ def script(top: argparse.ArgumentParser, shell: str) -> str:
     """What the shell is to read."""
     for action in _actions(top):
         what = action.metavar if isinstance(action.metavar, str) else ""
-        if what == "RUN" and action.type is Path:  # which takes no name
-            what = "DIR"
         if what in _BY_METAVAR:
             vars(action)["complete"] = _BY_METAVAR[what]  # where shtab looks for it
     return shtab.complete(top, shell)

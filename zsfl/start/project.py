@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from zsfl.bounds import BESIDE_RUNS
-from zsfl.errors import ConfigError, StorageError
+from zsfl.dashboard.runs import all_runs, read_run
+from zsfl.errors import ConfigError, StorageError, ZsflError
 
 FILES = {
     "job.py": "what is trained: its model, data and loss are yours to change, and it runs as it is",
@@ -28,7 +30,11 @@ def job_name(folder: Path) -> str:
 
 
 def begin(folder: Path) -> list[str]:
-    """Write the files of a project, and give their names; ConfigError where one of them is there already."""
+    """Write the files of a project, and give their names; ConfigError where one of them, or a run, is there already."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file: name a folder, one that is not there yet or this one (.)")
+    if what := _of_runs(folder):
+        raise ConfigError(f"{folder} is the folder of {what}, and no place for a job: name another folder")
     there = [name for name in FILES if (folder / name).exists()]
     if taken := " and ".join(name for name in there if name != IGNORED):
         raise ConfigError(f"{folder} has {taken} already, and nothing is overwritten: name another folder")
@@ -44,6 +50,14 @@ def begin(folder: Path) -> list[str]:
     except OSError as error:
         raise StorageError(f"cannot write {error.filename or folder}: {error.strerror}; name another folder") from error
     return written
+
+
+def _of_runs(folder: Path) -> str:
+    """What this is a folder of; empty where it is none of a run, or of runs."""
+    with suppress(ZsflError):
+        return f"the run {read_run(folder).name}"
+    found = [run.name for run in all_runs(folder)]
+    return f"runs ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})" if found else ""
 
 
 def print_begun(folder: Path, written: Sequence[str]) -> None:

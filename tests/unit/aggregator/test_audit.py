@@ -218,9 +218,25 @@ def test_flags_that_make_no_sense_are_told(
     assert message in capsys.readouterr().err
 
 
-def test_a_folder_that_is_no_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["audit", str(tmp_path)]) == 2
-    assert "name the folder of a run, such as runs/mnist" in capsys.readouterr().err
+def test_a_run_is_named_as_elsewhere_and_what_is_none_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder.parent / "logs").mkdir()
+    runs = ("--runs", str(folder.parent))
+    for named in ([], ["mine"], [str(folder)]):
+        assert main(["audit", *named, *runs]) == 0
+        assert capsys.readouterr().out.startswith(f"{folder}: ")
+    assert main(["audit", "logs", *runs]) == 2
+    assert capsys.readouterr().err == f"zsfl: there is no run logs: {folder.parent} has mine\n"
+
+
+def test_which_versions_are_without_whom_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def leave(records: list[Record]) -> None:
+        records[7]["without"], records[8]["without"] = [1, 3], [0, 1, 3]
+
+    rewritten(folder, leave)
+    print_audit(folder, None, None)
+    said = capsys.readouterr().out
+    assert "without shard 0 in 1 of 9 versions, as nobody was there who holds it\n" in said
+    assert "without shards 1, 3 in 2 of 9 versions, as nobody was there who holds them\n" in said
 
 
 def test_an_audit_of_a_run_in_progress_changes_nothing(folder: Path) -> None:

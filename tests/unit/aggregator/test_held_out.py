@@ -125,6 +125,7 @@ async def test_a_test_ends_when_all_who_are_there_have_answered() -> None:
         clients={"client-0": 1.0, "client-0 (shard 1)": 0.25, "client-2": 0.25},
         losses={"client-0": 0.5, "client-0 (shard 1)": 0.5, "client-2": 0.5},
         seconds=1.5,
+        without=("shard 4 (no client yet)",),
     )
     assert hall.results == [whole]
     assert [(one.state.tested, one.state.evaluation) for one in hall.said] == [(7, 1), (None, 1)]
@@ -203,6 +204,7 @@ async def test_nobody_waits_for_one_who_leaves_in_a_test_and_one_who_joins_is_as
         hall.roster.touch()
         await until(hall.tests.all_done())
     assert list(hall.results[0].clients) == ["client-0", "client-0 (shard 1)", "client-4"]
+    assert hall.results[0].without == ("client-2",), "shard 3 has no held-out samples"
 
 
 async def test_one_who_does_not_answer_is_waited_for_with_patience_and_then_no_more() -> None:
@@ -210,6 +212,7 @@ async def test_one_who_does_not_answer_is_waited_for_with_patience_and_then_no_m
         await hall.order(5)
         await until(hall.tests.all_done())
     assert hall.results[0].clients.keys() == {"client-0", "client-2"}
+    assert "client-0 (shard 1)" in hall.results[0].without
     assert hall.notes == [
         "warning: client-0 (shard 1) did not test version 5 for 0.05 s; tests go on without them",
     ]
@@ -223,6 +226,7 @@ async def test_without_held_out_samples_there_is_nothing_to_say() -> None:
         await hall.order(1)
         await until(hall.tests.all_done())
     assert [(tested.loss, tested.accuracy, tested.clients) for tested in hall.results] == [(None, None, {})]
+    assert hall.results[0].without == ()
 
 
 async def test_a_shard_without_right_and_wrong_has_no_accuracy() -> None:

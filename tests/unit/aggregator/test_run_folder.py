@@ -122,9 +122,13 @@ def test_a_service_takes_the_folder_of_that_name_and_begins_it_where_nothing_was
 def test_resume_without_a_folder_lists_the_runs_there_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no run yet"):
         RunFolder.create(tmp_path / "none", "x", resume=True)
+    for name in ("logs", "spills/digits"):
+        (tmp_path / name).mkdir(parents=True)
     for name in ("b", "a"):
-        RunFolder.create(tmp_path, name, resume=False).close()
-    with pytest.raises(ConfigError, match=r"no run .*x to resume; .* has a, b"):
+        with RunFolder.create(tmp_path, name, resume=False) as folder:
+            folder.append_commit({})
+            folder.write_settings({})
+    with pytest.raises(ConfigError, match=r"no run .*x to resume; .* has a, b$"):
         RunFolder.create(tmp_path, "x", resume=True)
 
 

@@ -89,7 +89,7 @@ class Net:
     def connect(self, card: NodeCard, port: int) -> Line:
         return self.lines[card.id]
 
-    def waiting(self, what: str) -> nullcontext[None]:
+    def waiting(self, what: Callable[[], str], hints: object) -> nullcontext[None]:
         return nullcontext()
 
     def joins(self, server: NodeId, *reactions: Reaction) -> Line:

@@ -18,7 +18,6 @@ from zsfl.dashboard.progress import (
     ready_line,
     render,
     server_shares,
-    short_names,
 )
 from zsfl.reports import (
     AnyReport,
@@ -36,6 +35,7 @@ from zsfl.reports import (
     Waiting,
     WindowReport,
 )
+from zsfl.words import short_names
 
 CLIENTS = [f"client-{number}" for number in range(20)]
 
@@ -175,6 +175,24 @@ def test_plain_lines() -> None:
         "served by server-0 75%, server-1 25%"
     )
     assert "test loss -, test accuracy -" in (plain_line(whole_round(2, accuracy=None)) or "")
+
+
+def test_figures_of_fewer_clients_are_marked_and_the_mark_is_explained() -> None:
+    absent = msgspec.structs.replace(whole_round(4), without=("client-3", "client-4"))
+    assert "test accuracy 96.25%†, " in (plain_line(absent) or "")
+    assert (plain_line(absent) or "").endswith("; † without client-[3-4]")
+    inside = msgspec.structs.replace(held_out(ends_round=False), without=("client-3",))
+    assert (plain_line(inside) or "").endswith("test accuracy 87.50%†; † without client-3")
+    of_best = {"best_accuracy": 0.97, "best_version": 20, "best_without": ("client-5",)}
+    finished = msgspec.structs.replace(FINISHED, without=("client-3",), **of_best)
+    text = drawn(folded(whole_round(3), absent, finished), width=100)
+    assert text.splitlines()[0].endswith("† without")
+    assert [line.split()[0] for line in text.splitlines() if "96.25%" in line and "†" not in line] == ["3/4"]
+    assert "97.00%† at version 20" in text
+    assert "† without client-[3,5]" in text
+    assert "96.25%† (best 97.00%† at version 20), test loss 0.6000; † without client-[3,5]; see" in (
+        plain_line(finished) or ""
+    )
 
 
 def held_out(*, ends_round: bool) -> reports.Tested:

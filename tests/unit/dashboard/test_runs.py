@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from zsfl import reports
@@ -172,6 +173,26 @@ def test_runs_lists_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert [one["run"] for one in json.loads(text)] == ["two"]
     code, text = said(capsys, "runs", "--plot", str(tmp_path / "both.exe"), *runs)
     assert (code, "cannot draw into" in text) == (2, True)
+    nowhere = tmp_path / "no" / "both.png"
+    code, text = said(capsys, "runs", "--plot", str(nowhere), *runs)
+    assert text == f"zsfl: cannot draw into {nowhere}: No such file or directory; name another with --plot\n"
+
+
+def test_figures_of_fewer_clients_are_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = ("--runs", str(tmp_path))
+    best = msgspec.structs.replace(a_test(4, 0.8), without=("client-1",))
+    last = round_report(3, 0.7, without=("client-0", "client-1"))
+    folder = write(tmp_path, "one", *ROUNDS[:2], best, last, finished())
+    for command in (("runs",), ("runs", "one"), ("status",), ("report",)):
+        _, text = said(capsys, *command, *runs)
+        if command == ("report",):
+            text = _Page((folder / "report.html").read_text(encoding="utf-8")).text
+            assert "† without client-[0-1]" in " ".join(text.split())
+        else:
+            assert text.count("† without client-[0-1]") == 1
+        assert ("70.00%†" in text, "80.00%†" in text) == (True, True)
+    found = json.loads(said(capsys, "status", "--json", *runs)[1])
+    assert (found["without"], found["best_without"]) == (["client-0", "client-1"], ["client-1"])
 
 
 class _Page(HTMLParser):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +48,13 @@ def test_a_fitting_model_passes_and_is_left_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), generator)
     assert torch.equal(X, x)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_label_that_is_no_class_is_named_with_whose_it_is() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^in shard 3 the label 10 is there, and the model gives 10 classes, 0 to 9: "
+    ):
+        check_shapes(good(), X, torch.tensor([3, 10]), F.cross_entropy, "shard 3")
 
 
 def test_a_cut_model_passes() -> None:
@@ -106,10 +114,37 @@ def test_a_forward_that_fails_itself_is_named_by_its_part() -> None:
             self.inner = nn.Linear(64, 64)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x).view(3, -1)
+            return self.inner(x).view(3, -1)  # wrong
 
-    with pytest.raises(ConfigError, match=r"body \(Own\) fails in a dry run: head gives \(2, 64\)\. PyTorch says"):
+    class Traced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.own, self.last = nn.Linear(784, 64), Own(), nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.own(self.first(x)))
+
+    line = 1 + next(n for n, text in enumerate(Path(__file__).read_text().splitlines()) if text.endswith("# wrong"))
+    end = rf"PyTorch says: [^(]* \({re.escape(__file__)}, line {line}\)$"
+    with pytest.raises(ConfigError, match=rf"body \(Own\) fails in a dry run: head gives \(2, 64\)\. {end}"):
         check_shapes(good(body=Own()), X, Y, F.cross_entropy)
+    with pytest.raises(ConfigError, match=end):
+        check_shapes(split(Traced(), after="first", tail="last"), X, Y, F.cross_entropy)
+
+
+def test_a_mistake_in_a_forward_that_is_cut_by_name_is_told_with_its_line() -> None:
+    class Mistyped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.body, self.last = nn.Linear(784, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.bodi(self.first(x)))  # pyright: ignore  # mistyped
+
+    line = 1 + next(n for n, text in enumerate(Path(__file__).read_text().splitlines()) if text.endswith("# mistyped"))
+    said = rf"'Mistyped' object has no attribute 'bodi' \({re.escape(__file__)}, line {line}\)\. If that is no mistake"
+    with pytest.raises(ConfigError, match=said):
+        split(Mistyped(), after="first", tail="last")
 
 
 def test_weights_tied_across_the_cut_are_refused() -> None:
@@ -135,7 +170,7 @@ def test_a_loss_must_be_one_number() -> None:
         check_shapes(good(), X, Y, as_float)
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([1, 10]), torch.tensor([1, 2, 3]), torch.tensor([1.0, 2.0])])
+@pytest.mark.parametrize("labels", [torch.tensor([1, 2, 3]), torch.tensor([1.0, 2.0])])
 def test_labels_that_the_loss_cannot_take_are_shown(labels: Tensor) -> None:
     says = rf"cannot compare the output, \(2, 10\) float32, with the labels, \({len(labels)},\)"
     with pytest.raises(ConfigError, match=says):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from zsfl.errors import BadShape
+from zsfl.errors import BadShape, ConfigError
 from zsfl.learning.model import SplitModel
 from zsfl.learning.part import Backward, Part, PartWeights, loss_sum
 
@@ -203,6 +203,19 @@ def test_frozen_unused_and_tied_parameters() -> None:
     assert set(part.trainable) == set(grads)
     torch.testing.assert_close(grads["body.one.weight"], module.one.weight.grad)
     assert not grads["body.idle.weight"].any()
+
+
+@pytest.mark.parametrize("wrong", [3, -1])
+def test_a_label_that_is_no_class_is_named_where_the_loss_fails(wrong: int) -> None:
+    said = f"^in shard 4 the label {wrong} is there, and the model gives 3 classes, 0 to 2"
+    for output, target in (
+        (torch.zeros(4, 3), torch.tensor([0, -100, wrong, 2])),
+        (torch.zeros(1, 3, 2), torch.tensor([[2, wrong]])),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            loss_sum(F.cross_entropy, output, target, 1.0, "shard 4")
+    with pytest.raises(ValueError, match="batch_size"):  # of which it says nothing
+        loss_sum(F.cross_entropy, torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), 1.0)
 
 
 def test_integer_inputs_have_no_gradient_and_no_graph_means_zero_gradients() -> None:

@@ -53,7 +53,7 @@ def test_the_shell_reads_it(shell: str, folder: Path) -> None:
         ("zsfl bench j", ["job.py"]),
         ("zsfl status ", ["night"]),
         ("zsfl up job.py --resume --run n", ["night"]),
-        ("zsfl audit runs/n", ["runs/night"]),
+        ("zsfl audit n", ["night"]),
         ("zsfl runs --plot n", ["notes.txt"]),
         ("zsfl keys show --keys ", ["runs"]),
     ],

@@ -52,6 +52,26 @@ def test_it_overwrites_nothing(name: str, tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / name).read_text() == "mine"
 
 
+def test_it_puts_no_job_among_runs_nor_in_the_place_of_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs" / "night"
+    run.mkdir(parents=True)
+    (run / "settings.json").write_text('{"job": {}}')
+    (tmp_path / ".vscode").mkdir()
+    (tmp_path / ".vscode" / "settings.json").write_text("{}")
+    (tmp_path / "notes").write_text("mine")
+    for folder, what in (
+        (run.parent, "is the folder of runs (night), and no place for a job"),
+        (run, "is the folder of the run night, and no place for a job"),
+        (tmp_path / "notes", "is a file: name a folder"),
+    ):
+        assert main(["new", str(folder)]) == 2
+        assert f"{folder} {what}" in capsys.readouterr().err
+    assert [path.name for path in run.iterdir()] == ["settings.json"]
+    assert main(["new", str(tmp_path)]) == 0
+
+
 def test_the_gitignore_of_a_folder_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / ".gitignore").write_text("mine\n")
     assert main(["new", str(tmp_path)]) == 0
@@ -61,5 +81,5 @@ def test_the_gitignore_of_a_folder_is_left_alone(tmp_path: Path, capsys: pytest.
 
 def test_where_nothing_can_be_written_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    assert main(["new", str(tmp_path / "file")]) == 1
+    assert main(["new", str(tmp_path / "file" / "mine")]) == 1
     assert "cannot write" in capsys.readouterr().err
