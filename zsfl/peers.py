@@ -154,11 +154,12 @@ class Peers:
                 advice.append(f"{self._mdns.ignored} announcements by mDNS made no sense, or were too many at once")
         advice.append("`zsfl doctor`, with the flags of this node, finds out more")
         advice.append("is every node started with the same job file, and on the same network?")
-        if self._settings.mdns:
+        is_local = self._settings.host.startswith("127.")
+        if self._settings.mdns and not is_local:
             advice.append("Wi-Fi, VPNs and containers often block multicast: try --peer HOST:PORT of any one node")
-        else:
+        elif not self._settings.mdns:
             advice.append("mDNS is off: is --peer the address of a node that runs? Its first line says it")
-        if self._settings.host.startswith("127."):
+        if is_local:
             advice.append(f"this node serves this machine only ({self._settings.host}); for a LAN give --host ADDRESS")
         return tuple(advice)
 

@@ -58,9 +58,8 @@ def audit(folder: Path) -> Audit:
     found.without = Counter(shard for record in records for shard in record.without)
     found.dropped = sum(len(record.dropped) for record in records)
     places = _check_checkpoints(folder, lines, found.faults.append)
-    first = min((place.version for place in places), default=0)
     for record in records:
-        found.verified += _is_verified(record, kept, first, found.faults.append)
+        found.verified += _is_verified(record, kept, lambda: _oldest(folder), found.faults.append)
     counted = [cid for record in records for cid in record.counted if cid in settled]
     last = parse_cid(counted[-1]).run if counted else ""
     left = [cid for cid in acknowledged - settled if parse_cid(cid).run == last]
@@ -117,12 +116,21 @@ def _settled(records: Sequence[Record], fault: Callable[[str], None]) -> set[Cid
     return set(fates)
 
 
-def _is_verified(record: Record, kept: Kept, since: int, fault: Callable[[str], None]) -> bool:
+def _oldest(folder: Path) -> Version:
+    """Of the checkpoints that are kept, the version."""
+    versions: list[Version] = []
+    for path in checkpoints(folder / CHECKPOINT):
+        with suppress(ZsflError):  # it is told elsewhere, or was dropped meanwhile
+            versions.append(place_of(path).version)
+    return min(versions, default=Version(0))
+
+
+def _is_verified(record: Record, kept: Kept, since: Callable[[], Version], fault: Callable[[str], None]) -> bool:
     """Whether what the record counts is here, as it must be of versions after `since`, and adds up to what it says."""
     try:
         window = window_of(record, kept)
     except CannotReplay as error:
-        if error.is_damaged or record.version > since:
+        if error.is_damaged or record.version > since():  # as of now: a run in progress drops what is older
             fault(f"version {record.version}: {error}")
         return False
     steps = [one for one in window if one.part == "client"]

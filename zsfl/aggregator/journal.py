@@ -216,6 +216,8 @@ class Kept:
         path, place, size = self._found[key]
         try:
             data = self._bytes(path, place, size)
+        except FileNotFoundError:  # a run in progress has dropped it meanwhile
+            raise KeyError(key) from None
         except OSError as error:
             if lacks_descriptors(error):
                 raise StorageError(f"cannot read {path}: {NO_DESCRIPTORS}") from error

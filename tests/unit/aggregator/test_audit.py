@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,16 @@ from typing import Any
 import pytest
 from helpers.exact import Case, in_process
 
+from zsfl.aggregator import audit as audits
 from zsfl.aggregator.audit import audit, replay_versions
+from zsfl.aggregator.commit import Record as CommitRecord
+from zsfl.aggregator.journal import Kept
 from zsfl.aggregator.pages import print_audit
+from zsfl.aggregator.progress import checkpoints
+from zsfl.aggregator.run_folder import CHECKPOINT, JOURNAL
 from zsfl.cli import main
 from zsfl.errors import ConfigError, StorageError
+from zsfl.learning.averaging import Contribution
 
 CASE = Case(optimizer="adam", sizes=(13, 7), rounds=3)
 VERSIONS = 9
@@ -55,6 +61,23 @@ def test_a_sound_run_has_no_faults(sound: Path) -> None:
     assert found.faults == []
     assert (found.versions, found.verified, found.dropped, found.pending) == (VERSIONS, VERSIONS, 0, 0)
     assert (found.counted, found.samples) == (3 * 5, 3 * 20)
+
+
+def test_what_a_run_in_progress_drops_meanwhile_is_no_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    window_of = audits.window_of
+
+    def dropping(record: CommitRecord, kept: Kept) -> Sequence[Contribution]:
+        if record.version == 2:
+            *old, _ = checkpoints(folder / CHECKPOINT)
+            for path in old:
+                shutil.rmtree(path)
+            for path in (folder / JOURNAL).iterdir():
+                path.unlink()
+        return window_of(record, kept)
+
+    monkeypatch.setattr(audits, "window_of", dropping)
+    found = audit(folder)
+    assert (found.faults, found.verified) == ([], 1)
 
 
 @pytest.mark.parametrize("versions", [(1, 9), (4, 4), (5, 8)])
