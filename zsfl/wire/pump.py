@@ -9,6 +9,7 @@ from typing import Any, cast
 import zmq
 
 from zsfl.metrics import Counters
+from zsfl.wire.sockets import NOW
 
 FAIR_SHARE = 64
 """Messages handled before others in the same loop get a turn."""
@@ -17,6 +18,8 @@ FAIR_BYTES = 1 << 18
 
 MOST_FRAMES = 8192
 """Of one multipart. What has more is no message, whatever the limits are, and is read past without keeping it."""
+
+_IN, _OUT, _EVENTS = int(zmq.POLLIN), int(zmq.POLLOUT), int(zmq.EVENTS)
 
 Take = Callable[[list[zmq.Frame], int], None]
 """Given the frames of one multipart, and how many bytes they have."""
@@ -50,13 +53,13 @@ class Pump:
 
     def touched(self) -> None:
         """Something was sent, or could not be: ZeroMQ tells of each change once, and may have told that call."""
-        if self._events() & zmq.POLLIN:
+        if self._events() & _IN:
             self.look()
 
     def wants_room(self) -> None:
         """Something could not be sent."""
         self._wants_room = True
-        if self._events() & (zmq.POLLIN | zmq.POLLOUT):
+        if self._events() & (_IN | _OUT):
             self.look()
 
     async def until_ended(self) -> None:
@@ -85,18 +88,18 @@ class Pump:
         if not self._wants_room or self.ended.done():
             return
         events = self._events()
-        if events & zmq.POLLIN:  # which asking for it may have taken the news of
+        if events & _IN:  # which asking for it may have taken the news of
             self.look()
-        if events & zmq.POLLOUT:
+        if events & _OUT:
             self._wants_room = False
             self._roomy()
 
     def _events(self) -> int:
-        return cast(int, self._socket.getsockopt(zmq.EVENTS))
+        return cast(int, self._socket.getsockopt(_EVENTS))
 
     def drain_all(self) -> None:
         """Take all that is there now."""
-        while not self.ended.done() and self._events() & zmq.POLLIN:
+        while not self.ended.done() and self._events() & _IN:
             self.drain()
 
     def drain(self) -> None:
@@ -112,7 +115,7 @@ class Pump:
         receive = cast("Callable[..., zmq.Frame]", cast(Any, self._socket).recv)
         frames: list[zmq.Frame] = []
         while len(frames) < MOST_FRAMES:
-            frame = receive(zmq.DONTWAIT, False)
+            frame = receive(NOW, False)
             frames.append(frame)
             if not frame.more:
                 skipped, self._skips = self._skips, False
