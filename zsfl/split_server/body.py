@@ -6,13 +6,13 @@ then the client sends its input again, to this server or another.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from zsfl.errors import InputNeeded, RemoteProtocolError, ZsflError
+from zsfl.errors import BadShape, InputNeeded, RemoteProtocolError, ZsflError
 from zsfl.ids import Cid, Version, parse_cid
 from zsfl.learning.averaging import StepShare
 from zsfl.learning.job import Job
@@ -20,7 +20,7 @@ from zsfl.learning.part import Backward, Forward, Part, PartWeights, loss_sum
 from zsfl.learning.skew import shifted_loss
 from zsfl.spill.layout import SpillMeta
 from zsfl.spill.store import SpillStore
-from zsfl.split_server.meeting import Group, group_of
+from zsfl.split_server.meeting import Group, Misfit, group_of
 from zsfl.wire import messages
 from zsfl.wire.messages import SpillOffer
 
@@ -60,6 +60,13 @@ class _Pass:
         """Of input and output of one of its steps."""
         return (self.input.nbytes + self.forward.output.nbytes) // len(self.rows)
 
+    def misfit(self, cid: Cid, grad: torch.Tensor) -> BadShape | None:
+        """What is wrong with the gradient of a step. Joined with others it may fit as a whole, and shift theirs."""
+        due = (self.rows[cid].stop - self.rows[cid].start, *self.forward.output.shape[1:])
+        if tuple(grad.shape) == due:
+            return None
+        return BadShape(f"the gradient of {cid} has the shape {tuple(grad.shape)}, and its output had {due}")
+
 
 class BodyWorker:
     """Runs the body at given weights and spills its contributions."""
@@ -72,7 +79,7 @@ class BodyWorker:
         self._room = slots * FORWARDS_PER_SLOT
         self._graphs: OrderedDict[Cid, _Pass] = OrderedDict()
         self._kept_bytes = 0
-        self._merged: OrderedDict[Group, tuple[PartWeights, Forward]] = OrderedDict()
+        self._merged: OrderedDict[Group, _Pass] = OrderedDict()
         self._versions: OrderedDict[Version, None] = OrderedDict()
         """Oldest first by when they were last asked for; not by number, since a resumed run may go back."""
         self._may_merge = job.merges and not part.couples
@@ -189,7 +196,8 @@ class BodyWorker:
                 passes[id(made)] = made
         again: list[tuple[Cid, torch.Tensor]] = []
         for made in passes.values():
-            here = [cid for cid in made.rows if cid in grads]
+            results |= {cid: wrong for cid in made.rows if cid in grads and (wrong := made.misfit(cid, grads[cid][1]))}
+            here = [cid for cid in made.rows if cid in grads and cid not in results]
             if len(here) == len(made.rows):
                 results |= self._backward_pass(made, [grads[cid] for cid in made.rows])
             else:
@@ -236,12 +244,12 @@ class BodyWorker:
         self, weights: PartWeights, inputs: Mapping[Cid, tuple[messages.Forward, torch.Tensor]]
     ) -> dict[Cid, torch.Tensor]:
         """Output of one pass over all inputs in cid order, under the seed of the first; each step gets its slice."""
-        forward = self._merged_pass(weights, [(request.seed, x) for request, x in inputs.values()])
-        self._merged[group_of(next(iter(inputs)))] = weights, forward
+        made = self._merged_pass(weights, {cid: (request.seed, x) for cid, (request, x) in inputs.items()})
+        self._merged[group_of(next(iter(inputs)))] = made
         while len(self._merged) > KEPT_VERSIONS:
             self._merged.popitem(last=False)
-        slices = forward.output.detach().split([len(x) for _, x in inputs.values()])
-        return dict(zip(inputs, slices, strict=True))
+        output = made.forward.output.detach()
+        return {cid: output[rows] for cid, rows in made.rows.items()}
 
     def backward_merged(
         self,
@@ -249,31 +257,44 @@ class BodyWorker:
         given: Mapping[Cid, tuple[messages.Backward, torch.Tensor, torch.Tensor | None]],
     ) -> dict[Cid, Done]:
         """One backward through the merged pass; InputNeeded when it is forgotten and not everybody sent its input."""
-        kept = self._merged.pop(group_of(next(iter(given))), None)
-        inputs = [(request.seed, x) for request, _, x in given.values() if x is not None]
-        if kept is None and weights is not None and len(inputs) == len(given):
-            kept = weights, self._merged_pass(weights, inputs)
-        if kept is None:
+        made = self._merged.get(group_of(next(iter(given))))
+        if made is not None and made.rows.keys() != given.keys():
+            made = None
+        inputs = {cid: (request.seed, x) for cid, (request, _, x) in given.items() if x is not None}
+        if made is None and weights is not None and len(inputs) == len(given):
+            made = self._merged_pass(weights, inputs)
+        if made is None:
             raise InputNeeded(f"{self._node} no longer holds the merged batch; send all its inputs again")
-        result = self._part.backward(*kept, torch.cat([grad for _, grad, _ in given.values()]))
+        if wrong := {cid: found for cid, (_, grad, _) in given.items() if (found := made.misfit(cid, grad))}:
+            raise Misfit(wrong.keys(), "; ".join(map(str, wrong.values())))
+        self._merged.pop(group_of(next(iter(given))), None)
+        result = self._part.backward(made.weights, made.forward, torch.cat([grad for _, grad, _ in given.values()]))
         return self._spill_merged([(request, len(grad)) for request, grad, _ in given.values()], result, {})
 
     def step_merged(
         self, weights: PartWeights, given: Mapping[Cid, tuple[messages.Step, torch.Tensor, torch.Tensor]]
     ) -> dict[Cid, Done]:
         """Label sharing: one pass over all inputs, each step's own loss, one backward."""
-        forward = self._merged_pass(weights, [(request.seed, x) for request, x, _ in given.values()])
-        slices = forward.output.split([len(x) for _, x, _ in given.values()])
-        losses = {
-            cid: self._loss(request, output, target)
-            for (cid, (request, _, target)), output in zip(given.items(), slices, strict=True)
-        }
-        result = self._part.backward(weights, forward.ending_in(torch.stack(list(losses.values())).sum()))
+        made = self._merged_pass(weights, {cid: (request.seed, x) for cid, (request, x, _) in given.items()})
+        losses: dict[Cid, torch.Tensor] = {}
+        for cid, (request, _, target) in given.items():
+            try:
+                losses[cid] = self._loss(request, made.forward.output[made.rows[cid]], target)
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                raise Misfit([cid], f"the loss of {cid} fails: {type(error).__name__}: {error}") from error
+        result = self._part.backward(weights, made.forward.ending_in(torch.stack(list(losses.values())).sum()))
         steps = [(request, len(x)) for request, x, _ in given.values()]
         return self._spill_merged(steps, result, {cid: float(loss.detach()) for cid, loss in losses.items()})
 
-    def _merged_pass(self, weights: PartWeights, inputs: Sequence[tuple[int, torch.Tensor]]) -> Forward:
-        return self._part.forward(weights, torch.cat([x for _, x in inputs]), seed=inputs[0][0], train=True)
+    def _merged_pass(self, weights: PartWeights, inputs: Mapping[Cid, tuple[int, torch.Tensor]]) -> _Pass:
+        """Under the seed of the first; Misfit names those that are shaped unlike most."""
+        shapes = {cid: (x.dtype, *x.shape[1:]) for cid, (_, x) in inputs.items()}
+        usual, _ = Counter(shapes.values()).most_common(1)[0]
+        if wrong := [cid for cid, shape in shapes.items() if shape != usual]:
+            shape = tuple(inputs[wrong[0]][1].shape)
+            raise Misfit(wrong, f"the input of {wrong[0]} has the shape {shape}, which those of most steps have not")
+        seed = next(iter(inputs.values()))[0]
+        return self._pass(weights, [(cid, x) for cid, (_, x) in inputs.items()], seed, need_grad=True)
 
     def _spill_merged(
         self,

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
-from zsfl.errors import Busy, Rejected, RemoteProtocolError
+from zsfl.errors import Busy, Rejected, Unavailable, ZsflError
 from zsfl.ids import Cid, RunId, Version, parse_cid
 
 MAX_MEETINGS = 64
@@ -40,6 +40,18 @@ def group_of(cid: Cid) -> Group:
     """The group that a step belongs to."""
     step = parse_cid(cid)
     return Group(step.run, step.version, step.k)
+
+
+class Misfit(Exception):
+    """Some items do not go together with the others."""
+
+    def __init__(self, cids: Collection[Cid], said: str) -> None:
+        super().__init__(said)
+        self.cids = frozenset(cids)
+
+    def said_to(self, cid: Cid) -> ZsflError:
+        """It is for them to mend; the others may ask anew, once they are right or gone."""
+        return Rejected(str(self)) if cid in self.cids else Unavailable(str(self))
 
 
 @dataclass(slots=True)
@@ -76,7 +88,8 @@ class Meetings(Generic[_Item, _Result]):
         self._draining = True
 
     async def attend(self, cid: Cid, size: int, item: _Item) -> _Result:
-        """The result for this step, once `size` steps of its group are there; an error of the work is everybody's.
+        """The result for this step, once `size` steps of its group are there; an error of the work is everybody's, but
+        for a `Misfit`.
 
         Cancelled before the group is whole, it takes its item along; the others go on waiting.
         """
@@ -85,7 +98,8 @@ class Meetings(Generic[_Item, _Result]):
             return known[cid]
         meeting = self._meetings.get(group) or self._open(group, size)
         if meeting.size != size or (meeting.is_whole and cid not in meeting.items):
-            raise RemoteProtocolError(
+            # One that is wrong ends no other: it may be gone, or have heard of the next window, at the next try.
+            raise Unavailable(
                 f"{cid} is to be merged with {size} steps, but {len(meeting.items)} of {meeting.size} are there "
                 "and it is none of them: do all clients follow the same aggregator?"
             )
@@ -98,7 +112,10 @@ class Meetings(Generic[_Item, _Result]):
             await asyncio.wait([meeting.results])
         finally:
             self._leave(group, meeting, cid)
-        return meeting.results.result()[cid]
+        try:
+            return meeting.results.result()[cid]
+        except Misfit as misfit:
+            raise misfit.said_to(cid) from None
 
     def _open(self, group: Group, size: int) -> _Meeting[_Item, _Result]:
         if size > MAX_SIZE:

@@ -25,6 +25,7 @@ from zsfl.learning.part import Part, PartWeights
 from zsfl.spill.layout import SpillMeta, decode
 from zsfl.spill.store import SpillStore
 from zsfl.split_server.body import BodyWorker, Done
+from zsfl.split_server.meeting import Misfit
 from zsfl.tensors.codec import Codec
 from zsfl.wire import messages
 
@@ -308,3 +309,31 @@ def test_a_forgotten_merged_batch_needs_all_its_inputs(tmp_path: Path) -> None:
             server.backward(body, steps, inputs_of)
     server.backward(body, steps, inputs_of=set(steps))
     assert all(torch.equal(tensor, first[1][name]) for name, tensor in server.spilled(next(iter(steps)))[1].items())
+
+
+@pytest.mark.parametrize("what", ["input", "rows of the gradient", "target"])
+def test_a_step_that_does_not_fit_the_merged_batch_is_named(what: str, tmp_path: Path) -> None:
+    job = job_with("merged", tail=what != "target")
+    server = Server(job, tmp_path, "server")
+    state = {name: tensor.clone() for name, tensor in job.build().state_dict().items()}
+    three = [*next(windows()), next(windows())[0]]
+    local, weights, steps = begin(job, state, three, 0)
+    body, wrong = server.part.load(state), steps[next(iter(steps))]
+    if what == "target":
+        wrong.target = wrong.target[:-1]
+        with pytest.raises(Misfit) as told:
+            server.step(body, steps)
+    elif what == "input":
+        wrong.activations = wrong.activations[:, :1]
+        with pytest.raises(Misfit) as told:
+            server.forward(body, steps)
+    else:
+        for cid, output in server.forward(body, steps).items():
+            local.turn(weights, steps[cid], output)
+        assert wrong.grad is not None
+        wrong.grad, right = wrong.grad[:-1], wrong.grad
+        with pytest.raises(Misfit) as told:
+            server.backward(body, steps, inputs_of=set())
+        wrong.grad = right
+        assert server.backward(body, steps, inputs_of=set()).keys() == steps.keys()
+    assert told.value.cids == {wrong.cid}

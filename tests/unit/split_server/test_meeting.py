@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import pytest
 from helpers.waiting import until
 
-from zsfl.errors import Busy, DeadlineExceeded, Rejected, RemoteProtocolError, StaleWeights
+from zsfl.errors import Busy, DeadlineExceeded, Rejected, StaleWeights, Unavailable
 from zsfl.ids import Cid, RunId, Version, step_cid
-from zsfl.split_server.meeting import KEPT_VERSIONS, MAX_MEETINGS, MAX_SIZE, Meetings
+from zsfl.split_server.meeting import KEPT_VERSIONS, MAX_MEETINGS, MAX_SIZE, Meetings, Misfit
 
 
 def cid(shard: int, version: int = 7, k: int = 0, run: str = "abcdef") -> Cid:
@@ -160,12 +160,12 @@ async def test_an_error_that_nobody_waits_for_is_no_fault(room: Room) -> None:
 async def test_steps_that_cannot_be_of_one_batch_are_refused(room: Room) -> None:
     waiting = room.attend(0, size=2)
     await settle()
-    with pytest.raises(RemoteProtocolError, match="merged with 3 steps, but 1 of 2 are there"):
+    with pytest.raises(Unavailable, match="merged with 3 steps, but 1 of 2 are there"):
         await until(room.attend(1, size=3))
     room.work.may_go_on.clear()
     other = room.attend(1, size=2)
     await settle()
-    with pytest.raises(RemoteProtocolError, match="2 of 2 are there"):
+    with pytest.raises(Unavailable, match="2 of 2 are there"):
         await until(room.attend(2, size=2))
     room.work.may_go_on.set()
     assert await until(asyncio.gather(waiting, other)) == ["a of ab", "b of ab"]
@@ -212,3 +212,13 @@ async def test_draining_begins_no_version_and_ends_those_that_were_begun(room: R
     assert not room.meetings.idle
     assert await until(asyncio.gather(open_one, room.attend(1, size=2, version=8))) == ["a of ab", "b of ab"]
     assert room.meetings.idle
+
+
+async def test_what_does_not_fit_is_for_its_own_to_mend_and_the_others_may_ask_anew(room: Room) -> None:
+    room.work.fails = Misfit([cid(1)], "b is too wide")
+    waiting = [room.attend(shard) for shard in range(3)]
+    found = await until(asyncio.gather(*waiting, return_exceptions=True))
+    assert [type(error) for error in found] == [Unavailable, Rejected, Unavailable]
+    assert {str(error) for error in found} == {"b is too wide"}
+    room.work.fails = None
+    assert await until(asyncio.gather(*(room.attend(shard) for shard in range(3))))
