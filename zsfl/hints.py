@@ -14,7 +14,10 @@ AGREED = ("cluster", "clients", "mode")
 
 
 def how_to_start(role: Role, settings: NodeSettings, near: Address, shards: Iterable[int] = ()) -> str:
-    """The command for a node that finds the one with these settings, which is `near`; JOB stands for the job file."""
+    """The command for a node that finds the one with these settings, which is `near`.
+
+    JOB stands for the job file, ADDRESS and KEYS for another machine's address and folder of keys.
+    """
     words = ["zsfl", "node", str(role), "JOB"]
     if role is Role.AGGREGATOR:  # one that was there before: it alone has the run
         words.append("--resume")
@@ -25,9 +28,12 @@ def how_to_start(role: Role, settings: NodeSettings, near: Address, shards: Iter
             words += [f"--{name}", str(value)]
     if settings.insecure:
         words.append("--insecure")
+    is_local = is_loopback(settings.host)
+    if settings.keys:
+        words += ["--keys", settings.keys if is_local else "KEYS"]
     if not settings.mdns or settings.peers:
         words += ["--no-mdns"] * (not settings.mdns) + ["--peer", near]
-    if not is_loopback(settings.host):
+    if not is_local:
         words += ["--host", "ADDRESS"]
     return shlex.join(words)
 

@@ -139,7 +139,7 @@ class Node:
         self._context = context
         self._peers: dict[NodeId, NodeCard] = {}
         self._gone: dict[NodeId, NodeCard] = {}
-        """Who was a peer before; the newest last."""
+        """Who was a peer and is not back; who went last comes last."""
         self._waits = Waits()
         self._links: dict[NodeId, Connection] = {}
         self._closed = self._has_run = False
@@ -338,6 +338,7 @@ class Node:
             return
         with self._told():
             self._peers[card.id] = card
+            self._gone.pop(card.id, None)
             self.peer_codecs[card.id] = codecs
             self._role.joined(card)
 
@@ -347,7 +348,7 @@ class Node:
             return
         with self._told():
             self._peers.pop(card.id, None)
-            self._gone[card.id] = self._gone.pop(card.id, card)
+            self._gone[card.id] = card
             while len(self._gone) > MOST_GONE:
                 self._gone.pop(next(iter(self._gone)))
             if link := self._links.pop(card.id, None):

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
 import zsfl
+from zsfl.aggregator import trials
 from zsfl.aggregator.audit import audit, replay_versions
 from zsfl.errors import ConfigError, RemoteProtocolError, RunFailed, ZsflError
 from zsfl.ids import Cid, Role, Version
@@ -70,15 +71,17 @@ def assert_sound(ran: Ran, rounds: int) -> None:
     assert sum(served.values()) == len(counted), "who took how many steps adds up to what the ledger counts"
 
 
-async def test_two_rounds_and_two_more_are_four(tmp_path: Path) -> None:
+async def test_two_rounds_and_two_more_are_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "TOLD_AT_ONCE", len(CASE.sizes))
     straight = await in_process(CASE, tmp_path, run="straight", servers=2)
     begun = await in_process(CASE, tmp_path, run="halves", rounds=2)
     assert_sound(begun, 2)
     told: list[AnyReport] = []
     finished = await in_process(CASE, tmp_path, run="halves", resume=True, servers=3, on_report=told.append)
     assert finished.folder == begun.folder
-    (before,) = [report for report in told if isinstance(report, Before)]
-    assert [one.round for one in before.reports if isinstance(one, RoundReport)] == [1, 2]
+    before = [one for report in told if isinstance(report, Before) for one in report.reports]
+    assert [one.round for one in before if isinstance(one, RoundReport)] == [1, 2]
+    assert sum(isinstance(report, Before) for report in told) == len(before), "no line is too long"
     assert [report.round for report in finished.reports] == [3, 4]
     assert_equal(finished.weights, straight.weights)
     for ran in (straight, finished):

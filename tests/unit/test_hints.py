@@ -24,6 +24,8 @@ NEAR = Address("10.0.0.1:7700")
             " --cluster mine --clients 4 --mode elastic",
         ),
         ({"mdns": False}, f" --no-mdns --peer {NEAR}"),
+        ({"keys": "my keys"}, " --keys 'my keys'"),
+        ({"keys": "/here", "host": "10.0.0.1"}, " --keys KEYS --host ADDRESS"),
         ({"peers": ("10.0.0.3:1",), "host": "10.0.0.1", "insecure": True}, f" --insecure --peer {NEAR} --host ADDRESS"),
     ],
 )

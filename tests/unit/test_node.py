@@ -6,7 +6,8 @@ import asyncio
 import gc
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import zmq.asyncio
@@ -143,3 +144,25 @@ async def test_a_file_that_cannot_be_opened_for_want_of_descriptors_is_written_l
     finally:
         context.destroy(linger=0)
     assert waited[0].startswith("a file descriptor, as this process may open no more files and connections: allow it")
+
+
+async def test_only_who_is_not_back_is_said_to_be_gone() -> None:
+    context = zmq.asyncio.Context()
+    card = NodeCard(id=NodeId("me"), name="me", role=Role.CLIENT, host="127.0.0.1", control_port=1)
+    try:
+        node = Node(NoFace(), card, settings=NodeSettings(), facts={}, context=context, limits=WireLimits())
+        node._role = cast(Any, SimpleNamespace(joined=lambda _: None, lost=lambda *_: None))
+        one, other = (
+            NodeCard(id=NodeId(name), name=name, role=Role.SPLIT_SERVER, host="127.0.0.1", control_port=port)
+            for port, name in enumerate(("one", "other"), 2)
+        )
+        for peer in (one, other):
+            node.peer_lost(peer, "silent")
+        assert node.hints_of_gone(Role.SPLIT_SERVER)[0].startswith("other ran at 127.0.0.1:3")
+        node.peer_joined(other, ())
+        assert node.hints_of_gone(Role.SPLIT_SERVER)[0].startswith("one ran at 127.0.0.1:2")
+        node.peer_joined(one, ())
+        assert node.hints_of_gone(Role.SPLIT_SERVER) == ()
+        node.close()
+    finally:
+        context.destroy(linger=0)

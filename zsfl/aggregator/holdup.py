@@ -13,7 +13,7 @@ from zsfl.node import Node
 from zsfl.waits import FIRST_WORD_S, LONELY_S
 
 USUAL = 3.0
-"""A window may take so many times as long as the one before without a word."""
+"""A window may take so many times as long as the quicker of the two before without a word."""
 MOST_HINTS = 3
 """Clients of whom it is said what to do."""
 
@@ -64,10 +64,10 @@ class HoldUp:
         if not self._node.peers(Role.SPLIT_SERVER):
             return self._node.hints_of_gone(Role.SPLIT_SERVER)
         found: list[str] = []
-        gone: dict[NodeId | None, list[int]] = {}
+        gone: dict[NodeId, list[int]] = {}
         for shard in missing if there else roster.missing():
-            if shard not in there:
-                gone.setdefault(roster.node_of(shard), []).append(shard)
+            if shard not in there and (holder := roster.node_of(shard)) is not None:
+                gone.setdefault(holder, []).append(shard)
         for node, shards in list(gone.items())[:MOST_HINTS]:
             found += self._node.hints_of_gone(Role.CLIENT, node, shards)
         if slow := [shard for shard in missing if shard in there][:MOST_HINTS]:

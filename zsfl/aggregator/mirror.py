@@ -157,8 +157,8 @@ class Mirror:
     """The copy. What is told of it is what is there, so that it goes on wherever its process was ended."""
 
     def __init__(self, folder: Path, bound: int, *, syncs: bool, model_came: Callable[[], None] = lambda: None) -> None:
-        """With `syncs` a record outlasts a loss of power once it is there. `model_came`, called when a model has come,
-        writes the code that loads it: nobody runs what another machine wrote.
+        """With `syncs` a record outlasts a loss of power once it is there. `model_came`, called before a model that has
+        come is put in place, writes the code that loads it: nobody runs what another machine wrote.
         """
         self.folder = folder
         self._model_came = model_came
@@ -266,12 +266,12 @@ class Mirror:
             if info.name == LEDGER:
                 self._extend(path, aside.read_bytes())
             else:
+                if info.name == _MODEL:
+                    self._model_came()
                 os.utime(aside, ns=(info.changed_us * 1000, info.changed_us * 1000))
                 aside.rename(path)
                 self._sync_names(path.parent)
             self._has(info)
-        if info.name == _MODEL:
-            self._model_came()
 
     def _make_folder(self, folder: Path) -> None:
         if not folder.is_dir():

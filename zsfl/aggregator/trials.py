@@ -20,8 +20,8 @@ from zsfl.learning.modes import Exact
 from zsfl.node import Node
 from zsfl.reports import Before, Finished, RoundReport, Tested
 
-TOLD_AT_ONCE = 20
-"""Reports of a run with thousands of clients are long."""
+TOLD_AT_ONCE = 4096
+"""Of what was before, figures of so many shards: each takes some hundred bytes of a line, which has its bound."""
 
 
 class Trials:
@@ -65,8 +65,9 @@ class Trials:
     async def begin(self) -> None:
         """Training begins: tell what was before, and have tested what an earlier process did not come to."""
         self._begun_s = time.monotonic()
-        for first in range(0, len(self._before), TOLD_AT_ONCE):
-            some = self._before[first : first + TOLD_AT_ONCE]
+        at_once = max(1, TOLD_AT_ONCE // self._job.shards)
+        for first in range(0, len(self._before), at_once):
+            some = self._before[first : first + at_once]
             self._node.report(Before(node=self._node.name, reports=tuple(some)))
         self._before.clear()
         for report, version, state in self._untested:

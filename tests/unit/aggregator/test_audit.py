@@ -19,7 +19,7 @@ from zsfl.aggregator.audit import audit, replay_versions
 from zsfl.aggregator.commit import Record as CommitRecord
 from zsfl.aggregator.journal import Kept
 from zsfl.aggregator.pages import print_audit
-from zsfl.aggregator.progress import checkpoints
+from zsfl.aggregator.progress import Place, checkpoints, place_of
 from zsfl.aggregator.run_folder import CHECKPOINT, JOURNAL
 from zsfl.cli import main
 from zsfl.errors import ConfigError, StorageError
@@ -78,6 +78,24 @@ def test_what_a_run_in_progress_drops_meanwhile_is_no_fault(folder: Path, monkey
     monkeypatch.setattr(audits, "window_of", dropping)
     found = audit(folder)
     assert (found.faults, found.verified) == ([], 1)
+
+
+def test_checkpoints_are_not_looked_at_again_for_each_version_that_is_not_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *old, newest = checkpoints(folder / CHECKPOINT)
+    for path in (*old, folder / JOURNAL):
+        shutil.rmtree(path)
+    looked: list[Path] = []
+
+    def seen(path: Path) -> Place:
+        looked.append(path)
+        return place_of(path)
+
+    monkeypatch.setattr(audits, "place_of", seen)
+    found = audit(folder)
+    assert (found.faults, found.versions, found.verified) == ([], VERSIONS, 0)
+    assert looked == [newest]
 
 
 @pytest.mark.parametrize("versions", [(1, 9), (4, 4), (5, 8)])

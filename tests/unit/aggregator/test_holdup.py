@@ -15,11 +15,11 @@ NODES = [NodeId(name) for name in "abc"]
 
 
 class Window:
-    """A window of three clients, and a clock."""
+    """A window of three clients of four shards, and a clock."""
 
     def __init__(self) -> None:
         self.now_s, self.missing, self.servers = 100.0, [0, 1, 2], ["server"]
-        self.roster = Roster(3)
+        self.roster = Roster(4)
         for shard, node in enumerate(NODES):
             self.roster.join(node, f"client-{shard}", [ShardInfo(shard=shard, train_samples=9, test_samples=0)])
         node = SimpleNamespace(peers=lambda role: self.servers, hints_of_gone=self.hints_of_gone)

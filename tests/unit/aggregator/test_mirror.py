@@ -92,13 +92,21 @@ def test_it_grows_with_the_run_and_is_the_same_in_the_end(ran: Ran, tmp_path: Pa
 
 
 def test_no_code_is_copied_but_made_here_when_the_model_comes(ran: Ran, tmp_path: Path) -> None:
-    came: list[str] = []
-    mirror = Mirror(tmp_path / "copy", 0, syncs=False, model_came=lambda: came.append("model"))
+    came: list[bool] = []
+
+    def model_came() -> None:
+        came.append((tmp_path / "copy" / "model.safetensors").exists())
+        if len(came) == 1:
+            raise StorageError("the disk is full")
+
+    mirror = Mirror(tmp_path / "copy", 0, syncs=False, model_came=model_came)
+    with pytest.raises(StorageError, match="the disk is full"):
+        copied(Source(ran.folder, 0), mirror, versions(ran))
     copied(Source(ran.folder, 0), mirror, versions(ran))
     assert {path.name for path in ran.folder.glob("*.py")} == {"load_model.py"}
     assert list((tmp_path / "copy").rglob("*.py")) == []
     assert (tmp_path / "copy" / "model.safetensors").exists()
-    assert came == ["model"]
+    assert came == [False, False], "a model is in place only with what loads it"
     for name in ("load_model.py", "journal/evil.py"):
         with pytest.raises(msgspec.ValidationError):
             msgspec.convert({"t": "fetch-piece", "name": name, "offset": 0, "size_bytes": 1}, FetchPiece)
