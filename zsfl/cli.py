@@ -14,6 +14,7 @@ from zsfl.errors import ConfigError, ZsflError
 from zsfl.flags import Parser
 from zsfl.ids import Role
 from zsfl.pairing import pages as pairing
+from zsfl.planning import commands as planning
 from zsfl.settings import NODE_FLAGS, add_flags
 from zsfl.start import commands as starting
 
@@ -32,6 +33,7 @@ examples:
   zsfl node client mnist.py --shard 3              where the data is
   zsfl baseline fedavg mnist.py                    what a well-known algorithm makes of the same job
   zsfl bench mnist.py                              what its body costs on this machine
+  zsfl plan mnist.py --clients 50                  how fast it would be, and what would bound it
   zsfl audit runs/mnist                            was every step counted once?
   zsfl ls                                          who is there, and what they do
   zsfl dash                                        the same and the curves of the run, as a page
@@ -200,7 +202,7 @@ def parser() -> argparse.ArgumentParser:
     add_flags(drain, ("keys", "insecure"))
     drain.set_defaults(run_command=_drain)
 
-    for room in (looking, doctor, pairing):
+    for room in (looking, doctor, pairing, planning):
         room.add_commands(commands, _parser)
     starting.add_commands(commands, _parser, top)
 

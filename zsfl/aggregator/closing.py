@@ -193,7 +193,8 @@ class AsyncClosing:
         self._mode = mode
         self._quota = quota
         self._version = Version(0)
-        self._sizes: Sizes = {}
+        self._steps: dict[int, int] = {}
+        """How many each shard may make at the version: those that sit it out are left out."""
         self._here: Counter[int] = Counter()
         """Steps made at the version itself."""
         self._heard: set[int] = set()
@@ -203,12 +204,12 @@ class AsyncClosing:
         self._began_s = self._arrived_s = math.inf
 
     def began(self, version: Version, sizes: Sizes, now_s: float) -> None:
-        self._slow = _steps(self._sizes).keys() - self._heard
-        self._version, self._sizes, self._here, self._heard = version, dict(sizes), Counter(), set()
+        self._slow = self._steps.keys() - self._heard
+        self._version, self._steps, self._here, self._heard = version, _steps(sizes), Counter(), set()
         self._samples, self._began_s, self._arrived_s = 0, now_s, math.inf
 
     def expect(self, sizes: Sizes) -> None:
-        self._sizes |= sizes
+        self._steps |= _steps(sizes)
 
     def arrived(self, step: StepId, samples: int, now_s: float) -> None:
         self._samples, self._arrived_s = self._samples + samples, now_s
@@ -241,8 +242,7 @@ class AsyncClosing:
 
     def _due(self, there: Collection[int]) -> list[int]:
         """Those who are there and do not sit this version out."""
-        steps = _steps(self._sizes)
-        return [shard for shard in there if shard in steps]
+        return [shard for shard in there if shard in self._steps]
 
 
 def _silent_s(began_s: float, arrived_s: float) -> float:

@@ -47,7 +47,7 @@ class BodyCost:
 def body_costs(job: Job, device: torch.device, seconds: float) -> Iterator[BodyCost]:
     """Each cut in turn, for about so many seconds each; ConfigError when the job's data or model fails."""
     cuts = job.build_cuts()
-    x, y = _batch(job)
+    x, y = first_batch(job)
     for cut in cuts.all:
         yield _body_cost(job, cuts, cut, x, y, device, seconds)
 
@@ -59,7 +59,7 @@ def codec_costs(job: Job, activations: torch.Tensor) -> Iterator[tuple[Codec, Co
         yield codec, codec.cost(activations)
 
 
-def _batch(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+def first_batch(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
     """The first samples of shard 0."""
     try:
         train = Batches(job.data(0, job.shards)[0])

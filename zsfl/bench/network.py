@@ -117,9 +117,14 @@ def _answers(host: str, counters: Counters) -> Callable[[Request, Sequence[Buffe
 
 
 async def measure(
-    address: str, *, seconds: float, request_s: float, settings: NodeSettings | None = None
+    address: str,
+    *,
+    seconds: float,
+    request_s: float,
+    settings: NodeSettings | None = None,
+    sizes: Sequence[int] = SIZES,
 ) -> AsyncIterator[RoundTrips]:
-    """Measure against the bench server at `host:port`, each size for about `seconds`, smallest first.
+    """Measure against the bench server at `host:port`, each size for about `seconds`, as they are given.
 
     NoPeer when no bench server answers there; DeadlineExceeded when one request takes longer than `request_s`.
     """
@@ -127,7 +132,7 @@ async def measure(
         raise _nobody(address)
     async with connected(Address(address), "the bench server", settings or NodeSettings()) as connection:
         await _greet(connection, address)
-        for size in SIZES:
+        for size in sizes:
             yield await _measure_size(connection, size, seconds, request_s)
 
 
