@@ -99,7 +99,8 @@ async def test_nodes_that_share_a_folder_find_one_another_in_it_whatever_else_li
         card = NodeCard(id=node_id, name=node_id, role=Role.AGGREGATOR, host="127.0.0.1", control_port=1 + number)
         Folder(meet, card, ours).write()
     old, fresh, broken = (meet / f"{node_id}.zsfl" for node_id in ids)
-    os.utime(old, (old.stat().st_mtime - STALE_S - 60,) * 2)
+    long_ago = old.stat().st_mtime - STALE_S - 60
+    os.utime(old, (long_ago, long_ago))
     broken.write_bytes(b'{"node": 1')
     nodes = Nodes(case.job(), tmp_path)
     try:

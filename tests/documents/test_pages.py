@@ -41,6 +41,8 @@ NOT_HERE = {
     "systemctl": "as sudo",
     "journalctl": "as sudo",
     "docker": "as sudo",
+    "sbatch": "it needs SLURM; tests/engines/test_slurm.py submits the same file",
+    "squeue": "as sbatch",
 }
 """Commands that no test can run, and why."""
 

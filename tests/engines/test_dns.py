@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -12,15 +9,14 @@ from typing import Any
 
 import pytest
 from helpers.jobs import write_job
+from helpers.names import NameServer, needs_dnsmasq
 from helpers.namespaces import machine_that_asks
 from helpers.processes import Command, command
-from helpers.waiting import HANG_S, eventually
+from helpers.waiting import eventually
 
 from zsfl.reports import Note, RoundReport
 
-pytestmark = pytest.mark.skipif(
-    not shutil.which("dnsmasq", path="/usr/sbin:/usr/bin"), reason="there is no dnsmasq here: install dnsmasq-base"
-)
+pytestmark = needs_dnsmasq
 NAME = "nodes.zsfl.test"
 
 
@@ -29,33 +25,14 @@ def named(host: str) -> str:
     return host.replace(".", "-")
 
 
-class NameServer:
-    """One that knows a single name."""
-
-    def __init__(self, inside: tuple[str, ...], folder: Path) -> None:
-        self._records = folder / "records"
-        self._records.write_text("")
-        how = ("--no-resolv", "--no-hosts", "--local=/zsfl.test/", "--listen-address=127.0.0.1", "--bind-interfaces")
-        self.process = subprocess.Popen(
-            [*inside, "dnsmasq", "--keep-in-foreground", "--user=root", *how, f"--addn-hosts={self._records}",
-             f"--pid-file={folder / 'pid'}"],
-        )  # fmt: skip
-
-    def says(self, *hosts: str) -> None:
-        """From now on these are the records."""
-        self._records.write_text("".join(f"{host} {NAME}\n" for host in hosts))
-        self.process.send_signal(signal.SIGHUP)
-
-
 @pytest.fixture
 def names(tmp_path: Path) -> Iterator[tuple[NameServer, tuple[str, ...]]]:
     with machine_that_asks("127.0.0.1") as machine:
-        server = NameServer(machine.inside, tmp_path)
+        server = NameServer(NAME, machine.inside, tmp_path)
         try:
             yield server, machine.inside
         finally:
-            server.process.terminate()
-            server.process.wait(HANG_S)
+            server.close()
 
 
 async def test_nodes_follow_the_records_of_a_name_as_they_change(

@@ -33,7 +33,8 @@ def left(path: Path, node_id: NodeId, port: int, ours: Recogniser = OURS) -> Pat
 
 def aged(file: Path, seconds: float) -> None:
     """As if it had been written then, by the folder's clock."""
-    os.utime(file, (file.stat().st_mtime - seconds,) * 2)
+    then = file.stat().st_mtime - seconds
+    os.utime(file, (then, then))
 
 
 async def test_nodes_find_one_another_and_leave_nothing_behind(tmp_path: Path) -> None:
