@@ -33,6 +33,7 @@ test: check
 	@echo "make test: all checks and all tests passed"
 
 test-engines: $(stamp)
+	$(pip) -e ".[engines]"
 	$(VENV)/bin/python -m pytest -rs tests/engines
 
 docs: $(stamp)

@@ -140,7 +140,10 @@ class NodeSettings:
     lost_after_s: float = field(default=2.0, metadata=_doc("seconds of silence after which a peer counts as lost"))
     metrics: str = field(
         default="",
-        metadata=_doc("serve what is counted, for Prometheus, at this port of this machine", metavar="[HOST:]PORT"),
+        metadata=_doc(
+            "serve at this port of this machine what is counted, for Prometheus, and /healthz and /readyz",
+            metavar="[HOST:]PORT",
+        ),
     )
     tensorboard: bool = field(default=False, metadata=_doc("leave the curves in RUN/tensorboard, for TensorBoard, too"))
     codec: str = field(default="", metadata=_doc("how tensors travel, and weights=CODEC; default: what the job says"))
