@@ -144,7 +144,7 @@ class Reader:
 
     def write(self, name: str, text: str) -> None:
         """A file, on all machines."""
-        is_job = re.search(r"^job = ", text, re.MULTILINE)
+        is_job = name.endswith(".py") and re.search(r"^job = ", text, re.MULTILINE)
         for folder, _ in self.places.values():
             (folder / name).write_text(text + UNHURRIED * bool(is_job), encoding="utf-8")
 
