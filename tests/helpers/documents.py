@@ -100,6 +100,7 @@ class Running:
         with suppress(OSError):  # what reading a terminal ends with, when nobody writes to it any more
             while said := os.read(terminal, 1 << 16):
                 self._said.append(said.decode(errors="replace"))
+        self.process.wait()  # to hang up on who has closed its output, and has not ended yet, would kill it
         os.close(terminal)
 
     def until(self, pattern: str) -> re.Match[str]:
