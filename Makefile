@@ -6,12 +6,14 @@ pip := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constrai
 stamp := $(VENV)/.installed
 bench_stamp := $(VENV)/.installed-bench
 
-.PHONY: help demo test docs check check-packages fuzz bench bench-learning clean
+.PHONY: help demo test test-engines docs check check-packages fuzz bench bench-learning clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train the handwritten digits: 5 clients, 2 split servers, 1 aggregator, on this machine"
 	@echo "make test    all checks, then all tests"
+	@echo "make test-engines"
+	@echo "             what needs a name server, SLURM or Helm, where they are installed"
 	@echo "make docs    a site of the documents, in build/site"
 	@echo "make check   ruff (with its security rules), pyright, import-linter and the line budget"
 	@echo "make check-packages"
@@ -29,6 +31,10 @@ demo: $(stamp)
 test: check
 	VENV=$(VENV) tools/test
 	@echo "make test: all checks and all tests passed"
+
+test-engines: $(stamp)
+	$(pip) -e ".[engines]"
+	$(VENV)/bin/python -m pytest -rs tests/engines
 
 docs: $(stamp)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build

@@ -42,6 +42,12 @@ def _check_peers(peers: tuple[str, ...]) -> None:
             raise ValueError(f"host:port with a port from 1 to 65535, such as 192.168.1.5:4100, not {peer!r}")
 
 
+def _check_names(names: tuple[str, ...]) -> None:
+    for name in names:
+        if not is_address(name):
+            raise ValueError(f"name:port with a port from 1 to 65535, such as nodes.example.org:7700, not {name!r}")
+
+
 def _check_shards(text: str) -> None:
     if text:
         shard_ranges(text)
@@ -77,6 +83,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "host": _check_host,
     "port": _at_least(0, 65535),
     "peers": _check_peers,
+    "dns": _check_names,
     # One DNS label, because mDNS announces it; and a file name, because it names the log.
     "name": _matches(r"|[A-Za-z0-9][A-Za-z0-9_-]{0,62}", "up to 63 letters, digits, - and _"),
     "run": _matches(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
@@ -11,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 import zmq
 
+from zsfl.discovery.announced import job_hash
 from zsfl.discovery.events import (
     Candidate,
     Dial,
@@ -26,6 +26,7 @@ from zsfl.discovery.events import (
 )
 from zsfl.discovery.expected import ExpectedKeys
 from zsfl.discovery.mdns import Mdns
+from zsfl.discovery.sources import sources
 from zsfl.discovery.table import MAX_PEERS, PeerTable, PresenceTiming, wants_of
 from zsfl.errors import (
     Busy,
@@ -158,7 +159,7 @@ class Peers:
         if self._settings.mdns and not is_local:
             advice.append("Wi-Fi, VPNs and containers often block multicast: try --peer HOST:PORT of any one node")
         elif not self._settings.mdns:
-            advice.append("mDNS is off: is --peer the address of a node that runs? Its first line says it")
+            advice.append("mDNS is off: do --peer, --dns or --meet lead to nodes that run? Their first line says where")
         if is_local:
             advice.append(f"this node serves this machine only ({self._settings.host}); for a LAN give --host ADDRESS")
         return tuple(advice)
@@ -179,17 +180,24 @@ class Peers:
             self._on(Tick())
 
     async def discover(self) -> None:
-        """Follow mDNS, where it is wanted and works."""
+        """Follow whatever the settings name, and mDNS, where it is wanted and works."""
+        for name, follow in sources(self._settings, self._card, self._facts, self._trusted_keys):
+            self._start(follow(self._found, self._user.note), name)
         if not self._settings.mdns:
             return
         try:
             job = job_hash(self._facts["name"], self._facts.get("cluster", ""))
             async with Mdns(self._card, job, PROTOCOL, self._trusted_keys) as self._mdns:
                 async for candidate in self._mdns.events():
-                    self._keys.hinted(candidate.address, candidate.key)
-                    self._on(candidate)
+                    self._found(candidate)
         except Unavailable as error:
             self._user.note(str(error), "warning")
+
+    def _found(self, candidate: Candidate) -> None:
+        there = self.table.at(candidate.address)
+        if there is None or candidate.node_id not in (None, there.id):  # they are found again and again
+            self._keys.hinted(candidate.address, candidate.key)
+            self._on(candidate)
 
     def _on(self, event: Event) -> None:
         for action in self.table.on(event, time.monotonic()):
@@ -239,8 +247,7 @@ class Peers:
         trusted = set(self._trusted_keys())
         for hint in hints:
             if self.table.get(hint.id) is None and hint.key in trusted:
-                self._keys.hinted(hint.address, hint.key)
-                self._on(Candidate(hint.address, "exchange", hint.role, hint.id))
+                self._found(Candidate(hint.address, "exchange", hint.role, hint.id, hint.key))
 
     # --- handshake --------------------------------------------------------------------------------------
 
@@ -383,8 +390,3 @@ class Peers:
             theirs = {fact: value for fact, value in theirs.items() if fact in mine}
         difference = disagreement(mine, theirs)
         return f"{name} runs another job than {hello.card.name}: {difference}" if difference else ""
-
-
-def job_hash(name: str, cluster: str) -> str:
-    """What mDNS announces of a job and its cluster: enough to find their nodes, not their names."""
-    return hashlib.sha256(f"{name} {cluster}".encode()).hexdigest()[:16]

@@ -64,6 +64,13 @@ class NodeSettings:
     host: str = field(default="127.0.0.1", metadata=_doc("the one IPv4 address to bind, announce and multicast on"))
     port: int = field(default=0, metadata=_doc("control port, 0 being any free one"))
     peers: tuple[str, ...] = field(default=(), metadata=_doc("a node to ask for the others; may be repeated", "--peer"))
+    dns: tuple[str, ...] = field(
+        default=(),
+        metadata=_doc("a name whose DNS records are nodes at that port; may be repeated", metavar="NAME:PORT"),
+    )
+    meet: str = field(
+        default="", metadata=_doc("folder of a shared disk where nodes leave their addresses", metavar="FOLDER")
+    )
     keys: str = field(
         default="", metadata=_doc("folder with this machine's key and those that it trusts; default: ~/.config/zsfl")
     )
@@ -133,10 +140,18 @@ class NodeSettings:
     lost_after_s: float = field(default=2.0, metadata=_doc("seconds of silence after which a peer counts as lost"))
     metrics: str = field(
         default="",
-        metadata=_doc("serve what is counted, for Prometheus, at this port of this machine", metavar="[HOST:]PORT"),
+        metadata=_doc(
+            "serve at this port of this machine what is counted, for Prometheus, and /healthz and /readyz",
+            metavar="[HOST:]PORT",
+        ),
     )
     tensorboard: bool = field(default=False, metadata=_doc("leave the curves in RUN/tensorboard, for TensorBoard, too"))
     codec: str = field(default="", metadata=_doc("how tensors travel, and weights=CODEC; default: what the job says"))
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """Where other nodes are said to be."""
+        return (*self.peers, *self.dns, *([self.meet] if self.meet else []))
 
     def __post_init__(self) -> None:
         for name in _FIELDS:
@@ -148,9 +163,11 @@ class NodeSettings:
             )
 
 
+LOOKING = ("host", "peers", "dns", "meet", "keys", "insecure", "mdns", "runs")
+"""Settings of commands that look at nodes."""
 _COMMON = (
-    "clients", "mode", "codec", "cluster", "host", "port", "peers", "keys", "insecure", "io_threads", "mdns", "name",
-    "runs", "run", "threads", "join_s", "patience_s", "request_s", "metrics", "service",
+    "clients", "mode", "codec", "cluster", "host", "port", "peers", "dns", "meet", "keys", "insecure", "io_threads",
+    "mdns", "name", "runs", "run", "threads", "join_s", "patience_s", "request_s", "metrics", "service",
 )  # fmt: skip
 NODE_FLAGS: dict[Role, tuple[str, ...]] = {
     Role.CLIENT: ("shards", "device", "spill_mib", *_COMMON),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -9,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.exact import Case
 from helpers.jobs import write_job
 from helpers.network import free_port
+from helpers.nodes import Nodes
 from helpers.processes import command
 from helpers.waiting import until
 
 from zsfl.cluster.processes import ProcessSpawner
 from zsfl.cluster.spawner import NodeCommand, Spawner
-from zsfl.ids import Role
+from zsfl.discovery.announced import Recogniser, job_hash
+from zsfl.discovery.folder import STALE_S, Folder
+from zsfl.ids import PROTOCOL, NodeCard, NodeId, Role
 from zsfl.reports import AnyReport, Failed, Finished, Ready, RoundReport
 
 NODES = {
@@ -83,3 +89,30 @@ async def test_by_mdns_nodes_started_by_hand_find_one_another(tmp_path: Path) ->
     assert finished.rounds == 2
     assert (tmp_path / "runs/tiny/model.safetensors").exists()
     assert aggregator.err == client.err == server.err == []
+
+
+async def test_nodes_that_share_a_folder_find_one_another_in_it_whatever_else_lies_there(tmp_path: Path) -> None:
+    case, meet = Case(rounds=2, sizes=(13, 7)), tmp_path / "meet"
+    ours = Recogniser(job_hash(case.job().name, ""), PROTOCOL)
+    ids = [NodeId(12 * letter) for letter in "abc"]
+    for number, node_id in enumerate(ids):  # two that were killed, long ago and just now, and one that makes no sense
+        card = NodeCard(id=node_id, name=node_id, role=Role.AGGREGATOR, host="127.0.0.1", control_port=1 + number)
+        Folder(meet, card, ours).write()
+    old, fresh, broken = (meet / f"{node_id}.zsfl" for node_id in ids)
+    long_ago = old.stat().st_mtime - STALE_S - 60
+    os.utime(old, (long_ago, long_ago))
+    broken.write_bytes(b'{"node": 1')
+    nodes = Nodes(case.job(), tmp_path)
+    try:
+        for name, role, flags in (
+            ("clients", Role.CLIENT, {"shards": "0-1"}),
+            ("server", Role.SPLIT_SERVER, {}),
+            ("aggregator", Role.AGGREGATOR, {}),
+        ):
+            await nodes.start(name, role, meet=str(meet), **flags)
+        await until(asyncio.gather(*nodes.tasks.values()))
+    finally:
+        await nodes.close()
+    assert [report.round for report in nodes.rounds] == [1, 2]
+    assert set(meet.iterdir()) == {fresh, broken}
+    assert not any(str(meet) in note for note in nodes.notes)

@@ -52,9 +52,9 @@ print(msgspec.json.encode([findings(seen), seen]).decode())
 """What `zsfl doctor tiny` does, without loading PyTorch each time."""
 ANNOUNCER = """
 import asyncio, sys
+from zsfl.discovery.announced import job_hash
 from zsfl.discovery.mdns import Mdns
 from zsfl.ids import PROTOCOL, NodeCard, NodeId, Role
-from zsfl.peers import job_hash
 
 async def main(host):
     card = NodeCard(id=NodeId("lost"), name="lost", role=Role.CLIENT, host=host, control_port=1)

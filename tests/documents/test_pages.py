@@ -41,6 +41,10 @@ NOT_HERE = {
     "systemctl": "as sudo",
     "journalctl": "as sudo",
     "docker": "as sudo",
+    "sbatch": "it needs SLURM; tests/engines/test_slurm.py submits the same file",
+    "squeue": "as sbatch",
+    "kubectl": "it needs a cluster; tests/engines/test_kubernetes.py runs what the chart would",
+    "helm": "as kubectl",
 }
 """Commands that no test can run, and why."""
 

@@ -35,6 +35,7 @@ from zsfl.aggregator.mirror import Mirror
 from zsfl.aggregator.progress import place_of
 from zsfl.aggregator.run_folder import LEDGER
 from zsfl.dashboard.http import Gate, parse
+from zsfl.discovery.folder import read_entry
 from zsfl.discovery.mdns import SERVICE, read_announcement
 from zsfl.errors import BadShape, ZsflError
 from zsfl.ids import NodeCard, Portion, PublicKey, Version
@@ -539,11 +540,13 @@ def settings_wild(rng: Random) -> bytes:
 
 
 def announcement(data: bytes) -> None:
-    """The TXT record of an mDNS announcement, and a whole packet; and a card."""
+    """The TXT record of an mDNS announcement, and a whole packet; the file of a node that is met there; and a card."""
     info = zc.ServiceInfo(SERVICE, f"x.{SERVICE}", port=7, properties=data[:9000], addresses=[bytes([127, 0, 0, 1])])
     with suppress(ZsflError):
         found = read_announcement(info)
         assert found is None or found.node_id.isprintable()
+        met = read_entry(data)
+        assert met is None or met.address.isprintable()
     packet = DNSIncoming(data[:9000])
     if packet.valid:
         packet.answers()
@@ -564,7 +567,8 @@ def announcement_seeds() -> list[bytes]:
     out.add_answer_at_time(info.dns_service(), 0)
     card = sample(Random(1), NodeCard)
     text = b"".join(bytes([len(one)]) + one for one in texts)
-    return [text, out.packets()[0], msgspec.msgpack.encode(card)]
+    met = b'{"node":"0123456789ab","host":"127.0.0.1","port":7700,"job":"0123456789abcdef0123456789abcdef"}'
+    return [text, out.packets()[0], msgspec.msgpack.encode(card), met]
 
 
 # --- keys ----------------------------------------------------------------------------------------------------

@@ -100,6 +100,7 @@ class Running:
         with suppress(OSError):  # what reading a terminal ends with, when nobody writes to it any more
             while said := os.read(terminal, 1 << 16):
                 self._said.append(said.decode(errors="replace"))
+        self.process.wait()  # to hang up on who has closed its output, and has not ended yet, would kill it
         os.close(terminal)
 
     def until(self, pattern: str) -> re.Match[str]:
@@ -144,7 +145,7 @@ class Reader:
 
     def write(self, name: str, text: str) -> None:
         """A file, on all machines."""
-        is_job = re.search(r"^job = ", text, re.MULTILINE)
+        is_job = name.endswith(".py") and re.search(r"^job = ", text, re.MULTILINE)
         for folder, _ in self.places.values():
             (folder / name).write_text(text + UNHURRIED * bool(is_job), encoding="utf-8")
 

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
@@ -74,6 +75,27 @@ def machines_at(one: str, other: str, *, switched: bool = False) -> Iterator[tup
     finally:
         for namespace in (left.namespace, right.namespace, switch):
             subprocess.run(["ip", "netns", "delete", namespace], check=False, capture_output=True)
+
+
+@contextmanager
+def machine_that_asks(server: str) -> Iterator[Machine]:
+    """One machine that only its own loopback belongs to, whose names are looked up at this name server."""
+    if shutil.which("ip") is None:
+        pytest.skip("network namespaces need iproute2 (the command ip)")
+    machine = Machine(f"zsfl-{uuid4().hex[:6]}", "127.0.0.1")
+    settings = Path("/etc/netns") / machine.namespace
+    try:
+        try:
+            _ip("netns", "add", machine.namespace)
+            settings.mkdir(parents=True)
+        except (subprocess.CalledProcessError, OSError) as error:
+            pytest.skip(f"network namespaces cannot be made here: {error}")
+        (settings / "resolv.conf").write_text(f"nameserver {server}\noptions timeout:1 attempts:1\n")
+        _ip("-n", machine.namespace, "link", "set", "lo", "up")
+        yield machine
+    finally:
+        subprocess.run(["ip", "netns", "delete", machine.namespace], check=False, capture_output=True)
+        shutil.rmtree(settings, ignore_errors=True)
 
 
 def _cable(one: str, link: str, other: str, end: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zsfl.settings import add_flags, load_settings
+from zsfl.settings import LOOKING, add_flags, load_settings
 
 LOOPBACK = "127.0.0.1"
 LS_EXAMPLES = """\
@@ -62,12 +62,12 @@ def add_commands(commands: Any, make: Parser) -> None:
     ls.add_argument("target", nargs="?", metavar="RUN", help="a run, or the name of a job; default: the newest run")
     ls.add_argument("--json", action="store_true", help="all that is known, as JSON")
     ls.add_argument("--wait-s", type=float, default=5.0, metavar="S", help="seconds to look around at most; default: 5")
-    add_flags(ls, ("host", "peers", "keys", "insecure", "mdns", "runs"))
+    add_flags(ls, LOOKING)
     ls.set_defaults(run_command=_ls)
 
     top = make(commands.add_parser, "top", help="the same, live", epilog=TOP_EXAMPLES)
     top.add_argument("target", nargs="?", metavar="RUN", help="a run, or the name of a job; default: the newest run")
-    add_flags(top, ("host", "peers", "keys", "insecure", "mdns", "runs"))
+    add_flags(top, LOOKING)
     top.set_defaults(run_command=_top)
 
     status = make(commands.add_parser, "status", help="how a run stands", epilog=STATUS_EXAMPLES)
@@ -92,7 +92,7 @@ def add_commands(commands: Any, make: Parser) -> None:
     dash = make(commands.add_parser, "dash", help="a page to watch a run on", epilog=DASH_EXAMPLES)
     dash.add_argument("target", nargs="?", metavar="RUN", help="a run, or the name of a job; default: the newest run")
     _add_port(dash, "--port")
-    add_flags(dash, ("host", "peers", "keys", "insecure", "mdns", "runs"))
+    add_flags(dash, LOOKING)
     dash.set_defaults(run_command=_dash)
 
 

@@ -1,10 +1,10 @@
-"""Serves what Prometheus scrapes, at /metrics: of one node, or of a whole cluster on this machine."""
+"""Serves what Prometheus scrapes, of one node or of a whole cluster on this machine, and whether a node is well."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from prometheus_client import ProcessCollector
@@ -12,6 +12,7 @@ from prometheus_client import ProcessCollector
 from zsfl.dashboard.beside import Beside
 from zsfl.dashboard.dash import Dash, Started
 from zsfl.dashboard.exposition import CONTENT_TYPE, exposition
+from zsfl.dashboard.health import Health
 from zsfl.dashboard.history import History
 from zsfl.dashboard.http import HttpError, Request
 from zsfl.dashboard.serving import HttpServer
@@ -33,15 +34,25 @@ class MetricsServer(HttpServer):
     what, flag, path = "metrics", "port with --metrics", "/metrics"
     whose = f"send `Authorization: Bearer TOKEN`; the token is in the file {TOKEN_FILE} beside this machine's keys"
 
-    def __init__(self, render: Callable[[], bytes]) -> None:
+    def __init__(self, render: Callable[[], bytes], probes: Mapping[str, Callable[[], str]] | None = None) -> None:
+        """`probes`: of each path whether all is well, or what is not; whoever asks is told."""
         super().__init__()
         self._render = render
+        self._probes = probes or {}
         self._body = b""
         self._at_s = float("-inf")
 
+    def _check(self, request: Request) -> None:
+        if request.path not in self._probes:
+            super()._check(request)
+
     async def _answer(self, request: Request, writer: asyncio.StreamWriter) -> None:
+        if probe := self._probes.get(request.path):
+            if why := probe():
+                raise HttpError(503, why)
+            return await self._say(writer, 200, b"ok\n", head_only=request.method == "HEAD")
         if request.path != self.path:
-            raise HttpError(404, f"there is one thing here: {self.path}")
+            raise HttpError(404, f"what there is here: {', '.join((self.path, *self._probes))}")
         now_s = time.monotonic()
         if now_s >= self._at_s + FRESH_S:
             self._body, self._at_s = self._render(), now_s
@@ -100,9 +111,11 @@ class NodeMetrics(_Metrics):
         self._watch, self._id = Watch(settings.beat_s), ""
         self._history = History()
         self._process = ProcessCollector(registry=None)
+        self._health = Health(asyncio.get_running_loop())
 
     def beat(self, beat: Beat) -> None:
         """What the node says to its peers."""
+        self._health.beat = beat
         self._beside.soon(lambda: self._take(beat))
 
     def tell(self, report: AnyReport) -> None:
@@ -120,7 +133,8 @@ class NodeMetrics(_Metrics):
         return exposition(self._watch.snapshot(time.monotonic()), self._history, self._process)
 
     async def _serve(self, is_open: Callable[[str], None]) -> None:
-        server = MetricsServer(self._render)
+        probes = {"/healthz": self._health.not_alive, "/readyz": self._health.not_ready}
+        server = MetricsServer(self._render, probes)
         await server.open(self._host, self._port, self._token)
         is_open(server.url)
         try:

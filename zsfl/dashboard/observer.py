@@ -79,7 +79,8 @@ async def observing(
     look at once, so that each has a name of its own, and they do not show one another.
     """
     watch, loop = watch or Watch(settings.beat_s), asyncio.get_running_loop()
-    settings = replace(settings, mdns=settings.mdns and "name" in facts)
+    # In a container of a node the environment has that node's own port.
+    settings = replace(settings, mdns=settings.mdns and "name" in facts, port=0)
 
     def report(said: AnyReport) -> None:
         if isinstance(said, Note):

@@ -35,7 +35,7 @@ def folder_of(run: str | None, settings: NodeSettings) -> Path | None:
 
     ConfigError says what else to name where there is none.
     """
-    if settings.peers:
+    if settings.named:
         return None
     if run is None:
         found = sorted(settings.runs.glob(f"*/{ADDRESS}"), key=lambda path: path.stat().st_mtime)
@@ -68,7 +68,7 @@ def _towards_peers(settings: NodeSettings) -> NodeSettings:
     """Where a peer is on another machine, and no address of this one is given: the one by which that is reached."""
     if not is_loopback(settings.host):
         return settings
-    for peer in settings.peers:
+    for peer in (*settings.peers, *settings.dns):
         host = peer.rpartition(":")[0]
         if not is_loopback(host) and (mine := _address_towards(host)) not in ("", host):
             return replace(settings, host=mine)
@@ -113,7 +113,7 @@ def print_nodes(run: str | None, settings: NodeSettings, wait_s: float, *, as_js
 
 
 def _nobody(run: str | None, settings: NodeSettings) -> str:
-    named = run or ", ".join(settings.peers) or "the newest run here"
+    named = run or ", ".join(settings.named) or "the newest run here"
     return f"nobody of {named} answers: is it on still? `zsfl status` shows what it left"
 
 

@@ -127,8 +127,12 @@ class HttpServer:
         except TimeoutError:
             raise HttpError(408, f"no request came within {self._head_s:g} s") from None
         request = parse(head)
-        self._gate.check(request)
+        self._check(request)
         return request
+
+    def _check(self, request: Request) -> None:
+        """HttpError for whoever may not ask for that."""
+        self._gate.check(request)
 
     async def _answer(self, request: Request, writer: asyncio.StreamWriter) -> None:
         """Answer a request that may be made; HttpError where there is nothing to get."""

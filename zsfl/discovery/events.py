@@ -7,7 +7,7 @@ from typing import Literal
 
 from zsfl.ids import Address, NodeCard, NodeId, Role
 
-Source = Literal["mdns", "seed", "exchange", "hello"]
+Source = Literal["mdns", "dns", "folder", "seed", "exchange", "hello"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,21 +6,20 @@ A hint only (DESIGN M1): notices of removal are ignored, for presence is decided
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import ipaddress
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 import zeroconf as zc
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
+from zsfl.discovery.announced import Announcement, Recogniser, opaque
 from zsfl.discovery.events import Candidate
 from zsfl.errors import Unavailable
-from zsfl.ids import Address, NodeCard, NodeId, Role
+from zsfl.ids import Address, NodeCard, NodeId
 
 SERVICE = "_zsfl._tcp.local."
 MAX_RESOLVING = 256
@@ -33,15 +32,6 @@ RESOLVE_S = 3.0
 ASKING = zc.DNSQuestionType.QM
 """For answers by multicast. Others go to whichever process of this machine comes first, so that one waits for more."""
 GOODBYE_S = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Announcement:
-    """What one well-formed mDNS announcement says."""
-
-    address: Address
-    node_id: NodeId
-    job_hash: str
 
 
 def read_announcement(info: zc.ServiceInfo) -> Announcement | None:
@@ -58,19 +48,6 @@ def read_announcement(info: zc.ServiceInfo) -> Announcement | None:
     return Announcement(address=Address(f"{host}:{info.port}"), node_id=NodeId(node_id), job_hash=job_hash)
 
 
-def opaque(node_id: NodeId, job: str, protocol: int, role: Role, key: str) -> str:
-    """What a node announces of itself besides its address: two hashes, salted by its id.
-
-    The first tells those who know the job that it is theirs, the second those who trust its machine what it is. Nobody
-    else can tell even whether two nodes are of one job, as long as its name is not easily guessed.
-    """
-    return _hash(node_id, job, str(protocol)) + _hash(node_id, job, str(protocol), role, key)
-
-
-def _hash(*words: str) -> str:
-    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
-
-
 class Mdns:
     """Announces `card` while open, on the interface of `card.host` alone, and hears the other nodes there.
 
@@ -84,7 +61,7 @@ class Mdns:
         self._card = card
         self._job = job
         self._protocol = protocol
-        self._keys = keys
+        self._ours = Recogniser(job, protocol, keys)
         self._strangers: dict[Address, Announcement] = {}
         self._found: asyncio.Queue[Candidate] = asyncio.Queue(MAX_QUEUED)
         self._resolving: set[asyncio.Task[None]] = set()
@@ -158,7 +135,7 @@ class Mdns:
     def _take(self, seen: Announcement) -> None:
         if seen.node_id == self._card.id:
             return
-        known = self._recognised(seen)
+        known = self._ours.candidate(seen, "mdns")
         if isinstance(known, str):
             if seen.address in self.others or len(self.others) < MAX_OTHERS:
                 self.others[seen.address] = f"mDNS sees a node {known} at {seen.address}"
@@ -169,7 +146,7 @@ class Mdns:
         self.others.pop(seen.address, None)
         self._strangers.pop(seen.address, None)
         try:
-            self._found.put_nowait(Candidate(seen.address, "mdns", known[0], seen.node_id, known[1]))
+            self._found.put_nowait(known)
         except asyncio.QueueFull:
             self.ignored += 1
 
@@ -177,16 +154,6 @@ class Mdns:
         """Other keys are trusted now: whom that makes a candidate."""
         for seen in list(self._strangers.values()):
             self._take(seen)
-
-    def _recognised(self, seen: Announcement) -> tuple[Role, str] | str:
-        """Role and key of a node, or why it can be no peer."""
-        if seen.job_hash[:16] != _hash(seen.node_id, self._job, str(self._protocol)):
-            return "of another job, or of a zsfl that speaks another protocol,"
-        for key in self._keys():
-            for role in Role:
-                if opaque(seen.node_id, self._job, self._protocol, role, key) == seen.job_hash:
-                    return role, key
-        return "of this job, but not of a machine that this one trusts (or without keys, where this one has them),"
 
 
 async def resolved(zeroconf: zc.Zeroconf, name: str) -> Announcement | None:

@@ -184,6 +184,11 @@ class PeerTable:
         peer = self._peers.get(node_id)
         return peer.card if peer else None
 
+    def at(self, address: Address) -> NodeCard | None:
+        """The card of the live peer that answers at an address."""
+        node_id = self._at.get(address)
+        return None if node_id is None else self.get(node_id)
+
     def to_tell(self, count: int) -> tuple[NodeCard, ...]:
         """At most `count` live peers to tell another node of: those that serve first."""
         return tuple(sorted(self.peers(), key=lambda card: _EXCHANGE_ORDER.index(card.role))[:count])

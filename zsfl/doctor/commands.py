@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zsfl.errors import ConfigError
-from zsfl.settings import add_flags, load_settings
+from zsfl.settings import LOOKING, add_flags, load_settings
 
 EXAMPLES = """\
 examples:
@@ -23,7 +23,7 @@ Give it the flags that a node here has. It changes nothing, and takes a few seco
 mind (warn), or wrong (BAD), with what to do about it. Each sees but its own side of the network: where two machines do
 not find each other, run it on both. It ends with 0 when all is well, with 1 when something is wrong.
 """
-FLAGS = ("host", "peers", "cluster", "keys", "insecure", "mdns", "runs", "device", "spill_mib")
+FLAGS = (*LOOKING, "cluster", "device", "spill_mib")
 
 
 def add_commands(commands: Any, make: Callable[..., argparse.ArgumentParser]) -> None:

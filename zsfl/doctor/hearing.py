@@ -10,7 +10,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import zeroconf as zc
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncZeroconf
 
-from zsfl.discovery.mdns import ASKING, SERVICE, Announcement, announce, open_network, resolved
+from zsfl.discovery.announced import Announcement
+from zsfl.discovery.mdns import ASKING, SERVICE, announce, open_network, resolved
 from zsfl.doctor.seen import Multicast
 from zsfl.errors import Unavailable
 from zsfl.ids import NodeId

@@ -11,7 +11,9 @@ from pathlib import Path
 import msgspec
 
 from zsfl.bounds import is_address
-from zsfl.discovery.mdns import Announcement
+from zsfl.discovery.announced import Announcement
+from zsfl.discovery.dns import addresses_of
+from zsfl.discovery.folder import Folder
 from zsfl.doctor.asking import Asker
 from zsfl.doctor.hearing import listen
 from zsfl.doctor.here import here, look_at_disk, look_at_keys
@@ -62,12 +64,26 @@ async def _look_around(settings: NodeSettings, asker: Asker) -> tuple[list[SeenN
     crawl = Crawl(asker)
     for address in settings.peers:
         crawl.meet(address, "peer")
-    if not settings.peers and (address := _newest_run(settings.runs)):
+    for address, source in await asyncio.to_thread(_named, settings):
+        crawl.meet(address, source)
+    if not settings.named and (address := _newest_run(settings.runs)):
         crawl.meet(address, "run")
     hosts = (settings.host,) if is_loopback(settings.host) else (settings.host, LOOPBACK)
     multicast = await listen(hosts, crawl.announced, crawl.unannounced) if settings.mdns else []
     await crawl.ended()
     return await _with_ports(crawl.nodes(), asker), crawl.left_out, multicast
+
+
+def _named(settings: NodeSettings) -> list[tuple[str, str]]:
+    """Who is where by a name server, or in the folder where nodes meet."""
+    found: list[tuple[str, str]] = []
+    for place in settings.dns:
+        with suppress(OSError, UnicodeError):
+            found += [(address, "dns") for address in addresses_of(place)]
+    if settings.meet:
+        with suppress(OSError):
+            found += [(seen.address, "folder") for seen in Folder(Path(settings.meet).expanduser()).look()]
+    return found
 
 
 def _newest_run(runs: Path) -> str:

@@ -43,7 +43,7 @@ def judge_multicast(seen: Seen) -> Iterator[Finding]:
     """Does what is announced here arrive, and does what others announce?"""
     here = seen.here
     if not here.mdns:
-        what = "mDNS is off: nodes find one another by --peer alone, and are looked for by that here"
+        what = "mDNS is off: nodes find one another by --peer, --dns and --meet, and are looked for by those here"
         yield Finding(check="multicast", state="good", what=what)
         return
     by_peer = "name one node to all others: --peer HOST:PORT, which its first line says"

@@ -84,7 +84,7 @@ def _refused(node: SeenNode, told: str) -> Finding | None:
 
 
 def _told_by(node: SeenNode) -> str:
-    told = sorted(node.sources - {"mdns", "peer", "run"})
+    told = sorted(node.sources - {"mdns", "dns", "folder", "peer", "run"})
     if told:
         return f", though the node at {told[0]} hears it"
     return ", though it is announced" if "mdns" in node.sources else ""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 
-from zsfl.discovery.mdns import opaque
+from zsfl.discovery.announced import job_hash, opaque
 from zsfl.discovery.table import wants_of
 from zsfl.doctor.nodes import named
 from zsfl.doctor.seen import Finding, Seen, SeenNode
 from zsfl.ids import PROTOCOL, NodeCard, NodeId, Role
-from zsfl.peers import job_hash
 from zsfl.waits import FIRST_WORD_S
 from zsfl.wire.door import is_loopback
 from zsfl.wire.examining import Condition

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import stat
+import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
@@ -15,10 +16,14 @@ import pytest
 from helpers.waiting import until
 
 from zsfl.dashboard.beside import Beside
+from zsfl.dashboard.health import MAIN_S, Health
 from zsfl.dashboard.metering import FRESH_S, TOKEN_FILE, MetricsServer, NodeMetrics
 from zsfl.dashboard.serving import MAX_CONNECTIONS
 from zsfl.errors import ConfigError
+from zsfl.ids import Address, NodeCard, NodeId, Role
 from zsfl.settings import NodeSettings, load_settings
+from zsfl.wire.fields import PeerHint
+from zsfl.wire.messages import Beat
 
 HOST = "127.0.0.1"
 
@@ -104,7 +109,7 @@ async def test_scrapers_that_take_nothing_keep_nobody_waiting() -> None:
                 writer.transport.abort()
 
 
-def test_off_loopback_the_token_beside_the_keys_is_wanted(tmp_path: Path) -> None:
+async def test_off_loopback_the_token_beside_the_keys_is_wanted(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     for _ in range(2):  # it is the same after a new start, as whoever scrapes has it in a file
         metrics = NodeMetrics(NodeSettings(metrics="0.0.0.0:0", keys=str(keys)))
@@ -138,7 +143,7 @@ def test_an_address_that_is_none_is_said(wrong: str) -> None:
         load_settings({"metrics": wrong}, {})
 
 
-def test_a_port_that_cannot_be_is_said() -> None:
+async def test_a_port_that_cannot_be_is_said() -> None:
     metrics = NodeMetrics(NodeSettings(metrics="0"))
     said = metrics.open()
     for port in (str(port_of(said)), "99999"):
@@ -161,3 +166,44 @@ def test_what_fails_beside_a_run_is_a_line_of_text(capsys: pytest.CaptureFixture
     beside.soon(lambda: None)
     beside.close()
     assert capsys.readouterr().err == "zsfl: the page has ended: no more\n"
+
+
+async def test_whoever_asks_is_told_whether_a_node_is_well(tmp_path: Path) -> None:
+    metrics = NodeMetrics(NodeSettings(metrics="0.0.0.0:0", keys=str(tmp_path)))
+    base = f"http://{HOST}:{port_of(metrics.open())}"
+
+    async def told(path: str) -> tuple[int, str]:
+        return await asyncio.to_thread(fetch, base + path)
+
+    def heard(role: Role, *peers: Role) -> None:
+        card = NodeCard(id=NodeId("n"), name="n", role=role, host=HOST, control_port=1)
+        hints = tuple(PeerHint(id=NodeId(one), role=one, address=Address(f"{HOST}:2")) for one in peers)
+        metrics.beat(Beat(card=card, peers=hints, counters={}))
+
+    try:
+        assert await told("/healthz") == (200, "ok\n")
+        assert (await told("/readyz"))[0] == 503
+        heard(Role.AGGREGATOR)
+        assert await told("/readyz") == (200, "ok\n")
+        heard(Role.CLIENT, Role.SPLIT_SERVER)
+        assert await told("/readyz") == (503, "it knows no aggregator yet\n")
+        heard(Role.CLIENT, Role.AGGREGATOR, Role.SPLIT_SERVER)
+        assert await told("/readyz") == (200, "ok\n")
+        assert (await told("/metrics"))[0] == 401
+    finally:
+        metrics.close()
+
+
+def test_a_loop_that_answers_no_more_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.new_event_loop()
+    try:
+        asked = Health(loop)
+        assert asked.not_alive() == ""  # by now nobody can know better
+        assert asked.not_alive() == ""
+        monkeypatch.setattr("zsfl.dashboard.health.time.monotonic", lambda: time.monotonic_ns() / 1e9 + MAIN_S)
+        assert asked.not_alive() == "no answer comes from the main loop any more"
+        loop.call_soon(loop.stop)
+        loop.run_forever()
+        assert asked.not_alive() == ""
+    finally:
+        loop.close()

@@ -13,8 +13,9 @@ from helpers.waiting import HANG_S, eventually
 from zeroconf.asyncio import AsyncZeroconf
 
 from zsfl.discovery import mdns
+from zsfl.discovery.announced import opaque
 from zsfl.discovery.events import Candidate
-from zsfl.discovery.mdns import MAX_OTHERS, MAX_QUEUED, Mdns, opaque, read_announcement
+from zsfl.discovery.mdns import MAX_OTHERS, MAX_QUEUED, Mdns, read_announcement
 from zsfl.errors import Unavailable
 from zsfl.ids import Address, NodeCard, NodeId, Role
 

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from zsfl.discovery.mdns import opaque
+from zsfl.discovery.announced import job_hash, opaque
 from zsfl.doctor.judging import findings
 from zsfl.doctor.seen import Disk, Finding, Here, Interface, Keys, Multicast, Seen, SeenNode, Torch
 from zsfl.ids import PROTOCOL, NodeCard, NodeId, Role
-from zsfl.peers import job_hash
 from zsfl.wire.examining import Condition, Hearing, Wait
 
 LAN = "10.0.0.1"
