@@ -279,7 +279,8 @@ class Node:
         except StorageError as error:
             refusal = error
         ends_s = time.monotonic() + self.settings.patience_s
-        with self.waiting(lambda: _lacking(refusal)):
+        then = f"it is tried again for {self.settings.patience_s:g} s in all; after that, go on with --resume"
+        with self.waiting(lambda: _lacking(refusal), lambda: (then,)):
             while not isinstance(refusal, SpillTooLarge) and time.monotonic() <= ends_s:
                 await asyncio.sleep(self.settings.beat_s)
                 try:

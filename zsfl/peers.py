@@ -55,6 +55,8 @@ HELLO_S = 2.0
 
 MAX_NOTED = 256
 """Addresses of which it is said why they are no peers."""
+MOST_OTHERS = 3
+"""Nodes that are none of ours of which is told at once."""
 GREETING_S = 0.5
 """What somebody who did not answer a HELLO may take to say whether it uses keys."""
 HINTED_FIRST_S = 0.25
@@ -150,7 +152,10 @@ class Peers:
         """What to check when nobody comes."""
         advice = [f"{address} was refused: {reason}" for address, reason in self.table.refusals().items()]
         if self._mdns is not None:
-            advice += self._mdns.others.values()
+            others = list(self._mdns.others.values())
+            advice += others[-MOST_OTHERS:]
+            if len(others) > MOST_OTHERS:
+                advice.append(f"mDNS saw {len(others) - MOST_OTHERS} more such nodes; some may have left meanwhile")
             if self._mdns.ignored:
                 advice.append(f"{self._mdns.ignored} announcements by mDNS made no sense, or were too many at once")
         advice.append("`zsfl doctor`, with the flags of this node, finds out more")

@@ -149,6 +149,8 @@ class ForkServer:
             os.close(end)
         if log is None:
             log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            begun = f"--- {order.name} of {self._job}, process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+            os.write(log, begun.encode())  # runs of one folder share the file
         # What the job prints must not get between the reports.
         os.dup2(log, 1)
         os.dup2(log, 2)

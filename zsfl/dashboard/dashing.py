@@ -39,6 +39,9 @@ def serve_dash(run: str | None, settings: NodeSettings, host: str, port: int) ->
     _check_port(port)
     token = "" if is_loopback(host) else secrets.token_urlsafe(24)
 
+    if run is not None and not settings.named and folder_of(run, settings) is None:
+        warn(f"there is no run {run} in {settings.runs}: the page waits for nodes of a job that is called so")
+
     async def serve() -> None:
         dash = Dash(lambda: find_place(run, settings), settings.beat_s, warn)
         serving, loop = (

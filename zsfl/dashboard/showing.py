@@ -16,6 +16,7 @@ from zsfl.dashboard.drawing import curves, draw_runs, natural
 from zsfl.dashboard.pages import console, in_bytes
 from zsfl.dashboard.runs import LEDGER, Run, all_runs, find_run, read_run
 from zsfl.errors import ConfigError, StorageError
+from zsfl.ids import Role
 from zsfl.reports import Failed, RoundReport, Tested
 from zsfl.words import FEWER, fewer, number_of, percent
 
@@ -152,7 +153,7 @@ def report_page(run: Run) -> str:
     if run.rounds:
         parts += ["<h2>Curves</h2>", curves([run])]
         titles = ("client", "training loss", "held-out loss", "held-out accuracy", "best accuracy")
-        parts += ["<h2>Each client, at the end</h2>", _table(titles, _clients(run))]
+        parts += ["<h2>Each client, its newest figures</h2>", _table(titles, _clients(run))]
         parts += [
             "<h2>Who did what</h2>",
             _table(("node", "steps that counted", "sent", "received", "told busy", "retries"), _peers(run)),
@@ -166,21 +167,28 @@ def report_page(run: Run) -> str:
 
 
 def _clients(run: Run) -> list[tuple[str, ...]]:
-    """Of each the newest figures that there are."""
+    """Of each the newest figures that there are, and in which round that was where it is not in the last test."""
     trained: dict[str, float | None] = {}
     losses: dict[str, float | None] = {}
     accuracies: defaultdict[str, list[float]] = defaultdict(list)
     for one in run.rounds:
         trained |= one.train_losses
+    tested: dict[str, int] = {}
     for test in run.tests:
+        tested |= dict.fromkeys(test.clients, test.round)
         losses |= dict.fromkeys(test.clients) | test.losses
         for name, accuracy in test.clients.items():
             accuracies[name] += [] if accuracy is None else [accuracy]
     return [
-        (name, _number(trained.get(name)), _number(losses.get(name)))
+        (name + _until(tested.get(name), run), _number(trained.get(name)), _number(losses.get(name)))
         + ((_percent(found[-1]), _percent(max(found))) if (found := accuracies[name]) else ("", ""))
         for name in sorted(trained.keys() | losses, key=natural)
     ]
+
+
+def _until(round_: int | None, run: Run) -> str:
+    last = run.tests[-1].round if run.tests else None
+    return "" if round_ in (None, last) else f" {FEWER} until round {round_}"
 
 
 def _number(value: float | None) -> str:
@@ -207,6 +215,7 @@ def _peers(run: Run) -> list[tuple[str, ...]]:
             f"{of['retries']:,}",
         )
         for node, of in ((node, sums[node]) for node in sorted(sums.keys() | steps, key=natural))
+        if steps[node] or not node.startswith(f"{Role.OBSERVER}-")  # whoever only looked
     ]
 
 

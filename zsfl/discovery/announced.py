@@ -50,7 +50,7 @@ class Recogniser:
     def candidate(self, seen: Announcement, source: Source) -> Candidate | str:
         """What it comes to, or why it can be no peer."""
         if seen.job_hash[:16] != _hash(seen.node_id, self.job, str(self.protocol)):
-            return "of another job, or of a zsfl that speaks another protocol,"
+            return "of another job, --cluster (each `zsfl up` is one of its own) or version of the protocol,"
         for key in self.keys():
             for role in Role:
                 if opaque(seen.node_id, self.job, self.protocol, role, key) == seen.job_hash:

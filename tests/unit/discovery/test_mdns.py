@@ -75,7 +75,8 @@ async def test_a_node_that_runs_is_seen_by_one_that_comes_later() -> None:
 
 @pytest.mark.parametrize(("job", "protocol"), [("another", 1), (JOB, 7)])
 async def test_a_node_of_another_job_or_protocol_is_told_of_and_no_candidate(job: str, protocol: int) -> None:
-    text = "mDNS sees a node of another job, or of a zsfl that speaks another protocol, at 127.0.0.1:4022"
+    of = "of another job, --cluster (each `zsfl up` is one of its own) or version of the protocol,"
+    text = f"mDNS sees a node {of} at 127.0.0.1:4022"
     ours = card(f"ours{protocol}", 4023)
     stranger = node(f"s{protocol}", 4022, role=Role.SPLIT_SERVER, job=job, protocol=protocol)
     async with node(f"a{protocol}", 4021) as one, stranger:
