@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zsfl.cluster.on_ray import commands as on_ray
 from zsfl.dashboard import commands as looking
 from zsfl.doctor import commands as doctor
 from zsfl.errors import ConfigError, ZsflError
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from zsfl.cluster.cluster import Cluster
     from zsfl.dashboard.printer import ProgressPrinter
     from zsfl.reports import AnyReport
+
+    Tell = Callable[[AnyReport], None]
 
 EXAMPLES = """\
 examples:
@@ -60,6 +63,7 @@ examples:
   zsfl up mnist.py --run night --rounds 50           leaves runs/night
   zsfl up mnist.py --run night --rounds 80 --resume  goes on from there, to 80 rounds
   zsfl up mnist.py --in-process                      the same nodes in one process
+  zsfl up mnist.py --on ray --min 1 --max 4          on Ray, with as many split servers as there is work for
   zsfl up lan.toml                                   the machines that this file names, over ssh: see docs/how-to/lan.md
 """
 
@@ -136,6 +140,7 @@ UP_FLAGS = (
     "rounds", "mode", "cluster", "run", "runs", "resume", "device", "slots", "codec", "mdns", "host", "threads",
     "patience_s", "durability", "keep_mib", "spill_mib", "keys", "insecure", "io_threads", "metrics", "tensorboard",
 )  # fmt: skip
+COUNTS = ("clients", "split_servers", "standbys", "client_processes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,7 +175,7 @@ def parser() -> argparse.ArgumentParser:
     up = _parser(commands.add_parser, "up", help="run a job on this machine, or several", epilog=UP_EXAMPLES)
     up.add_argument("job", type=Path, metavar="JOB", help="Python file with a `job`, or lan.toml")
     _add_cluster_flags(up, clients=None)
-    up.set_defaults(run_command=_up)
+    on_ray.add_flags(up).set_defaults(run_command=_up)
 
     node = _parser(commands.add_parser, "node", help="run one node", epilog=NODE_EXAMPLES)
     roles = node.add_subparsers(title="roles", required=True, metavar="ROLE")
@@ -262,11 +267,9 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _up(args: argparse.Namespace) -> int:
-    if args.job.suffix != ".toml":
-        return _run_cluster(args.job, args)
-    for name in ("clients", "split_servers", "standbys", "client_processes", "in_process"):
-        if getattr(args, name):
-            raise ConfigError(f"--{name.replace('_', '-')} is for a job file: {args.job} says which nodes there are")
+    names_nodes = not on_ray.is_wanted(vars(args)) and args.job.suffix == ".toml"
+    if wrong := [name.replace("_", "-") for name in (*COUNTS, "in_process") if names_nodes and getattr(args, name)]:
+        raise ConfigError(f"--{wrong[0]} is for a job file: {args.job} says which nodes there are")
     return _run_cluster(args.job, args)
 
 
@@ -365,9 +368,7 @@ def _run_cluster(job: Path, args: argparse.Namespace) -> int:
     return 0
 
 
-async def _train(
-    job: Path, flags: dict[str, Any], watch: Callable[[AnyReport], None], printer: ProgressPrinter
-) -> None:
+async def _train(job: Path, flags: dict[str, Any], watch: Tell, printer: ProgressPrinter) -> None:
     import asyncio
 
     with printer:
@@ -385,7 +386,7 @@ async def _train(
             drawing.cancel()
 
 
-def _cluster(job: Path, flags: dict[str, Any], on_report: Callable[[AnyReport], None]) -> Cluster:
+def _cluster(job: Path, flags: dict[str, Any], on_report: Tell) -> Cluster:
     given = {name: flags[name] for name in UP_FLAGS if flags.get(name) is not None}
     if job.suffix == ".toml":
         from zsfl.cluster.remote import LanCluster
@@ -393,6 +394,6 @@ def _cluster(job: Path, flags: dict[str, Any], on_report: Callable[[AnyReport], 
         return LanCluster(job, on_report=on_report, **given)
     from zsfl.cluster.local import LocalCluster
 
-    counts = ("clients", "split_servers", "standbys", "client_processes")
-    given |= {name: flags[name] for name in counts if flags.get(name) is not None}
-    return LocalCluster(job, in_process=flags["in_process"], on_report=on_report, **given)
+    given |= {name: flags[name] for name in COUNTS if flags.get(name) is not None}
+    given |= {"on_report": on_report}
+    return on_ray.make(job, flags, given) or LocalCluster(job, in_process=flags["in_process"], **given)

@@ -1,10 +1,20 @@
-"""Tasks that live as long as a node does."""
+"""How long a node lives: tasks that do as long as it does, and who may ask it to leave."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import signal
+from collections.abc import Callable, Coroutine
 from typing import Any
+
+Listen = Callable[[Callable[[], None]], None]
+"""Is given, in a node's event loop, what to call there whenever the node is to leave."""
+
+
+def on_signals(asked: Callable[[], None]) -> None:
+    """SIGTERM and Ctrl-C ask it to."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, asked)
 
 
 class Lifetime:

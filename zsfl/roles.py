@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import os
 import platform
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from zsfl.lane import compute, use_threads
 from zsfl.learning.cuts import Cuts
 from zsfl.learning.job import Job, load_job
 from zsfl.learning.modes import max_staleness, mode_name
+from zsfl.lifetime import Listen, on_signals
 from zsfl.locks import LOCK, lock_folder
 from zsfl.node import Node, RoleShell
 from zsfl.outputs import drop_unread
@@ -351,16 +351,18 @@ def main(role: str, job: Job, argv: Sequence[str] | None = None) -> int:
     return run_node(wanted, job, vars(parser.parse_args(argv)))
 
 
-def run_node(role: Role, job: Job | Path, flags: Mapping[str, Any], report: Reporter | None = None) -> int:
+def run_node(
+    role: Role, job: Job | Path, flags: Mapping[str, Any], report: Reporter | None = None, listen: Listen = on_signals
+) -> int:
     """Run one node in this process; 0 when it ended well, 1 when it failed, 2 when its job or settings are wrong."""
     if report is None:
         with _reporting(flags) as told:
-            return run_node(role, job, flags, told)
+            return run_node(role, job, flags, told, listen)
     name = str(flags.get("name") or role)
     try:
         settings = load_settings(flags, os.environ)
         use_threads(settings.threads)
-        asyncio.run(_until_done(role, job if isinstance(job, Job) else load_job(job), settings, report))
+        asyncio.run(_until_done(role, job if isinstance(job, Job) else load_job(job), settings, report, listen))
     except ZsflError as error:
         report(failed(name, error))
         print(f"zsfl: {error}", file=sys.stderr)
@@ -375,18 +377,16 @@ def run_node(role: Role, job: Job | Path, flags: Mapping[str, Any], report: Repo
     return 0
 
 
-async def _until_done(role: Role, job: Job, settings: NodeSettings, report: Reporter) -> None:
-    """Run a node that SIGTERM or Ctrl-C asks to leave; asked twice, it leaves at once."""
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    running = asyncio.current_task()
+async def _until_done(role: Role, job: Job, settings: NodeSettings, report: Reporter, listen: Listen) -> None:
+    """Run a node until it is asked to leave; asked twice, it leaves at once."""
+    stop, running = asyncio.Event(), asyncio.current_task()
 
     def asked() -> None:
         if stop.is_set() and running is not None:
             running.cancel()
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, asked)
+    listen(asked)
     context = open_context(settings.io_threads)
     try:
         with suppress(asyncio.CancelledError):

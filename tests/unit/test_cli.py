@@ -35,7 +35,7 @@ RESUMING = {"--no-resume", "--resume", "--rounds"}
 FLAGS = {
     "": {"--version"},
     "demo": {*CLUSTER, "--print-job"},
-    "up": {*CLUSTER, "JOB"},
+    "up": {*CLUSTER, "JOB", "--on", "--address", "--min", "--max"},
     "audit": {"RUN", "--replay", "--job", "--runs"},
     "new": {"DIR"},
     "completion": {"SHELL"},

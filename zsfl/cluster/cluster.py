@@ -65,6 +65,8 @@ class Cluster:
         # A name of its own, or two clusters of one job on one machine would find each other by mDNS.
         name = self._base.cluster or (secrets.token_hex(4) if self._mdns else "")
         self._settings = {**settings, "cluster": name, "runs": self._base.runs, "mdns": self._mdns, "metrics": ""}
+        self._start_s = START_S
+        """What a node that is started later may take until it is ready."""
         self._join_s = min(self._base.join_s, START_S)
         self._runs = self._base.runs
         self._metrics = Metered(self._base)
@@ -178,7 +180,7 @@ class Cluster:
 
     async def _start_and_wait(self, name: str, role: Role, flags: Mapping[str, Any]) -> str:
         node = await self._start(name, role, flags)
-        async with deadline(START_S, f"{name} is not ready"):
+        async with deadline(self._start_s, f"{name} is not ready"):
             await self.until(lambda: node.address is not None or node.exit_code is not None)
         if node.exit_code is not None:
             raise death(name, node, self._logs)

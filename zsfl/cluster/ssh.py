@@ -78,7 +78,7 @@ class MachineSpawner(ProcessSpawner):
         if self._server is not None and self._server.stderr is not None:
             self._errors_read = asyncio.create_task(self._read_errors(self._server.stderr))
         if self._machine.ssh:
-            await self._order(Files(files=_contents(self._job, self._lan.files)))
+            await self._order(Files(files=contents(self._job, self._lan.files)))
 
     @property
     def _called(self) -> str:
@@ -274,7 +274,7 @@ def _first(errors: BaseExceptionGroup[ZsflError]) -> ZsflError:
     return _first(found) if isinstance(found, BaseExceptionGroup) else found
 
 
-def _contents(job: Path, others: Iterable[str]) -> dict[str, bytes]:
+def contents(job: Path, others: Iterable[str]) -> dict[str, bytes]:
     """The job file and what it imports, by name; ConfigError when one cannot be read, or all are too much."""
     try:
         files = {name: (job.parent / name).read_bytes() for name in (job.name, *others)}
