@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import os
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -55,6 +56,8 @@ DRAIN_S = 8.0
 """What finishing and handing over may take once a node is asked to leave."""
 BUSY_S = 30.0
 """How much longer a node that is asked to leave waits for its lane to end what it computes."""
+MAX_MET = 512
+"""Peers of one machine and role of which it is said that they came."""
 TOPIC = b"node"
 """What every peer hears: heartbeats and goodbyes."""
 
@@ -96,6 +99,7 @@ class Front:
         self._loop = asyncio.get_running_loop()
         self._stopping = stopping or asyncio.Event()
         self._life = Lifetime()
+        self._met: Counter[tuple[str, Role]] = Counter()  # how often a peer came, by key and role
         self._beats: dict[NodeId, Beat] = {}
         """Of each peer the newest heartbeat that the lane has not heard of."""
         self._peers: Peers
@@ -292,21 +296,33 @@ class Front:
 
     def peer_joined(self, card: NodeCard, codecs: tuple[str, ...]) -> None:
         """A peer is there."""
-        if self._door.trust is not None and card.key:
-            key = PublicKey(card.key)
-            entry = self._door.trust.known.get(key)
-            self._report(
-                Met(
-                    node=self.name,
-                    peer=card.name,
-                    role=str(card.role),
-                    address=card.address,
-                    machine=machine_id(key),
-                    known_as=entry.name if entry else "",
-                    here=card.key == self.card.key,
-                )
-            )
+        self._say_met(card)
         soon_in_lane(lambda: self._node.peer_joined(card, codecs))
+
+    def _say_met(self, card: NodeCard) -> None:
+        """On whose machine a peer is; of a machine that never stops to send new ones only the first."""
+        if self._door.trust is None or not card.key:
+            return
+        key = PublicKey(card.key)
+        self._met[card.key, card.role] += 1
+        if self._met[card.key, card.role] > MAX_MET:
+            return
+        entry = self._door.trust.known.get(key)
+        self._report(
+            Met(
+                node=self.name,
+                peer=card.name,
+                role=str(card.role),
+                address=card.address,
+                machine=machine_id(key),
+                known_as=entry.name if entry else "",
+                here=card.key == self.card.key,
+            )
+        )
+        if self._met[card.key, card.role] == MAX_MET:
+            self.note(
+                f"{MAX_MET} times somebody came as {card.role} from machine {machine_id(key)}: no more is said of it"
+            )
 
     def peer_lost(self, card: NodeCard, reason: str) -> None:
         """A peer is gone."""

@@ -54,7 +54,7 @@ HELLO_S = 2.0
 """Deadline of a handshake."""
 
 MAX_NOTED = 256
-"""Addresses of which it is said why they are no peers."""
+"""Reasons told why somebody is no peer: what a node is called, and what its job is, is for it to say."""
 MOST_OTHERS = 3
 """Nodes that are none of ours of which is told at once."""
 GREETING_S = 0.5
@@ -136,8 +136,8 @@ class Peers:
             lost_after_s=settings.lost_after_s,
         )
         self.table = PeerTable(card, wants_of(card.role), timing, room_for_peers(MAX_PEERS))
-        self._noted: dict[Address, str] = {}
-        """Of whom it was said why they are no peers, the newest last."""
+        self._noted: set[str] = set()
+        """What was said of who is no peer."""
 
     def by_role(self, role: Role) -> list[NodeCard]:
         """Live peers of one role, by name."""
@@ -219,7 +219,7 @@ class Peers:
     def _join(self, card: NodeCard) -> None:
         if others := [peer for peer in self.table.peers() if peer.name == card.name and peer.id != card.id]:
             said = f"two nodes are called {card.name}, one at {others[0].address} and one of another machine at"
-            self._note_once(card.address, f"{said} {card.address}; give one of them another --name")
+            self._note_once(f"{said} {card.address}; give one of them another --name")
         if card.pub_port:
             ear = self._user.ear(card, lambda broadcast: self._heard(card.id, broadcast))
             self._ears[card.id] = self._start(ear.run(), f"listen to {card.name}")
@@ -354,13 +354,13 @@ class Peers:
             if self._refusers.issuperset(self._settings.peers):
                 raise ConfigError(f"{reason}. Start both with the same job file, or correct --peer {address}")
         if self.table.refusals().get(address) != reason:
-            self._note_once(address, f"{address} refused: {reason}")
+            self._note_once(f"{address} refused: {reason}")
         self._on(Refused(address=address, reason=reason, final=final))
 
-    def _note_once(self, address: Address, message: str) -> None:
-        """Say it, unless it was said; of a flood of others only the first."""
-        if self._noted.get(address) != message and (address in self._noted or len(self._noted) < MAX_NOTED):
-            self._noted[address] = message
+    def _note_once(self, message: str) -> None:
+        """Say it, unless it was said; of a flood only the first."""
+        if message not in self._noted and len(self._noted) < MAX_NOTED:
+            self._noted.add(message)
             self._user.note(message, "warning")
 
     def _welcomed(self, card: NodeCard, address: Address, codecs: tuple[str, ...], by: Literal["me", "them"]) -> None:
@@ -372,7 +372,7 @@ class Peers:
     def answer(self, hello: Hello) -> Welcome:
         """Answer somebody's HELLO; Rejected when we are not of one job, Unavailable when a later try may do."""
         if objection := self._objection(hello):
-            self._note_once(hello.card.address, f"{hello.card.address} was turned away: {objection}")
+            self._note_once(f"{hello.card.address} was turned away: {objection}")
             raise Rejected(objection)
         hints = self.hints()
         self._welcomed(hello.card, hello.card.address, hello.codecs, "them")

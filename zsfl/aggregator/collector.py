@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -54,13 +55,18 @@ class _Holder:
         self.name = card.name
         self.connection = connection
         self.fetch: dict[Key, int] = {}
-        self.members: dict[Cid, tuple[Cid, ...]] = {}
-        """Of merged spills that are to be fetched."""
+        self.members: dict[Key, tuple[Cid, ...]] = {}
+        """Of merged spills that are to be fetched, and of no others: a holder may offer what it likes."""
         self.release: set[Cid] = set()
+        """As many as one request tells; what is still held beyond these is offered again by the next heartbeat."""
         self.complained: set[Key] = set()
         """Of the version that is gathered: it was said why they do not come."""
         self.todo = asyncio.Event()
         self.task: asyncio.Task[None]
+
+    def let_go(self, cids: Iterable[Cid]) -> None:
+        """Have it told that these are settled."""
+        self.release.update(itertools.islice(cids, MAX_OFFERS - len(self.release)))
 
 
 class Collector:
@@ -136,13 +142,15 @@ class Collector:
         except BadShape as error:
             raise RemoteProtocolError(f"{node} offers what is no spill: {error}") from error
         holder.fetch.update({key: sizes[key] for key in verdict.fetch})
-        holder.members.update({offer.cid: offer.members for offer in left if offer.members})
+        of = {(offer.cid, offer.kind): offer.members for offer in left if offer.members}
+        holder.members.update({key: of[key] for key in verdict.fetch if key in of})
         if (judge := self._judge) is not None:
             for offer in left:
                 if (offer.cid, offer.kind) in holder.fetch and (why := judge.too_long(offer)):
                     del holder.fetch[offer.cid, offer.kind]
+                    holder.members.pop((offer.cid, offer.kind), None)
                     self._refuse(holder, (offer.cid, offer.kind), offer.part, offer.members, why, judge)
-        holder.release.update(verdict.release)
+        holder.let_go(verdict.release)
         if holder.fetch or holder.release:
             holder.todo.set()
 
@@ -160,8 +168,8 @@ class Collector:
             while holder.fetch:
                 await self._fetch(card, holder, _batch(holder.fetch))
             if holder.release:
-                cids = tuple(sorted(holder.release))[:MAX_OFFERS]
-                holder.release.clear()  # what is still held will be offered again by the next heartbeat
+                cids = tuple(sorted(holder.release))
+                holder.release.clear()
                 await self._release(card, holder, ReleaseSpills(cids=cids))
 
     async def _fetch(self, card: NodeCard, holder: _Holder, keys: list[Key]) -> None:
@@ -181,8 +189,9 @@ class Collector:
             if isinstance(error, DeadlineExceeded) and card.role is not Role.CLIENT:
                 self._remake_soon(_parts(holder, keys))
         self._gathering.not_delivered(card.id, keys)
-        for cid, _ in keys:
-            holder.members.pop(cid, None)
+        for key in keys:
+            if key not in holder.fetch:
+                holder.members.pop(key, None)
 
     async def _remake(self, holder: _Holder, keys: list[Key]) -> None:
         """What a holder offered and cannot hand over is made again, if it may still count."""
@@ -263,7 +272,7 @@ class Collector:
             kind: SpillKind = "merged" if found.members else found.part
             if (found.cid, kind) != key:
                 raise SpillCorrupt(f"it is {kind} of {found.cid} where {key[1]} of {key[0]} was asked for")
-            offered = offer.members if offer is not None else holder.members.get(found.cid, ())
+            offered = offer.members if offer is not None else holder.members.get(key, ())
             if found.members and tuple(member.cid for member in found.members) != offered:
                 raise SpillCorrupt(f"the steps of {key[1]} {key[0]} are others than were offered")
         except Exception as error:
@@ -313,7 +322,7 @@ class Collector:
             del self._refusals[key]
             judge.give_up(cids, why)
         elif part == "body":
-            holder.release.update(cids)
+            holder.let_go(cids)
             holder.todo.set()
             self._remake_soon([(cid, "body") for cid in cids])
         if len(self._refusals) > MOST_REFUSED:
@@ -325,7 +334,7 @@ def _parts(holder: _Holder, keys: Sequence[Key]) -> list[tuple[Cid, PartName]]:
     return [
         (member, "client" if kind == "client" else "body")
         for cid, kind in keys
-        for member in holder.members.get(cid, (cid,))
+        for member in holder.members.get((cid, kind), (cid,))
     ]
 
 

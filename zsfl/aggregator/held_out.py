@@ -17,6 +17,7 @@ from zsfl.ids import Version
 from zsfl.latest import Latest
 from zsfl.learning.job import Job
 from zsfl.learning.modes import Exact
+from zsfl.learning.robust import is_trusting
 from zsfl.node import Node
 from zsfl.reports import Tested
 from zsfl.weights.shelf import Shelf
@@ -78,6 +79,7 @@ class HeldOut:
         self._node = node
         self._job = job
         self._waits = isinstance(job.how, Exact)
+        self._trusting = is_trusting(job.average, job.bound)
         self._stage = stage
         self._shelf = shelf
         self._roster = roster
@@ -158,7 +160,7 @@ class HeldOut:
         return self._tested(order, self._answers)
 
     def _tested(self, order: Order, answers: Mapping[int, Evaluated]) -> Tested:
-        strange = outliers(answers)
+        strange = outliers(answers, self._trusting)
         if new := strange - self._strange:
             names = ", ".join(self._roster.value.label(shard) for shard in sorted(new)[:MOST_NAMED])
             self._node.note(
@@ -167,7 +169,8 @@ class HeldOut:
                 "warning",
             )
         self._strange |= strange
-        loss, accuracy = pooled({shard: one for shard, one in answers.items() if shard not in strange})
+        usual = {shard: one for shard, one in answers.items() if shard not in strange}
+        loss, accuracy = pooled(usual, self._trusting)
         said = {
             self._roster.value.label(shard): None if shard in strange else one for shard, one in sorted(answers.items())
         }

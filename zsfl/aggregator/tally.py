@@ -127,23 +127,40 @@ FAR = 1e6
 """A held-out loss so many times as far from 0 as half of the shards' (and 1) says nothing of the model."""
 
 
-def outliers(evaluated: Mapping[int, Evaluated]) -> frozenset[int]:
-    """Shards whose loss is not finite or out of all proportion, unless most say so: then it is the model."""
-    losses = {shard: abs(one.loss_sum) / (one.weight or 1.0) for shard, one in evaluated.items() if one.samples}
+MOST_SUMMED = 1e300
+"""A larger sum of losses is taken for infinite, so that those of all shards together are not."""
+
+
+def outliers(evaluated: Mapping[int, Evaluated], trusting: bool = True) -> frozenset[int]:
+    """Shards whose loss is not finite or out of all proportion; where clients are trusted, unless most say so: then it
+    is the model.
+    """
+    losses = {
+        shard: abs(one.loss_sum) / (one.weight or 1.0) if abs(one.loss_sum) <= MOST_SUMMED else math.inf
+        for shard, one in evaluated.items()
+        if one.samples
+    }
     finite = [loss for loss in losses.values() if loss < math.inf]
     most = FAR * max(1.0, median_low(finite)) if finite else 0.0
     strange = {shard for shard, loss in losses.items() if not loss <= most}
-    return frozenset(strange) if 2 * len(strange) <= len(losses) else frozenset()
+    return frozenset(strange) if not trusting or 2 * len(strange) <= len(losses) else frozenset()
 
 
-def pooled(evaluated: Mapping[int, Evaluated]) -> tuple[float | None, float | None]:
-    """Loss and accuracy over all held-out samples of all shards; None where there is nothing to pool."""
+def pooled(evaluated: Mapping[int, Evaluated], trusting: bool = True) -> tuple[float | None, float | None]:
+    """Loss and accuracy over all held-out samples of all shards; None where there is nothing to pool.
+
+    How many a shard has is for its client to say. Where clients are not trusted it counts for as many as the middle
+    one at most, so that nobody is all of the test.
+    """
     results = [result for result in evaluated.values() if result.samples]
-    samples, weight = sum(result.samples for result in results), sum(result.weight for result in results)
+    most = math.inf if trusting or not results else median_low(result.samples for result in results)
+    shares = [min(1.0, most / result.samples) for result in results]
+    samples = sum(share * result.samples for share, result in zip(shares, results, strict=True))
+    weight = sum(share * result.weight for share, result in zip(shares, results, strict=True))
     if not samples or not weight:
         return None, None
-    loss = sum(result.loss_sum for result in results) / weight
-    right = [result.correct for result in results if result.correct is not None]
+    loss = sum(share * result.loss_sum for share, result in zip(shares, results, strict=True)) / weight
+    right = [s * result.correct for s, result in zip(shares, results, strict=True) if result.correct is not None]
     return loss, sum(right) / samples if len(right) == len(results) else None
 
 

@@ -19,7 +19,10 @@ from zsfl.learning.job import Job
 from zsfl.learning.modes import Exact
 from zsfl.node import Node
 from zsfl.reports import Before, Finished, RoundReport, Tested
+from zsfl.words import number_of
 
+MOST_SHOWN = 8
+"""Clients named in an error."""
 TOLD_AT_ONCE = 4096
 """Of what was before, figures of so many shards: each takes some hundred bytes of a line, which has its bound."""
 
@@ -118,8 +121,9 @@ class Trials:
         if tested.loss is not None and not math.isfinite(tested.loss):
             self._training.newest = self._training.proven
             raise RunFailed(
-                f"the held-out loss became {tested.loss} after round {order.round} (version {order.version}): lower "
-                "the learning rate, or look for bad samples"
+                f"the held-out loss became {tested.loss} after round {order.round} (version {order.version}), "
+                f"{_by_whom(tested)}: lower the learning rate, or look for bad samples; "
+                "with Job.norm_bound or Job.average no client's held-out loss ends a run"
             )
         is_best = tested.loss is not None and self.best.take(tested)
         tested = msgspec.structs.replace(tested, ends_round=report is not None)
@@ -138,6 +142,15 @@ class Trials:
         if whole is not None:
             self.last = whole
             self._node.report(whole)
+
+
+def _by_whom(tested: Tested) -> str:
+    """Whose samples make the loss no number."""
+    whose = [name for name, loss in tested.losses.items() if loss is None]
+    if not whose or len(whose) == len(tested.losses) > 1:
+        return f"on the samples of all {number_of(len(tested.losses), 'shard')} together"
+    others = f" and {len(whose) - MOST_SHOWN} others" if len(whose) > MOST_SHOWN else ""
+    return f"on the samples of {', '.join(whose[:MOST_SHOWN])}{others}"
 
 
 def whole_of(report: RoundReport, tested: Tested) -> RoundReport:

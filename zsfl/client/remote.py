@@ -27,6 +27,7 @@ from zsfl.errors import (
     SpillFull,
     StaleWeights,
     Unavailable,
+    ZsflError,
 )
 from zsfl.ids import Cid, NodeCard, NodeId, Version
 from zsfl.ids import Role as NodeRole
@@ -66,6 +67,8 @@ class RemoteBody:
         self._answers = Latest(None)
         """Touched at every answer, and whatever else may make room at a server."""
         self._line = Line()
+        self._left_s = -math.inf
+        """When a split server was lost last."""
 
     def joined(self, card: NodeCard) -> None:
         """A split server is there."""
@@ -79,6 +82,7 @@ class RemoteBody:
         """A split server is gone: what it was asked fails, and is asked of another."""
         if held := self._connections.pop(card.id, None):
             held[0].close(f"is gone ({reason})")
+            self._left_s = time.monotonic()
         self._codecs.lost(card.id)
         self._chooser.lost(card.id)
         self._changed()
@@ -247,7 +251,8 @@ class RemoteBody:
     async def _ask(self, make: Make, take: Take[_Taken], at: NodeId | None = None) -> tuple[NodeId, _Taken]:
         """Ask one server after another until one gives what `take` can use.
 
-        What all that are there refuse for good, or answer wrongly, is raised: one alone may be out of order.
+        What all that are there refuse for good, or answer wrongly, is raised: one alone may be out of order. Where one
+        alone is there, another that was there lately is waited for, as for any server.
         """
         if at is not None:
             server, answer = await self._ask_at(at, make)
@@ -268,13 +273,27 @@ class RemoteBody:
                 trouble = str(error)
             except (ConfigError, ProtocolError, Rejected) as error:
                 wrong.add(server)
-                if wrong.issuperset(self._connections):
-                    raise
+                if wrong.issuperset(self._connections) and not self._may_be_contradicted(wrong):
+                    if len(wrong) > 1:
+                        raise
+                    raise self._said_by(server, error) from error
                 trouble = str(error)
                 self._node.counters.add("retries")
                 self._chooser.refused(server, time.monotonic(), MAX_SHUN_S)
         raise NoPeer(
             f"no split server took a step for {self._node.settings.patience_s:g} s; the last trouble was: {trouble}"
+        )
+
+    def _may_be_contradicted(self, wrong: set[NodeId]) -> bool:
+        """Whether one server alone says so, and another was there lately."""
+        return len(wrong) == 1 and time.monotonic() < self._left_s + self._node.settings.patience_s
+
+    def _said_by(self, server: NodeId, error: ZsflError) -> ZsflError:
+        held = self._connections.get(server)
+        name = held[0].peer if held else server
+        return type(error)(
+            f"{error} (only {name} says so, and no other split server is there to ask: if that one is at fault, "
+            "start another and then this client again)"
         )
 
     async def _ask_one(self, server: NodeId, make: Make) -> Answer:

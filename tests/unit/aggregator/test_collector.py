@@ -23,7 +23,7 @@ from zsfl.latest import Latest
 from zsfl.learning.averaging import Contribution, StepShare
 from zsfl.metrics import Counters
 from zsfl.spill.layout import SpillMeta, decode_meta, encode
-from zsfl.wire.fields import MAX_CARRIED_BYTES, ShardInfo
+from zsfl.wire.fields import MAX_CARRIED_BYTES, MAX_OFFERS, ShardInfo
 from zsfl.wire.messages import FetchSpills, Recheck, ReleaseSpills, Remake, Request, SpillOffer, Spills
 
 CARD = NodeCard(id=NodeId("1"), name="server", role=Role.SPLIT_SERVER, host="127.0.0.1", control_port=1, data_port=2)
@@ -313,6 +313,30 @@ async def test_spills_are_taken_only_from_whoever_can_rightly_have_them(tmp_path
     at.collector.offered(CLIENT.id, [client], [its])
     at.collector.offered(CARD.id, [body], [data])
     assert [one.part for one in at.took] == ["client", "body"]
+    await at.ends()
+
+
+async def test_a_holder_that_offers_without_end_takes_no_memory(tmp_path: Path) -> None:
+    at = Collecting(tmp_path)
+    stranger = msgspec.structs.replace(CLIENT, id=NodeId("3"), name="stranger")
+    at.collector.joined(stranger)
+    holder = at.collector._holders[stranger.id]
+    for first in range(0, 40_000, 100):
+        ks = range(first + 1, first + 101)
+        impossible = tuple(step_cid(RunId("3fa9c1"), 0, Version(4), k) for k in ks)
+        possible = SpillOffer(cid=cid(4), part="body", version=Version(4), size_bytes=9, members=(cid(4), cid(4, 1)))
+        merged = SpillOffer(cid=impossible[0], part="body", version=Version(4), size_bytes=9, members=impossible[:64])
+        at.collector.offered(stranger.id, [merged, possible])
+    assert len(holder.release) == MAX_OFFERS
+    assert holder.members == {}
+    await eventually(lambda: bool(at.node.asked))
+    (told,) = at.node.asked
+    assert isinstance(told, ReleaseSpills)
+    assert set(told.cids) == {
+        step_cid(RunId("3fa9c1"), 0, Version(4), k)
+        for k in [*range(1, 65), *range(101, 165), *range(201, 265), *range(301, 365)]
+    }
+    at.collector.lost(stranger)
     await at.ends()
 
 

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 from helpers.waiting import eventually, until
 
@@ -17,10 +18,12 @@ from zsfl.aggregator.held_out import MAX_WAITING, Best, HeldOut, Order
 from zsfl.aggregator.roster import Roster
 from zsfl.aggregator.stage import Stage
 from zsfl.aggregator.tally import outliers
-from zsfl.errors import RemoteProtocolError, StaleWeights
+from zsfl.aggregator.trials import Trials
+from zsfl.errors import RemoteProtocolError, RunFailed, StaleWeights
 from zsfl.ids import BODY, NodeId, Version
 from zsfl.latest import Latest
 from zsfl.learning.modes import Async, Exact
+from zsfl.learning.robust import Average, Median
 from zsfl.learning.weighting import weight_objection
 from zsfl.weights.shelf import KEPT_VERSIONS, Shelf
 from zsfl.wire.fields import ShardInfo
@@ -33,7 +36,12 @@ class Hall:
     """Three shards with held-out samples at two clients, one shard without any, and who tests them."""
 
     def __init__(
-        self, patience_s: float = 600.0, waits: bool = True, at_once: Sequence[int] = (), metric: Any = max
+        self,
+        patience_s: float = 600.0,
+        waits: bool = True,
+        at_once: Sequence[int] = (),
+        metric: Any = max,
+        average: Average = "mean",
     ) -> None:
         """Shards that answer `at_once` do so the moment they are asked."""
         self.said: list[Announcement] = []
@@ -55,6 +63,8 @@ class Hall:
         job = SimpleNamespace(
             how=Exact() if waits else Async(),
             metric=metric,
+            average=average,
+            bound=None,
             objection_to=lambda n, samples: weight_objection(n, samples, None),
         )
         self.tests = HeldOut(cast(Any, node), self.stage, self.shelf, self.roster, cast(Any, job))
@@ -328,6 +338,29 @@ async def test_one_client_whose_loss_says_nothing_is_left_out_and_named_once(los
     assert "the held-out loss of client-2 was not finite at version 4, or is no match" in said[0]
 
 
+@pytest.mark.parametrize(
+    ("losses", "whose"),
+    [
+        ({"eve": None}, "on the samples of eve: lower"),
+        ({"eve": None, "mallory": None, "anna": 0.5}, "on the samples of eve, mallory: lower"),
+        ({"eve": None, "anna": None}, "on the samples of all 2 shards together: lower"),
+        ({f"eve-{n}": None for n in range(10)} | {"anna": 0.5}, "of eve-0, .*, eve-7 and 2 others: lower"),
+    ],
+)
+async def test_where_the_loss_ends_a_run_it_is_said_whose_it_was(losses: dict[str, float | None], whose: str) -> None:
+    training = SimpleNamespace(newest="newest", proven="proven")
+    unused = cast(Any, None)
+    trials = Trials(unused, unused, unused, unused, cast(Any, training), unused)
+
+    async def then(tested: reports.Tested, order: Order) -> None: ...
+
+    order = Order(version=Version(4), state={}, round=3, seconds=1.0, then=then)
+    tested = msgspec.structs.replace(result(4, math.inf), losses=losses)
+    with pytest.raises(RunFailed, match=f"the held-out loss became inf after round 3 .version 4., .*{whose}"):
+        await trials._tested(tested, order, None)
+    assert training.newest == "proven"
+
+
 def test_of_two_clients_one_does_not_speak_for_both() -> None:
     def said(shard: int, loss_sum: float) -> Evaluated:
         return Evaluated(
@@ -352,3 +385,17 @@ async def test_where_most_say_so_the_loss_is_no_number(strange: tuple[int, ...])
     assert tested.loss is not None
     assert math.isnan(tested.loss)
     assert tested.left_out == ()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1.7e308])
+@pytest.mark.parametrize("strange", [(1, 2), (0, 1, 2)])
+async def test_where_clients_are_not_trusted_the_loss_is_always_a_number(strange: tuple[int, ...], bad: float) -> None:
+    async with at_work(Hall(average=Median())) as hall:
+        await hall.order(4)
+        await hall.until_tested(4)
+        for shard in range(3):
+            hall.answers(shard, loss_sum=bad if shard in strange else 2.0)
+        await eventually(lambda: bool(hall.results))
+    (tested,) = hall.results
+    assert (tested.loss, tested.accuracy) == ((None, None) if len(strange) == 3 else (0.5, 0.5))
+    assert len(tested.left_out) == len(strange)

@@ -154,6 +154,17 @@ def test_pooling_is_over_samples_and_not_over_shards(shards: list[tuple[int, flo
     assert accuracy == pytest.approx(sum(shard[2] for shard in used) / sum(shard[0] for shard in used))
 
 
+def test_where_clients_are_not_trusted_none_counts_for_more_samples_than_the_middle_one() -> None:
+    honest = {
+        shard: evaluated(samples, float(samples), samples / 2, samples * 1.0) for shard, samples in ((0, 4), (1, 8))
+    }
+    liar = evaluated(1 << 40, 2.0**40, 2.0**40, 0.0)
+    loss, accuracy = pooled({**honest, 2: liar})
+    assert (loss, accuracy) == (pytest.approx(0.0, abs=1e-9), pytest.approx(1.0))
+    assert pooled({**honest, 2: liar}, trusting=False) == (12 / 20, 14 / 20)
+    assert pooled({0: honest[0], 2: liar}, trusting=False) == (4 / 8, 6 / 8), "of two neither is more than the other"
+
+
 def test_without_right_and_wrong_there_is_no_accuracy() -> None:
     assert pooled({0: evaluated(4, 4.0, None, 2.0), 1: evaluated(4, 4.0, 3.0, 6.0)}) == (1.0, None)
     assert pooled({}) == (None, None)

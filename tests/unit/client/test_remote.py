@@ -56,7 +56,8 @@ def spilled(_request: Request) -> Answer:
 class Line:
     """A connection to a server that reacts as it was told; to what it was not told of, with an output."""
 
-    def __init__(self, reactions: list[Reaction]) -> None:
+    def __init__(self, peer: str, reactions: list[Reaction]) -> None:
+        self.peer = peer
         self.asked: list[Request] = []
         self._reactions = reactions
         self._closed: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -93,7 +94,7 @@ class Net:
         return nullcontext()
 
     def joins(self, server: NodeId, *reactions: Reaction) -> Line:
-        self.lines[server] = Line(list(reactions))
+        self.lines[server] = Line(server, list(reactions))
         self.body.joined(card(server))
         return self.lines[server]
 
@@ -246,6 +247,36 @@ async def test_what_all_servers_answer_wrongly_is_raised() -> None:
         net.joins(server, odd, odd)
     with pytest.raises(BadShape, match="cannot be used"):
         await until(net.body.forward(cid=CID, version=Version(0), seed=1, x=X, use=matches))
+
+
+async def test_what_the_only_server_says_is_told_as_its_word() -> None:
+    net = Net()
+    net.joins(MERGER, Rejected("merger: no more steps"))
+    said = r"^merger: no more steps \(only merger says so, .*: if that one is at fault, start another"
+    with pytest.raises(Rejected, match=said):
+        await until(net.body.forward(cid=CID, version=Version(0), seed=1, x=X))
+
+
+async def test_the_only_server_may_be_contradicted_by_one_that_was_there_lately() -> None:
+    net = Net()
+    net.joins(OTHER)
+    net.body.lost(card(OTHER), "killed")
+    liar = net.joins(MERGER, *[Rejected("no more steps")] * 99)
+    asking = asyncio.create_task(net.body.forward(cid=CID, version=Version(0), seed=1, x=X))
+    await eventually(lambda: len(liar.asked) == 1)
+    assert not asking.done()
+    net.joins(OTHER)
+    assert (await until(asking))[0] == OTHER
+
+
+async def test_it_is_not_waited_for_for_ever() -> None:
+    net = Net()
+    net.joins(OTHER)
+    net.body.lost(card(OTHER), "killed")
+    net.body._left_s -= net.settings.patience_s
+    net.joins(MERGER, ConfigError("another job"))
+    with pytest.raises(ConfigError, match=r"^another job"):
+        await until(net.body.forward(cid=CID, version=Version(0), seed=1, x=X))
 
 
 async def test_a_gradient_has_the_shape_of_its_input() -> None:
