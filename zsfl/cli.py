@@ -12,7 +12,7 @@ from zsfl.cluster.on_ray import commands as on_ray
 from zsfl.dashboard import commands as looking
 from zsfl.doctor import commands as doctor
 from zsfl.errors import ConfigError, ZsflError
-from zsfl.flags import Parser
+from zsfl.flags import Parser, check_job_file
 from zsfl.ids import Role
 from zsfl.pairing import pages as pairing
 from zsfl.planning import commands as planning
@@ -349,8 +349,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _run_cluster(job: Path, args: argparse.Namespace) -> int:
-    if not job.is_file():
-        raise ConfigError(f"there is no job file {job.absolute()}; `zsfl new DIR` writes one to begin with")
+    check_job_file(job)
     flags = vars(args)
     import asyncio
 

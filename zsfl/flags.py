@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+from zsfl.errors import ConfigError
 from zsfl.words import meant
+
+
+def check_job_file(path: Path) -> None:
+    """ConfigError where there is no such file."""
+    if path.is_dir():
+        raise ConfigError(f"{path.absolute()} is a folder: name the job file in it, such as {path / 'job.py'}")
+    if not path.is_file():
+        raise ConfigError(f"there is no job file {path.absolute()}; `zsfl new DIR` writes one to begin with")
 
 
 class Parser(argparse.ArgumentParser):

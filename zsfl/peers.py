@@ -25,6 +25,7 @@ from zsfl.discovery.events import (
     Welcomed,
 )
 from zsfl.discovery.expected import ExpectedKeys
+from zsfl.discovery.facts import disagreement
 from zsfl.discovery.mdns import Mdns
 from zsfl.discovery.sources import sources
 from zsfl.discovery.table import MAX_PEERS, PeerTable, PresenceTiming, wants_of
@@ -93,16 +94,6 @@ class PeerUser(Protocol):
         ...
 
 
-def disagreement(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
-    """How two nodes' facts about the job differ, told to the other one; empty when they agree."""
-    names = [*mine, *(name for name in theirs if name not in mine)]
-    return ", ".join(
-        f"{name} is {mine.get(name, 'not stated')} there and {theirs.get(name, 'not stated')} here"
-        for name in names
-        if mine.get(name) != theirs.get(name)
-    )
-
-
 class Peers:
     """The live peers of one node."""
 
@@ -128,6 +119,8 @@ class Peers:
         self._refusers: set[Address] = set()
         """Those of the addresses we were given that will not have us: an end of it only where all of them will not."""
         self._ears: dict[NodeId, asyncio.Task[None]] = {}
+        self._distrusted: dict[NodeId, NodeCard] = {}
+        """Peers that were let go of for their keys; they are looked for should these be trusted again."""
         self._mdns: Mdns | None = None
         self._changed = asyncio.Event()
         timing = PresenceTiming(
@@ -339,10 +332,18 @@ class Peers:
 
     def trust_changed(self) -> None:
         """Let go of whom this machine does not trust any more, and look for whom it does now."""
-        trust = self._door.trust
-        for card in self.table.peers() if trust else ():
-            if trust and card.role not in trust.roles_of(card.key):
-                self._on(Left(node_id=card.id, reason="its key is not trusted any more, or not for what it is"))
+        if (trust := self._door.trust) is not None:
+            for card in self.table.peers():
+                if card.role not in trust.roles_of(card.key):
+                    self._on(Left(node_id=card.id, reason="its key is not trusted any more, or not for what it is"))
+                    self._distrusted[card.id] = card
+            for card in [one for one in self._distrusted.values() if one.role in trust.roles_of(one.key)]:
+                # It may not have noticed, and not say HELLO again.
+                del self._distrusted[card.id]
+                self._keys.hinted(card.address, card.key)
+                self._on(Candidate(card.address, "exchange", None, card.id))
+            while len(self._distrusted) > MAX_PEERS:
+                self._distrusted.pop(next(iter(self._distrusted)))
         for address in self._settings.peers:
             self._on(Candidate(Address(address), "seed"))
         if self._mdns is not None:

@@ -41,10 +41,11 @@ class Audit:
     faults: list[str] = field(default_factory=list[str])
 
 
-def audit(folder: Path) -> Audit:
+def audit(folder: Path, looked: Callable[[int, int], None] = lambda _done, _all: None) -> Audit:
     """Check ledger, contributions, checkpoints and spills of one run; `ConfigError` when it is no run's folder.
 
-    Nothing is changed, so that a run in progress may be looked at, too.
+    Nothing is changed, so that a run in progress may be looked at, too. `looked` is told how many versions of how many
+    were looked at.
     """
     found = Audit()
     # Before the ledger, which in a run in progress has then at least what came of them.
@@ -59,8 +60,9 @@ def audit(folder: Path) -> Audit:
     found.dropped = sum(len(record.dropped) for record in records)
     places = _check_checkpoints(folder, lines, found.faults.append)
     since = min((place.version for place in places), default=Version(0))
-    for record in records:
+    for number, record in enumerate(records, 1):
         found.verified += _is_verified(record, kept, since, folder, found.faults.append)
+        looked(number, len(records))
     counted = [cid for record in records for cid in record.counted if cid in settled]
     last = parse_cid(counted[-1]).run if counted else ""
     left = [cid for cid in acknowledged - settled if parse_cid(cid).run == last]

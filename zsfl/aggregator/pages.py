@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ MOST_FAULTS = 20
 
 def print_audit(folder: Path, versions: str | None, job: Path | None) -> int:
     """Audit a run's folder, and make versions such as `12..15` again; 0 when all is well, else 1."""
-    found = audit(folder)
+    found = audit(folder, _Progress())
     print(f"{folder}: {_summary(found)}")
     print(f"contributions kept whole for {number_of(found.verified, 'version')}")
     for absence in _absences(found):
@@ -41,6 +42,22 @@ def print_audit(folder: Path, versions: str | None, job: Path | None) -> int:
         print(f"versions {first} to {last} made again: the same weights, bit for bit")
     print("all is well" if not found.faults else f"{number_of(len(found.faults), 'thing')} wrong")
     return 1 if found.faults else 0
+
+
+class _Progress:
+    """How far it is, on a terminal, where that takes more than a moment."""
+
+    def __init__(self) -> None:
+        self._begun_s = self._said_s = time.monotonic()
+
+    def __call__(self, done: int, all_: int) -> None:
+        now_s = time.monotonic()
+        if not sys.stdout.isatty() or now_s < self._begun_s + 1 or (now_s < self._said_s + 0.2 and done < all_):
+            return
+        self._said_s = now_s
+        left_s = (now_s - self._begun_s) * (all_ - done) / done
+        said = f"looked at {done:,} of {number_of(all_, 'version')}, about {left_s:.0f} s to go" if done < all_ else ""
+        print(f"\r\x1b[K{said}", end="", flush=True)
 
 
 def _summary(found: Audit) -> str:

@@ -78,9 +78,13 @@ class Leader:
 
 def check_counts(clients: int | None, split_servers: int, standbys: int, processes: int | None) -> None:
     """ConfigError when there are too few of something."""
-    for what, count in (("split server", split_servers), ("client", clients), ("process", processes)):
+    for what, count, flag in (
+        ("split server", split_servers, "--split-servers"),
+        ("client", clients, "--clients"),
+        ("process", processes, "--client-processes"),
+    ):
         if count is not None and count < 1:
-            raise ConfigError(f"a cluster needs at least one {what}, not {count}")
+            raise ConfigError(f"a cluster needs at least one {what}, not {count} ({flag})")
     if standbys < 0:
         raise ConfigError(f"a cluster cannot have {standbys} standbys; use 0 or more")
 

@@ -53,7 +53,10 @@ def to_token(invitation: Invitation) -> str:
 def from_token(token: str) -> Invitation:
     """The invitation in a token; ConfigError when it is cut or mistyped."""
     text = "".join(token.split())
-    wrong = ConfigError(f"{token[:40]!r} is no token, or not all of it: copy the whole line that `zsfl invite` printed")
+    begins = "what begins with " if len(token) > 40 else ""
+    wrong = ConfigError(
+        f"{begins}{token[:40]!r} is no token, or not all of it: copy the whole line that `zsfl invite` printed"
+    )
     if not text.startswith(PREFIX) or len(text) > MAX_TOKEN:
         raise wrong
     coded = text.removeprefix(PREFIX)

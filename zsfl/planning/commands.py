@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zsfl.errors import ConfigError
+from zsfl.flags import check_job_file
 from zsfl.settings import add_flags, load_settings
 
 EXAMPLES = """\
@@ -76,8 +77,8 @@ def _plan(args: argparse.Namespace) -> int:
         missing = [flag for flag in ("--clients", "--client-ms", "--server-ms") if not _given(args, flag)]
         if missing:
             raise ConfigError(f"without a job file, say {', '.join(missing)} too; or name the job, to have it measured")
-    elif not args.job.is_file():
-        raise ConfigError(f"there is no job file {args.job.absolute()}; `zsfl new DIR` writes one to begin with")
+    else:
+        check_job_file(args.job)
     from zsfl.planning.pages import print_plan
 
     return print_plan(args, settings)
