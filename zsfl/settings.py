@@ -206,7 +206,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["metavar"] = entry.metadata["metavar"] or _METAVARS.get(kind, name.upper())
-        if kind == "tuple[str, ...]" or len(_flags(name)) > 1:  # which differ in no more than their words
+        if kind == "tuple[str, ...]":
             options["action"] = "append"
         if name in CHOICES:
             options["choices"] = CHOICES[name]
@@ -250,8 +250,6 @@ def check_settings(table: Mapping[str, Any], place: str) -> dict[str, Any]:
 def _value(name: str, given: object, source: str, *, is_text: bool) -> Any:
     """`given` as the type of the field, checked; `is_text` also lets it be written as a string."""
     kind = _kind(name)
-    if is_text and kind == "str" and isinstance(given, list):
-        given = ",".join(map(str, cast("list[object]", given)))
     if is_text and isinstance(given, str) and kind == "tuple[str, ...]":
         given = [part.strip() for part in given.split(",") if part.strip()]
     try:
