@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from zsfl.errors import BadShape, InputNeeded, RemoteProtocolError, ZsflError
+from zsfl.errors import BadShape, ConfigError, InputNeeded, RemoteProtocolError, ZsflError
 from zsfl.ids import Cid, Version, parse_cid
 from zsfl.learning.averaging import StepShare
 from zsfl.learning.job import Job
@@ -280,7 +280,7 @@ class BodyWorker:
         for cid, (request, _, target) in given.items():
             try:
                 losses[cid] = self._loss(request, made.forward.output[made.rows[cid]], target)
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            except (ConfigError, RuntimeError, TypeError, ValueError, IndexError) as error:
                 raise Misfit([cid], f"the loss of {cid} fails: {type(error).__name__}: {error}") from error
         result = self._part.backward(weights, made.forward.ending_in(torch.stack(list(losses.values())).sum()))
         steps = [(request, len(x)) for request, x, _ in given.values()]

@@ -311,16 +311,16 @@ def test_a_forgotten_merged_batch_needs_all_its_inputs(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, first[1][name]) for name, tensor in server.spilled(next(iter(steps)))[1].items())
 
 
-@pytest.mark.parametrize("what", ["input", "rows of the gradient", "target"])
+@pytest.mark.parametrize("what", ["input", "rows of the gradient", "target", "label"])
 def test_a_step_that_does_not_fit_the_merged_batch_is_named(what: str, tmp_path: Path) -> None:
-    job = job_with("merged", tail=what != "target")
+    job = job_with("merged", tail=what not in ("target", "label"))
     server = Server(job, tmp_path, "server")
     state = {name: tensor.clone() for name, tensor in job.build().state_dict().items()}
     three = [*next(windows()), next(windows())[0]]
     local, weights, steps = begin(job, state, three, 0)
     body, wrong = server.part.load(state), steps[next(iter(steps))]
-    if what == "target":
-        wrong.target = wrong.target[:-1]
+    if what in ("target", "label"):
+        wrong.target = wrong.target[:-1] if what == "target" else wrong.target + 4  # of 4 classes
         with pytest.raises(Misfit) as told:
             server.step(body, steps)
     elif what == "input":
