@@ -1,11 +1,12 @@
-"""What do keys cost? zsfl's request and reply, and its broadcasts, encrypted beside plain.
+"""What do keys cost? zsfl's request and reply, its broadcasts, and training, encrypted beside plain.
 
     python benchmarks/encryption.py
     python benchmarks/encryption.py --kib 1024 --connections 4 --repeat 9
 
 Both ends are processes of this machine, which has nothing else to do than to encrypt and decrypt; also through a
-simulated link of 1 Gbit/s, as between machines of a LAN. Plain and encrypted take turns within each repetition. About a
-minute.
+simulated link of 1 Gbit/s, as between machines of a LAN. Plain and encrypted take turns within each repetition.
+Training wants MNIST's four IDX files in the folder that ZSFL_DATA names, or in `mnist` below it. About five minutes, of
+which four are training (--no-training).
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import zmq
+from _cluster import load
 from _figures import Figure, add_json_flag, hand_over, shown
+from _jobs import JOBS
 from _link import program
-from _record import circumstances, table, write
+from _record import circumstances, in_short, table, write
 from peers import zsfl_locked, zsfl_wire
 from peers.program import HOST, Asker, started
 from transport import ask_for
@@ -52,6 +55,9 @@ QUEUED = 128
 """Broadcasts of one measurement: fewer than ZeroMQ holds for a slow subscriber before it drops some."""
 BROADCAST_KIB = 64 << 10
 """All broadcasts of one measurement together, at most."""
+TRAINED = {"64 samples a step": 64, "1,024 samples a step": 1024}
+"""MicroSFL's workload."""
+TRAIN_S, CLIENTS, SPLIT_SERVERS = 3.0, 20, 2
 JOIN_S = 60.0
 """What subscribers may take to hear the first broadcast."""
 
@@ -208,11 +214,48 @@ async def measure_broadcasts(measured: Measured, kibs: Sequence[int], listeners:
                         measured.add("broadcast", kib, way, count * listeners * kib * 1024 / 1e6 / took_s)
 
 
+# --- training ---------------------------------------------------------------------------------------------
+
+
+async def measure_training(repeat: int, keys: str) -> dict[str, dict[str, list[float]]]:
+    """Steps a second of client processes, by workload and way; `keys` is the folder of this machine's keys."""
+    found = {what: {"plain": list[float](), "encrypted": list[float]()} for what in TRAINED}
+    for turn in range(repeat):
+        for what, samples in TRAINED.items():
+            for way in ("plain", "encrypted")[:: 1 if turn % 2 else -1]:
+                taken = await load(
+                    JOBS / "microsfl_untested.py",
+                    {"batch_size": samples},
+                    seconds=TRAIN_S,
+                    clients=CLIENTS,
+                    split_servers=SPLIT_SERVERS,
+                    keys=keys if way == "encrypted" else "",
+                )
+                found[what][way].append(taken.steps_per_s)
+    return found
+
+
+def _training_page(found: dict[str, dict[str, list[float]]]) -> str:
+    rows = [
+        [what, *map(in_short, by_way.values()), in_short(_ratios(by_way), "{:.2f}")] for what, by_way in found.items()
+    ]
+    return (
+        f"Training, steps/s: MicroSFL's network, {CLIENTS} client processes, {SPLIT_SERVERS} split servers, one step "
+        f"of each client a version.\n\n{table(['', 'plain', 'encrypted', 'encrypted / plain'], rows)}"
+    )
+
+
+def _ratios(by_way: dict[str, list[float]]) -> list[float]:
+    return [one / other for one, other in zip(by_way["encrypted"], by_way["plain"], strict=True)]
+
+
 # --- what was found ---------------------------------------------------------------------------------------
 
 
-def figures(measured: Measured) -> Iterator[Figure]:
+def figures(measured: Measured, trained: dict[str, dict[str, list[float]]]) -> Iterator[Figure]:
     """Encrypted over plain, in turn."""
+    for what, by_way in trained.items():
+        yield Figure(name=f"encrypted over plain, training, {what}", unit="ratio", values=tuple(_ratios(by_way)))
     ways = [way for way in WAYS if way != "plain"]
     for what, kib in dict.fromkeys((what, kib) for what, kib, _ in measured.found):
         best = max(ways, key=lambda way, what=what, kib=kib: statistics.median(measured.ratios(what, kib, way)))
@@ -254,17 +297,21 @@ def main() -> int:
         print("the ZeroMQ of this pyzmq has no CURVE: nothing to measure", file=sys.stderr)
         return 1
     about, measured = circumstances(), Measured()
-    begun_s = time.perf_counter()
+    begun_s, trained = time.perf_counter(), dict[str, dict[str, list[float]]]()
     with tempfile.TemporaryDirectory() as folder:
+        if args.training:
+            trained = asyncio.run(measure_training(args.repeat, folder))
         os.environ["ZSFL_KEYS"] = folder
         for what, kibs in ((REQUESTS, args.kib), (LINKED, LINKED_KIB)):
             asyncio.run(measure_requests(measured, what, kibs, args.connections, args.repeat, args.seconds))
         asyncio.run(measure_broadcasts(measured, args.kib, args.connections, args.repeat))
     shown_page = page(measured, args.connections, args.repeat)
+    if trained:
+        shown_page += f"\n\n{_training_page(trained)}"
     print(f"{shown_page}\n\n{time.perf_counter() - begun_s:.0f} s in all")
     rates = {f"{what}, {kib} KiB, {way}": values for (what, kib, way), values in measured.found.items()}
-    print(f"kept in {write('encryption', about, {'mb_per_s': rates}, shown_page)}")
-    hand_over(args.json, "encryption", about, list(figures(measured)))
+    print(f"kept in {write('encryption', about, {'mb_per_s': rates, 'steps_per_s': trained}, shown_page)}")
+    hand_over(args.json, "encryption", about, list(figures(measured, trained)))
     return 0
 
 
@@ -274,6 +321,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--connections", type=int, default=4, metavar="N", help="peers of a server (default: 4)")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="repetitions (default: 5)")
     parser.add_argument("--seconds", type=float, default=0.3, metavar="S", help="of each measurement (default: 0.3)")
+    parser.add_argument("--training", action=argparse.BooleanOptionalAction, default=True, help="train, too")
     parser.add_argument("--listen", nargs=3, metavar=("WAY", "PORT", "N"), help=argparse.SUPPRESS)
     add_json_flag(parser)
     return parser.parse_args()

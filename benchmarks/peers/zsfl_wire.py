@@ -10,6 +10,7 @@ from typing import Any
 import zmq
 
 from zsfl.ids import Version
+from zsfl.keys.nodes import new_node_id
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
 from zsfl.tensors.spec import TensorSpec
@@ -56,7 +57,7 @@ class ZsflWire:
             self._context,
             f"tcp://{HOST}:{port}",
             peer="server",
-            own_id=os.urandom(6).hex(),
+            own_id=new_node_id(door.key if door else ""),
             limits=WireLimits(),
             counters=Counters(),
             door=door,
