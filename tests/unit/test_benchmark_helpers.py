@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.waiting import until
 
 import zsfl
 import zsfl.demo
@@ -115,3 +116,12 @@ async def test_every_step_that_clients_make_is_timed(tmp_path: Path, monkeypatch
     found = latency.between(tmp_path, begun_s, time.monotonic())
     assert found.steps == report.steps
     assert 0 < found.p50_s <= found.p99_s
+
+
+@pytest.mark.parametrize("name", ["zsfl_wire", "zsfl_locked", "bare_zmq", "streams"])
+async def test_contestants_that_need_nothing_more_answer(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZSFL_KEYS", str(tmp_path / "keys"))
+    async with module("peers.program").started(name) as (asker, _):
+        assert bytes(await until(asker.ask(b"payload"))) == b"payload"
