@@ -34,7 +34,9 @@ REST_S = 1.5
 """Seconds with requests under way from one trial to the next once all were tried."""
 HOPELESS = 1.6
 """A rival that cost so many times as much is left out, until all are tried anew."""
-CHANGED, CHANGED_BLOCKS = 1.5, 3
+SLOWER = 1.15
+"""A codec that cost so many times as much when everything was packed with it is not tried for one role alone."""
+CHANGED, CHANGED_BLOCKS = 1.5, 8
 """So many times more or less than it cost, for so many blocks in a row: the link changed, and all are tried anew."""
 BYTES_APART = 0.1
 """Shares of bytes that are less apart tell nothing about what a byte costs."""
@@ -86,6 +88,8 @@ class _Link:
     won: Codecs | None = None
     """A rival that won, but not by far."""
     hopeless: list[Codecs] = field(default_factory=list[Codecs])
+    slower: set[Codec] = field(default_factory=set[Codec])
+    """When everything was packed with it, as of the last trial of that."""
 
 
 class CodecChooser:
@@ -168,6 +172,7 @@ class CodecChooser:
         link.rivals, link.learning = self._all_rivals(link), True
         link.rest_s, link.changed, link.per_byte = 0.0, 0, 0.0
         link.hopeless.clear()
+        link.slower.clear()
 
     def _measured(self, link: _Link, cost: float) -> None:
         """A block is over."""
@@ -206,6 +211,7 @@ class CodecChooser:
         its = min(cost for cost, rivals in zip(trial.costs, TURNS, strict=True) if rivals)
         self._learn(link, trial.rival, mine, its)
         link.trial, link.cost = None, mine
+        self._compare(link, trial.rival, mine, its)
         if its < CLEARLY * mine and (its < FAR * mine or trial.rival == link.won):
             link.used.update(trial.rival)
             link.cost, link.won = its, None
@@ -224,8 +230,16 @@ class CodecChooser:
         if abs(here - there) > BYTES_APART:
             link.per_byte = max(0.0, (mine - its) / (here - there))
 
+    def _compare(self, link: _Link, rival: Codecs, mine: float, its: float) -> None:
+        """Mark the loser where everything was packed with one codec and with another."""
+        for codecs, cost, other in (({**link.used, **rival}, its, mine), (link.used, mine, its)):
+            if len(used := set(codecs.values())) == 1:
+                link.slower -= used
+                if cost > SLOWER * other:
+                    link.slower |= used
+
     def _may_win(self, link: _Link, rival: Codecs) -> bool:
-        if rival in link.hopeless:
+        if rival in link.hopeless or (len(rival) < len(link.used) and not link.slower.isdisjoint(rival.values())):
             return False
         return link.cost is None or link.per_byte * self._share(link, rival) < CLEARLY * link.cost
 

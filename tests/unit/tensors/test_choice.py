@@ -11,7 +11,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zsfl.tensors.choice import CodecChooser, Role, guessed_ratio
+from zsfl.tensors.choice import ROLES, CodecChooser, Role, guessed_ratio
 from zsfl.tensors.codec import Codec
 
 RAW, FP16, INT8, LZ4 = (Codec.parse(name) for name in ("raw", "fp16", "int8", "raw+lz4"))
@@ -144,6 +144,23 @@ def test_trials_are_rare_and_hopeless_codecs_are_not_tried() -> None:
     link.use(chooser, 1000)
     assert link.used[INT8] >= 970
     assert link.used[RAW] == 0  # it would take four times as long
+
+
+def test_what_is_slower_for_everything_is_not_tried_for_one_role_alone() -> None:
+    link, chooser, together = SimulatedLink(20_000), CodecChooser(), Counter[frozenset[Codec]]()
+    for _ in range(2000):
+        for role in ROLES[:3]:
+            link.use(chooser, 1, role)
+        together[frozenset(chooser.choose("link", role, ALL) for role in ROLES[:3])] += 1
+    assert set(chooser.settled("link").values()) == {RAW}
+    # Half of the bytes at some more work is about as quick here, and may pay for one role.
+    assert together.keys() == {
+        frozenset([RAW]),
+        frozenset([FP16]),
+        frozenset([INT8]),
+        frozenset([LZ4]),
+        frozenset([RAW, FP16]),
+    }
 
 
 def test_roles_are_apart() -> None:
