@@ -227,7 +227,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--kib", nargs="+", type=int, default=KIB, metavar="N", help="sizes of payloads, in KiB")
     parser.add_argument("--open", nargs="+", type=int, default=OPEN, metavar="N", help="questions open at once")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="repetitions (default: 5)")
-    parser.add_argument("--seconds", type=float, default=0.1, metavar="S", help="of each measurement (default: 0.1)")
+    parser.add_argument("--seconds", type=float, default=0.4, metavar="S", help="of each measurement (default: 0.4)")
     parser.add_argument(
         "--most-open-mib",
         type=int,

@@ -56,7 +56,6 @@ class Outcome:
     late: int
     """Steps that counted at a later version than their own."""
     dropped: int
-    simulated_s: float
     events: int
     is_whole: bool
     """Whether versions were counted; else it is what split servers had done when the events ran out."""
@@ -255,7 +254,6 @@ def _outcome(
         refused=world.refused,
         late=aggregator.late,
         dropped=aggregator.dropped,
-        simulated_s=now_s,
         events=world.clock.events,
         is_whole=versions > 0,
     )
