@@ -4,7 +4,7 @@
     python benchmarks/transport.py --only zsfl_wire bare_zmq --kib 16 1024 --open 1 64 --repeat 20
 
 Every contestant's server is a process of its own and sends back what it is sent; all are asked from this process, in
-turn within each repetition. Needs the extra `bench`: pip install -e '.[bench]'. About a minute and a half.
+turn within each repetition. Needs the extra `bench`: pip install -e '.[bench]'. About four minutes.
 """
 
 from __future__ import annotations
