@@ -43,7 +43,7 @@ from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Backward, Forward, Output, Reply, Request, Spilled
 from zsfl.wire.server import Server
 
-HOST, SERVER = "127.0.0.1", NodeId("0" * 12)
+HOST, SERVER = os.environ.get("ZSFL_LINK_HOST", "127.0.0.1"), NodeId("0" * 12)
 CHUNK_BYTES = 16 << 10
 """Passed on at once: about a dozen Ethernet frames."""
 BURST_S = 4e-3
@@ -124,9 +124,9 @@ async def _serve(folder: Path, width: int) -> None:
 class LinkNode:
     """What a client's `RemoteBody` needs of its node."""
 
-    def __init__(self, context: zmq.Context[Any], codec: str) -> None:
+    def __init__(self, context: zmq.Context[Any], codec: str, connections: int) -> None:
         self._context = context
-        self.settings = NodeSettings()
+        self.settings = NodeSettings(connections=connections)
         self.peer_codecs: dict[NodeId, tuple[str, ...]] = {SERVER: SUPPORTED}
         self.counters = Counters()
         self.body = RemoteBody(cast(Any, self), CodecPlan.parse(codec), random.Random(0))
@@ -144,6 +144,11 @@ class LinkNode:
         )
         self._connections.append(connection)
         return connection
+
+    @property
+    def connections(self) -> int:
+        """How many were opened."""
+        return len(self._connections)
 
     def waiting(self, _what: str) -> nullcontext[None]:
         """Nobody listens."""
@@ -190,9 +195,9 @@ class Stepper:
             await self.node.body.backward(holder, request, hidden, gradient)
 
 
-def stepper(context: zmq.Context[Any], codec: str, port: int, shards: int, width: int) -> Stepper:
+def stepper(context: zmq.Context[Any], codec: str, port: int, shards: int, width: int, connections: int = 1) -> Stepper:
     """A client joined to the server behind that port."""
-    node = LinkNode(context, codec)
+    node = LinkNode(context, codec, connections)
     node.body.joined(
         NodeCard(id=SERVER, name="server", role=Role.SPLIT_SERVER, host=HOST, control_port=1, data_port=port)
     )

@@ -96,6 +96,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "threads": _at_least(1, 1024),
     "io_threads": _at_least(1, 64),
     "zap_domain": _matches(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "up to 100 letters, digits, dots, - and _"),
+    "connections": _at_least(0, 8),
     "slots": _at_least(1, 1 << 20),
     "clients": _at_least(0),
     "start_with": _at_least(0),

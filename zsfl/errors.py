@@ -28,6 +28,8 @@ A message says what happened, to which node, and what to do.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from typing import cast
 
 
 class ZsflError(Exception):
@@ -133,3 +135,18 @@ def lacks_descriptors(error: BaseException | None) -> bool:
     while error is not None and getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE):
         error = error.__cause__
     return error is not None
+
+
+def root_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error in a group that says most: one of zsfl's before any other."""
+    leaves = list(_leaves(group))
+    ours = [leaf for leaf in leaves if isinstance(leaf, ZsflError)]
+    return (ours or leaves)[0]
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for one in cast("BaseExceptionGroup[BaseException]", error).exceptions:
+            yield from _leaves(one)
+    else:
+        yield error

@@ -8,15 +8,17 @@ import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import msgspec
 import zmq.asyncio
 
+from zsfl.calling import Calling
 from zsfl.condition import condition
-from zsfl.errors import Rejected, ZsflError
+from zsfl.discovery.table import UNHEARD
+from zsfl.errors import Rejected, ZsflError, root_cause
 from zsfl.ids import Address, NodeCard, NodeId, PublicKey, Role
 from zsfl.keys.machine import machine_id
 from zsfl.keys.nodes import new_node_id
@@ -29,6 +31,7 @@ from zsfl.peers import Peers
 from zsfl.reports import LOGGED, AnyReport, Failed, Met, Note, Ready, Waiting
 from zsfl.settings import NodeSettings, WireLimits
 from zsfl.waits import LOOK_S, Overdue, Waits
+from zsfl.wire.calling import CallBack, topic_of
 from zsfl.wire.connection import Connection, Dialer
 from zsfl.wire.door import Door
 from zsfl.wire.examining import Examine
@@ -111,12 +114,7 @@ class Front:
         wired = {"limits": self._limits, "counters": self.counters, "door": self._door}
         small = up_to(self._limits, self._limits.max_header_bytes)  # what is said here has no tensors
         self._control = Server(context, host, settings.port, self._answer, **{**wired, "limits": small})
-        self._publisher = Publisher(
-            context,
-            host,
-            **wired,
-            note=lambda message: self.note(message, "warning"),
-        )
+        self._publisher = Publisher(context, host, **wired, note=lambda message: self.note(message, "warning"))
         self.card = NodeCard(
             id=new_node_id(self._door.key),
             name=name,
@@ -125,8 +123,10 @@ class Front:
             control_port=self._control.port,
             pub_port=self._publisher.port,
             key=self._door.key,
+            behind_nat=settings.behind_nat,
         )
-        self._dialer = Dialer(context, self.card.id, **wired)
+        self._calling = Calling(self.card, self._publisher, self._dial, self._soon)
+        self._dialer = Dialer(context, self.card.id, board=self._calling.board, **wired)
 
     # --- life -------------------------------------------------------------------------------------------
 
@@ -171,6 +171,7 @@ class Front:
             context=self._context,
             limits=self._limits,
             door=self._door,
+            board=self._calling.board,
         )
         return node, await make(node)
 
@@ -244,6 +245,7 @@ class Front:
             )
             self._publisher.publish(TOPIC, beat)
             self._on_beat(beat)
+            self._calling.tell_all()
             await asyncio.sleep(self.settings.beat_s)
 
     # --- what the role says -----------------------------------------------------------------------------
@@ -285,18 +287,20 @@ class Front:
         return Subscriber(
             self._context,
             card.endpoint(card.pub_port),
-            [TOPIC],
+            [TOPIC, topic_of(self.card.id)],
             lambda broadcast, _: heard(broadcast),
             limits=up_to(self._limits, 0),
             counters=self.counters,
             door=self._door,
             key=card.key,
             role=card.role,
+            line=self._calling.board.line(card, card.pub_port),
         )
 
     def peer_joined(self, card: NodeCard, codecs: tuple[str, ...]) -> None:
         """A peer is there."""
         self._say_met(card)
+        self._calling.board.joined(card)
         soon_in_lane(lambda: self._node.peer_joined(card, codecs))
 
     def _say_met(self, card: NodeCard) -> None:
@@ -313,7 +317,7 @@ class Front:
                 node=self.name,
                 peer=card.name,
                 role=str(card.role),
-                address=card.address,
+                address=card.whereabouts,
                 machine=machine_id(key),
                 known_as=entry.name if entry else "",
                 here=card.key == self.card.key,
@@ -326,7 +330,18 @@ class Front:
 
     def peer_lost(self, card: NodeCard, reason: str) -> None:
         """A peer is gone."""
+        self._calling.lost(card, unheard=reason == UNHEARD)
         soon_in_lane(lambda: self._node.peer_lost(card, reason))
+
+    def _dial(self, port: int, endpoint: str, there: bool) -> None:
+        for one in (self._control, self._publisher):
+            if one.port == port:
+                one.dial(endpoint, there=there)
+        soon_in_lane(lambda: self._node.dial(port, endpoint, there=there))
+
+    def called(self, card: NodeCard, said: CallBack) -> None:
+        """A peer waits for this node, or does not hear it."""
+        self._calling.heard(card, said, self._peers)
 
     def peer_said(self, broadcast: Broadcast) -> None:
         """A verified peer said something. Of its heartbeats the newest is enough, should the lane be busy."""
@@ -370,21 +385,6 @@ def in_turn(offers: tuple[SpillOffer, ...], turn: int) -> tuple[SpillOffer, ...]
     turns = max(1, -(-len(offers) // MAX_OFFERS))
     first = turn % turns * MAX_OFFERS
     return offers[first : first + MAX_OFFERS]
-
-
-def root_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error in a group that says most: one of zsfl's before any other."""
-    leaves = list(_leaves(group))
-    ours = [leaf for leaf in leaves if isinstance(leaf, ZsflError)]
-    return (ours or leaves)[0]
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error
 
 
 def failed(name: str, error: BaseException) -> Failed:

@@ -44,7 +44,7 @@ Portion = NewType("Portion", str)
 """Which weights nodes of one kind need: `body`, `client`, or where a job has several cuts `client/CUT`."""
 BODY = Portion("body")
 
-PROTOCOL = 10
+PROTOCOL = 11
 """Version of the wire protocol; peers that differ refuse one another."""
 
 
@@ -84,11 +84,18 @@ class NodeCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     news_port: Port = 0
     key: Annotated[str, msgspec.Meta(pattern=rf"^\Z|{KEY_PATTERN}")] = ""
     """Of its machine; empty where it uses no keys."""
+    behind_nat: bool = False
+    """Whether nobody can dial it: it dials whoever waits for it (`wire/calling.py`)."""
 
     @property
     def address(self) -> Address:
         """Where the control socket listens, as `host:port`."""
         return Address(f"{self.host}:{self.control_port}")
+
+    @property
+    def whereabouts(self) -> str:
+        """Where it is, for people."""
+        return "behind NAT" if self.behind_nat else self.address
 
     def endpoint(self, port: int) -> str:
         """The ZeroMQ endpoint of one of this node's ports."""

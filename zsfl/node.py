@@ -23,6 +23,7 @@ from zsfl.metrics import Counters, added
 from zsfl.reports import AnyReport, Note
 from zsfl.settings import NodeSettings, WireLimits
 from zsfl.waits import LOOK_S, Overdue, Waits
+from zsfl.wire.calling import Switchboard
 from zsfl.wire.connection import Connection, Dialer
 from zsfl.wire.door import Door
 from zsfl.wire.fields import MAX_CARRIED_BYTES, MAX_OFFERS, Load
@@ -121,6 +122,7 @@ class Node:
         context: zmq.asyncio.Context,
         limits: WireLimits,
         door: Door | None = None,
+        board: Switchboard | None = None,
     ) -> None:
         """To be made in the lane, where its sockets are used."""
         self.name = card.name
@@ -133,7 +135,9 @@ class Node:
         self.peer_codecs: dict[NodeId, tuple[str, ...]] = {}
         self._face = face
         self._door = door or Door(card.name)
-        self._dialer = Dialer(context, card.id, limits=limits, counters=self.counters, door=self._door)
+        self._board = board or Switchboard(settings.host, settings.behind_nat, lambda _: None)
+        wired = {"limits": limits, "counters": self.counters, "door": self._door}
+        self._dialer = Dialer(context, card.id, board=self._board, **wired)
         self._servers: WeakSet[Server] = WeakSet()
         self._subscribers: WeakSet[Subscriber] = WeakSet()
         self._context = context
@@ -149,10 +153,8 @@ class Node:
         self.publisher = Publisher(
             context,
             settings.host,
-            limits=limits,
-            counters=self.counters,
+            **wired,
             note=lambda message: self.note(message, "warning"),
-            door=self._door,
         )
 
     # --- sockets ----------------------------------------------------------------------------------------
@@ -171,6 +173,12 @@ class Node:
             for server in self._servers:
                 server.cut()
 
+    def dial(self, port: int, endpoint: str, *, there: bool) -> None:
+        """Have the socket with this port dial a peer that waits for it, or not any more."""
+        for one in (self.publisher, *self._servers):
+            if one.port == port:
+                one.dial(endpoint, there=there)
+
     def connect(self, card: NodeCard, port: int) -> Connection:
         """A new connection to one of a node's ports; open until the caller, or at the end the node, closes it."""
         return self._dialer.connect(card, port)
@@ -188,6 +196,7 @@ class Node:
             door=self._door,
             key=card.key,
             role=card.role,
+            line=self._board.line(card, card.news_port),
         )
         self._subscribers.add(subscriber)
         return subscriber
@@ -253,8 +262,8 @@ class Node:
         if not gone:
             return ()
         one = "one" if role is Role.SPLIT_SERVER else "it again"
-        start = f"start {one} with: {how_to_start(role, self.settings, self.card.address, shards)}"
-        return where_it_was(gone[-1], self.card.host), start
+        again = how_to_start(role, self.settings, self.card.address, shards, behind_nat=gone[-1].behind_nat)
+        return where_it_was(gone[-1], self.card.host), f"start {one} with: {again}"
 
     async def waits(self) -> list[tuple[str, float]]:
         """What it waits for now, and for how many seconds it has."""

@@ -25,7 +25,7 @@ from zsfl.discovery.events import (
     Welcomed,
 )
 from zsfl.discovery.expected import ExpectedKeys
-from zsfl.discovery.facts import disagreement
+from zsfl.discovery.facts import objection
 from zsfl.discovery.mdns import Mdns
 from zsfl.discovery.sources import sources
 from zsfl.discovery.table import MAX_PEERS, PeerTable, PresenceTiming, wants_of
@@ -43,6 +43,7 @@ from zsfl.errors import (
 )
 from zsfl.ids import PROTOCOL, Address, NodeCard, NodeId, Role
 from zsfl.settings import NodeSettings
+from zsfl.wire.calling import CallBack
 from zsfl.wire.connection import Connection
 from zsfl.wire.door import Door
 from zsfl.wire.fields import MAX_PEERS_EXCHANGED, PeerHint
@@ -89,6 +90,10 @@ class PeerUser(Protocol):
         """A verified peer said something."""
         ...
 
+    def called(self, card: NodeCard, said: CallBack) -> None:
+        """A peer waits for a node, or does not hear it."""
+        ...
+
     def note(self, message: str, level: str = "info") -> None:
         """One line in the log."""
         ...
@@ -119,6 +124,7 @@ class Peers:
         self._refusers: set[Address] = set()
         """Those of the addresses we were given that will not have us: an end of it only where all of them will not."""
         self._ears: dict[NodeId, asyncio.Task[None]] = {}
+        self._greeting: dict[NodeId, asyncio.Task[None]] = {}
         self._distrusted: dict[NodeId, NodeCard] = {}
         """Peers that were let go of for their keys; they are looked for should these be trusted again."""
         self._mdns: Mdns | None = None
@@ -128,7 +134,7 @@ class Peers:
             lag_s=(settings.beat_s + settings.lost_after_s) / 2,
             lost_after_s=settings.lost_after_s,
         )
-        self.table = PeerTable(card, wants_of(card.role), timing, room_for_peers(MAX_PEERS))
+        self.table = PeerTable(card, wants_of(card.role, behind_nat=card.behind_nat), timing, room_for_peers(MAX_PEERS))
         self._noted: set[str] = set()
         """What was said of who is no peer."""
 
@@ -138,7 +144,7 @@ class Peers:
 
     def hints(self) -> tuple[PeerHint, ...]:
         """Live peers, for peer exchange: those that serve first."""
-        cards = self.table.to_tell(MAX_PEERS_EXCHANGED)
+        cards = [card for card in self.table.to_tell(MAX_PEERS_EXCHANGED) if not card.behind_nat]
         return tuple(PeerHint(id=card.id, role=card.role, address=card.address, key=card.key) for card in cards)
 
     def advice(self) -> tuple[str, ...]:
@@ -153,7 +159,7 @@ class Peers:
                 advice.append(f"{self._mdns.ignored} announcements by mDNS made no sense, or were too many at once")
         advice.append("`zsfl doctor`, with the flags of this node, finds out more")
         advice.append("is every node started with the same job file, and on the same network?")
-        is_local = self._settings.host.startswith("127.")
+        is_local = self._settings.host.startswith("127.") and not self._settings.behind_nat
         if self._settings.mdns and not is_local:
             advice.append("Wi-Fi, VPNs and containers often block multicast: try --peer HOST:PORT of any one node")
         elif not self._settings.mdns:
@@ -212,7 +218,7 @@ class Peers:
     def _join(self, card: NodeCard) -> None:
         if others := [peer for peer in self.table.peers() if peer.name == card.name and peer.id != card.id]:
             said = f"two nodes are called {card.name}, one at {others[0].address} and one of another machine at"
-            self._note_once(f"{said} {card.address}; give one of them another --name")
+            self.note_once(f"{said} {card.address}; give one of them another --name")
         if card.pub_port:
             ear = self._user.ear(card, lambda broadcast: self._heard(card.id, broadcast))
             self._ears[card.id] = self._start(ear.run(), f"listen to {card.name}")
@@ -222,6 +228,7 @@ class Peers:
         if ear := self._ears.pop(card.id, None):
             ear.cancel()
         self._said_codecs.pop(card.id, None)
+        self._greeting.pop(card.id, None)
         self._user.peer_lost(card, reason)
 
     def _heard(self, node_id: NodeId, broadcast: Broadcast) -> None:
@@ -237,6 +244,10 @@ class Peers:
                     raise RemoteProtocolError(f"{node_id} sends heartbeats of another node, or of other sockets")
                 self._on(Heard(node_id=node_id))
                 self._exchange(broadcast.peers)
+            case CallBack():
+                if known := self.table.get(node_id):
+                    self._user.called(known, broadcast)
+                return
             case _:
                 self._on(Heard(node_id=node_id))
         self._user.peer_said(broadcast)
@@ -246,6 +257,11 @@ class Peers:
         for hint in hints:
             if self.table.get(hint.id) is None and hint.key in trusted:
                 self._found(Candidate(hint.address, "exchange", hint.role, hint.id, hint.key))
+
+    def greet(self, card: NodeCard) -> None:
+        """Say HELLO again to a peer that does not hear this node any more, and cannot dial it."""
+        if card.id not in self._greeting or self._greeting[card.id].done():
+            self._greeting[card.id] = self._start(self._dial(card.address), f"greet {card.name}")
 
     # --- handshake --------------------------------------------------------------------------------------
 
@@ -355,10 +371,10 @@ class Peers:
             if self._refusers.issuperset(self._settings.peers):
                 raise ConfigError(f"{reason}. Start both with the same job file, or correct --peer {address}")
         if self.table.refusals().get(address) != reason:
-            self._note_once(f"{address} refused: {reason}")
+            self.note_once(f"{address} refused: {reason}")
         self._on(Refused(address=address, reason=reason, final=final))
 
-    def _note_once(self, message: str) -> None:
+    def note_once(self, message: str) -> None:
         """Say it, unless it was said; of a flood only the first."""
         if message not in self._noted and len(self._noted) < MAX_NOTED:
             self._noted.add(message)
@@ -372,27 +388,12 @@ class Peers:
 
     def answer(self, hello: Hello) -> Welcome:
         """Answer somebody's HELLO; Rejected when we are not of one job, Unavailable when a later try may do."""
-        if objection := self._objection(hello):
-            self._note_once(f"{hello.card.address} was turned away: {objection}")
-            raise Rejected(objection)
+        if why_not := objection(self._card, self._facts, hello.card, hello.facts, hello.protocol):
+            self.note_once(f"{hello.card.address} was turned away: {why_not}")
+            raise Rejected(why_not)
         hints = self.hints()
         self._welcomed(hello.card, hello.card.address, hello.codecs, "them")
         if hello.card.id != self._card.id and self.table.get(hello.card.id) is None:
             why = self.table.refusals().get(hello.card.address, "it has no room for another peer")
             raise Unavailable(f"{self._card.name} does not take {hello.card.name} as a peer: {why}")
         return Welcome(card=self._card, codecs=self._codecs, peers=hints)
-
-    def _objection(self, hello: Hello) -> str:
-        name = self._card.name
-        if hello.protocol != PROTOCOL:
-            return (
-                f"{name} speaks version {PROTOCOL} of the protocol and {hello.card.name} version "
-                f"{hello.protocol}: install the same zsfl on both"
-            )
-        mine, theirs = self._facts, hello.facts
-        if hello.card.role is Role.OBSERVER:  # which needs no job to look, and may not know it
-            mine = {fact: value for fact, value in mine.items() if fact in theirs}
-        if self._card.role is Role.OBSERVER:
-            theirs = {fact: value for fact, value in theirs.items() if fact in mine}
-        difference = disagreement(mine, theirs)
-        return f"{name} runs another job than {hello.card.name}: {difference}" if difference else ""

@@ -63,6 +63,10 @@ class NodeSettings:
 
     host: str = field(default="127.0.0.1", metadata=_doc("the one IPv4 address to bind, announce and multicast on"))
     port: int = field(default=0, metadata=_doc("control port, 0 being any free one"))
+    behind_nat: bool = field(
+        default=False,
+        metadata=_doc("nobody can dial this node: it dials the others, also those that have something to ask it"),
+    )
     peers: tuple[str, ...] = field(default=(), metadata=_doc("a node to ask for the others; may be repeated", "--peer"))
     dns: tuple[str, ...] = field(
         default=(),
@@ -70,6 +74,10 @@ class NodeSettings:
     )
     meet: str = field(
         default="", metadata=_doc("folder of a shared disk where nodes leave their addresses", metavar="FOLDER")
+    )
+    connections: int = field(
+        default=0,
+        metadata=_doc("connections to each split server; 0: one, and up to 4 where a long link is busy (on Linux)"),
     )
     keys: str = field(
         default="", metadata=_doc("folder with this machine's key and those that it trusts; default: ~/.config/zsfl")
@@ -166,11 +174,11 @@ class NodeSettings:
 LOOKING = ("host", "peers", "dns", "meet", "keys", "insecure", "mdns", "runs")
 """Settings of commands that look at nodes."""
 _COMMON = (
-    "clients", "mode", "codec", "cluster", "host", "port", "peers", "dns", "meet", "keys", "insecure", "io_threads",
-    "mdns", "name", "runs", "run", "threads", "join_s", "patience_s", "request_s", "metrics", "service",
+    "clients", "mode", "codec", "cluster", "host", "port", "behind_nat", "peers", "dns", "meet", "keys", "insecure",
+    "io_threads", "mdns", "name", "runs", "run", "threads", "join_s", "patience_s", "request_s", "metrics", "service",
 )  # fmt: skip
 NODE_FLAGS: dict[Role, tuple[str, ...]] = {
-    Role.CLIENT: ("shards", "device", "spill_mib", *_COMMON),
+    Role.CLIENT: ("shards", "device", "spill_mib", "connections", *_COMMON),
     Role.SPLIT_SERVER: ("device", "slots", "spill_mib", *_COMMON),
     Role.AGGREGATOR: (
         "rounds", "start_with", "resume", "hold", "durability", "keep_mib", "takeover", "clients_per_key", "reassign",

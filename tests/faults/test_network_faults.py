@@ -39,7 +39,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 
 
 class Cluster:
-    """An aggregator, two split servers and two clients, and the network between them."""
+    """An aggregator, two split servers, two clients, one of them behind NAT, and the network between them."""
 
     def __init__(self, runs: Path, network: Network) -> None:
         self.network = network
@@ -56,8 +56,9 @@ class Cluster:
         address = await self.nodes.start("aggregator", Role.AGGREGATOR, **QUICK)
         for name in ("server-0", "server-1"):
             await self.nodes.start(name, Role.SPLIT_SERVER, peers=(address,), **QUICK)
-        for name, shards in (("client-0", "0-1"), ("client-1", "2-3")):
-            await self.nodes.start(name, Role.CLIENT, shards=shards, peers=(address,), **QUICK)
+        await self.nodes.start("client-0", Role.CLIENT, shards="0-1", peers=(address,), **QUICK)
+        hidden = {"behind_nat": True, "insecure": True}
+        await self.nodes.start("client-1", Role.CLIENT, shards="2-3", peers=(address,), **hidden, **QUICK)
 
     async def until_version(self, more: int = 1) -> None:
         """Until so many more versions are made."""
@@ -144,7 +145,9 @@ async def deaf(cluster: Cluster, name: str) -> None:
 
 async def mute(cluster: Cluster, name: str) -> None:
     cluster.network.block_from(name)
+    cluster.network.block_from("client-1")  # which nobody can dial to hear it again
     await cluster.until_noticed(name)
+    await cluster.until_noticed("client-1")
     cluster.network.heal()
 
 

@@ -130,7 +130,7 @@ class Run:
 
 @asynccontextmanager
 async def running(folder: Path, rounds: int = 60) -> AsyncIterator[Run]:
-    """An aggregator, a split server and two clients."""
+    """An aggregator, a split server and two clients, one of them behind NAT."""
     job = replace(load_job(write_job(folder, rounds=rounds)), shards=2)
     context, nodes = zmq.asyncio.Context(), Nodes(job, folder / "runs")
     run = Run(nodes, job.rounds, [], [], [], context)
@@ -140,7 +140,8 @@ async def running(folder: Path, rounds: int = 60) -> AsyncIterator[Run]:
         run.addresses.append(await nodes.start("server", Role.SPLIT_SERVER, peers=seed))
         for shard in ("0", "1"):
             patient = {"join_s": 600.0, "patience_s": 600.0, "shards": shard}
-            run.addresses.append(await nodes.start(f"client-{shard}", Role.CLIENT, peers=seed, **patient))
+            hidden = {"behind_nat": shard == "1", "insecure": shard == "1"}
+            run.addresses.append(await nodes.start(f"client-{shard}", Role.CLIENT, peers=seed, **patient, **hidden))
         await eventually(lambda: nodes.rounds)
         run.ghosts += [Ghost(context, job, role) for role in (Role.OBSERVER, Role.SPLIT_SERVER, Role.CLIENT)]
         cards = [await ghost.greet(address) for ghost in run.ghosts for address in run.addresses][: len(run.addresses)]

@@ -83,6 +83,8 @@ def sample(rng: Random, kind: Any) -> Any:
             return [sample(rng, item) for _ in range(rng.choice((0, 1, 1, 2, 3)))]
         case inspect.TupleType(item_types=items):
             return [sample(rng, item) for item in items]
+        case inspect.NamedTupleType(fields=fields):
+            return [sample(rng, field.type) for field in fields]
         case inspect.DictType(key_type=key, value_type=value):
             return {sample(rng, key): sample(rng, value) for _ in range(rng.randrange(3))}
         case inspect.BoolType():

@@ -20,7 +20,8 @@ from zsfl.cli import main, parser
 COMMON = {
     "--clients", "--cluster", "--codec", "--host", "--join-s", "--mdns", "--mode", "--name", "--no-mdns",
     "--patience-s", "--peer", "--port", "--request-s", "--run", "--runs", "--threads", "--insecure", "--no-insecure",
-    "--io-threads", "--keys", "--metrics", "--service", "--no-service", "--dns", "--meet",
+    "--io-threads", "--keys", "--metrics", "--service", "--no-service", "--dns", "--meet", "--behind-nat",
+    "--no-behind-nat",
 }  # fmt: skip
 CLUSTER = {
     "--client-processes", "--clients", "--cluster", "--codec", "--device", "--durability", "--host", "--in-process",
@@ -98,7 +99,7 @@ FLAGS = {
         "--threads",
     },
     "node": set[str](),
-    "node client": {*COMMON, "JOB", "--device", "--shard", "--shards", "--spill-mib"},
+    "node client": {*COMMON, "JOB", "--connections", "--device", "--shard", "--shards", "--spill-mib"},
     "node split-server": {*COMMON, "JOB", "--device", "--slots", "--spill-mib"},
     "node aggregator": {
         *COMMON,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+import msgspec
 import pytest
 
 from zsfl.cli import parser
@@ -38,6 +39,8 @@ def test_the_command_agrees_with_the_node_that_names_it(settings: dict[str, Any]
 
 def test_an_aggregator_that_was_there_is_to_go_on() -> None:
     assert how_to_start(Role.AGGREGATOR, NodeSettings(), NEAR) == "zsfl node aggregator JOB --resume"
+    behind = how_to_start(Role.CLIENT, NodeSettings(host="10.0.0.1"), NEAR, [4], behind_nat=True)
+    assert behind == f"zsfl node client JOB --shards 4 --peer {NEAR} --behind-nat"
 
 
 @pytest.mark.parametrize(
@@ -53,3 +56,4 @@ def test_where_to_look_depends_on_the_machine(host: str, here: str, said: str) -
     words = where_it_was(card, here)
     assert words.startswith(f"client-3 ran at {host}:41")
     assert said in words
+    assert where_it_was(msgspec.structs.replace(card, behind_nat=True), here).startswith("client-3 ran behind NAT")

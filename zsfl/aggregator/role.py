@@ -186,7 +186,7 @@ class AggregatorRole:
             ear = self._node.listen(card, [OFFERS_TOPIC], lambda offers, parts: self._heard_of(card, offers, parts))
             self._ears[card.id] = self._node.start(ear.run(), f"offers of {card.name}")
         if card.role not in (Role.OBSERVER, Role.STANDBY) and card.key == self._node.card.key:
-            self._node.note(f"{card.name} joined from {card.address}")  # of another machine `Met` says more
+            self._node.note(f"{card.name} joined from {card.whereabouts}")  # of another machine `Met` says more
         self._roster.value.returned(card.id)
         self._roster.touch()
 

@@ -38,10 +38,11 @@ from zsfl.tensors.choice import CodecChooser, Role
 from zsfl.tensors.codec import Codec
 from zsfl.tensors.plan import CodecPlan
 from zsfl.tensors.spec import TensorSpec
-from zsfl.wire.connection import Answer, Connection
+from zsfl.wire.connection import Answer
 from zsfl.wire.fields import Load
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Backward, Forward, Infer, Output, Request, Spilled, Step
+from zsfl.wire.trunk import Trunk
 
 Made = tuple[Request, Sequence[Buffer]]
 Make = Callable[[Packing], Made]
@@ -62,7 +63,7 @@ class RemoteBody:
         self._plan = plan
         self._codecs = CodecChooser()
         self._chooser = ServerChooser(rng)
-        self._connections: dict[NodeId, tuple[Connection, Packing]] = {}
+        self._connections: dict[NodeId, tuple[Trunk, Packing]] = {}
         self._servers = Latest(None)
         self._answers = Latest(None)
         """Touched at every answer, and whatever else may make room at a server."""
@@ -74,7 +75,8 @@ class RemoteBody:
         """A split server is there."""
         plan = self._plan.agreed(self._node.peer_codecs.get(card.id, ()))
         packing = Packing(card.id, plan, self._codecs)
-        self._connections[card.id] = self._node.connect(card, card.data_port), packing
+        trunk = Trunk(lambda: self._node.connect(card, card.data_port), self._node.settings.connections)
+        self._connections[card.id] = trunk, packing
         self._chooser.joined(card.id)
         self._changed()
 

@@ -20,8 +20,7 @@ from zsfl.dashboard.runs import SETTINGS
 from zsfl.dashboard.serving import HttpServer
 from zsfl.dashboard.tail import Tail
 from zsfl.dashboard.watch import Snapshot, Watch
-from zsfl.errors import ConfigError, ZsflError
-from zsfl.front import root_cause
+from zsfl.errors import ConfigError, ZsflError, root_cause
 from zsfl.ids import Role
 from zsfl.reports import (
     ADVICE,

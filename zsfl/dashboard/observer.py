@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from zsfl.dashboard.watch import Watch
-from zsfl.errors import RemoteProtocolError
-from zsfl.front import Front, root_cause
+from zsfl.errors import RemoteProtocolError, root_cause
+from zsfl.front import Front
 from zsfl.ids import NodeCard, Role
 from zsfl.node import BeatExtras, Node, RoleShell
 from zsfl.reports import AnyReport, Note

@@ -181,7 +181,7 @@ class Watch:
             id=card.id,
             name=card.name,
             role=str(card.role),
-            address=card.address,
+            address=card.whereabouts,
             machine=card.key,
             presence="gone" if seen.gone_for else "late" if is_late else "there",
             heard_s=now_s - seen.heard_s,

@@ -42,6 +42,9 @@ again."""
 RETURN_TRIES = 240
 """The same for a former peer's, which may have been asleep or cut off: about an hour."""
 
+UNHEARD = "it said HELLO, and is not heard at its address; behind NAT, or a firewall, it needs --behind-nat"
+"""Why a peer is lost that can dial this node and not be dialled."""
+
 _WANTED: dict[Role, frozenset[Role]] = {
     Role.CLIENT: frozenset({Role.SPLIT_SERVER, Role.AGGREGATOR}),
     Role.SPLIT_SERVER: frozenset({Role.AGGREGATOR}),
@@ -54,9 +57,12 @@ _WANTED: dict[Role, frozenset[Role]] = {
 _EXCHANGE_ORDER = (Role.AGGREGATOR, Role.SPLIT_SERVER, Role.STANDBY, Role.OBSERVER, Role.CLIENT, Role.OPERATOR)
 
 
-def wants_of(role: Role) -> Callable[[Role], bool]:
-    """Which roles a node of this role dials by itself; the others dial it."""
-    return _WANTED[role].__contains__
+def wants_of(role: Role, *, behind_nat: bool = False) -> Callable[[Role], bool]:
+    """Which roles a node of this role dials by itself; the others dial it, unless they cannot."""
+    wanted = _WANTED[role]
+    if behind_nat:
+        wanted |= {other for other, theirs in _WANTED.items() if role in theirs}
+    return wanted.__contains__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +237,8 @@ class PeerTable:
 
     def _welcome(self, event: Welcomed, now_s: float) -> list[Action]:
         card = event.card
-        reached = {card.address}
+        # Behind NAT addresses are those of another network, and may be anybody's in this one.
+        reached = set[Address]() if card.behind_nat else {card.address}
         proven = event.address if event.by == "me" else None
         if proven is not None:
             self._dialling.discard(proven)
@@ -280,7 +287,7 @@ class PeerTable:
         """Why a node that agrees is no peer all the same, and whether that is final."""
         if card.id == self._me.id:
             return "that is this node itself: give the address of another node", True
-        if card.address == self._me.address:
+        if card.address == self._me.address and not card.behind_nat:
             return f"{card.name} claims this node's own address: start it with another --host or port", True
         for node_id, peer in self._peers.items():
             # A restarted node comes in once its predecessor is lost; taking it at once would let two live ones
@@ -359,14 +366,16 @@ class PeerTable:
     def _lose_silent(self, now_s: float) -> list[Action]:
         limit_s = self._timing.lost_after_s
         silent = [node_id for node_id, peer in self._peers.items() if peer.heard_s + limit_s <= now_s]
-        return [self._lose(node_id, f"silent for {limit_s:g} s", now_s, redial=True) for node_id in silent]
+        said = f"silent for {limit_s:g} s"
+        return [self._lose(one, said if self._peers[one].proven else UNHEARD, now_s, redial=True) for one in silent]
 
     def _greet_again(self) -> list[Action]:
         """HELLO to everybody after an absence: those who gave this node up do not listen to it any more."""
         if not self._was_absent:
             return []
         self._was_absent = False
-        addresses = [peer.card.address for peer in self._peers.values() if peer.card.address not in self._dialling]
+        cards = [peer.card for peer in self._peers.values() if not peer.card.behind_nat]
+        addresses = [card.address for card in cards if card.address not in self._dialling]
         greeted = addresses[: MAX_DIALS - len(self._dialling)]
         self._dialling.update(greeted)
         return [Dial(address) for address in greeted]

@@ -103,6 +103,8 @@ class Crawl:
         self._asking: set[asyncio.Task[None]] = set()
         self._ends_s = time.monotonic() + ASKING_S
         self.left_out = 0
+        self._hidden: dict[NodeId, NodeCard] = {}
+        """Behind NAT, as others say."""
 
     def announced(self, seen: Announcement) -> None:
         """By mDNS."""
@@ -139,7 +141,9 @@ class Crawl:
             told, sources=now.sources, announced=now.announced, card=told.card or now.card
         )
         for one in told.condition.hears if told.condition else ():
-            if one.card.control_port and one.card.role not in (Role.OBSERVER, Role.OPERATOR):
+            if one.card.behind_nat:  # what it has for an address is somebody else's here
+                self._hidden.setdefault(one.card.id, one.card)
+            elif one.card.control_port and one.card.role not in (Role.OBSERVER, Role.OPERATOR):
                 self.meet(one.card.address, address, one.card)
 
     async def _asked(self) -> None:
@@ -171,6 +175,11 @@ class Crawl:
                 once[known.condition.card.id if known.condition else known.address] = msgspec.structs.replace(
                     known, sources=known.sources | node.sources, announced=known.announced or node.announced
                 )
+        told = {node.condition.card.id for node in once.values() if node.condition}
+        for card in self._hidden.values():
+            if card.id not in told:
+                hidden = SeenNode(address=card.address, sources=frozenset(), silence="behind NAT", card=card)
+                once[card.id] = hidden
         order = [Role.AGGREGATOR, Role.STANDBY, Role.SPLIT_SERVER, Role.CLIENT]
         return sorted(
             once.values(),
@@ -184,7 +193,7 @@ class Crawl:
 async def _with_ports(nodes: Sequence[SeenNode], asker: Asker) -> list[SeenNode]:
     async def looked_at(node: SeenNode) -> SeenNode:
         card = node.card
-        if card is None:
+        if card is None or node.silence == "behind NAT":
             return node
         named = {port: number for port, field in PORTS.items() if (number := getattr(card, field))}
         reached = await asyncio.gather(*(asker.reach(card.host, number) for number in named.values()))

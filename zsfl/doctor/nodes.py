@@ -32,8 +32,14 @@ def _silence(seen: Seen, node: SeenNode) -> Finding | None:
             sure = bool(told) or any(_answers(other) for other in seen.nodes if _same_host(other, node))
             why = "a firewall drops what goes there" if sure else "a firewall drops it, or no machine has that address"
             what = f"{node.name}: no answer at all from its control port{told}: {why}"
-            do = f"let TCP through to port {node.address.rpartition(':')[2]} there, and to the node's other ports"
+            do = (
+                f"let TCP through to port {node.address.rpartition(':')[2]} there, and to the node's other ports; or "
+                "start it with --behind-nat, so that it dials"
+            )
             return Finding(check="nodes", what=what, do=do)
+        case "behind NAT":
+            what = f"{node.short} is behind NAT, and heard by those that it dials; it is not asked from here"
+            return Finding(check="nodes", state="good", what=what)
         case "unreachable":
             what = f"{node.name}: the network knows no way there{told}"
             return Finding(check="nodes", what=what, do="correct the address, routes, or the --host of that node")

@@ -13,11 +13,13 @@ from zsfl.wire.examining import Condition
 Reach = Literal["open", "refused", "silent", "unreachable"]
 """refused: nobody listens there, as its system says; silent: no word from it; unreachable: no way there."""
 Silence = Literal[
-    "", "refused", "silent", "unreachable", "stranger", "mute", "keys", "unknown", "turned away", "forbidden", "old"
+    "", "refused", "silent", "unreachable", "stranger", "mute", "keys", "unknown", "turned away", "forbidden", "old",
+    "behind NAT",
 ]  # fmt: skip
 """Why a node did not say how it is: the port as in `Reach`; `stranger`: it is no zsfl; `mute`: it takes connections and
 does not answer; `keys`: it uses some, and this machine has none; `unknown`: no key that is trusted here; `turned away`:
-it does not trust this machine; `forbidden`: not for this; `old`: it does not know how."""
+it does not trust this machine; `forbidden`: not for this; `old`: it does not know how;
+`behind NAT`: others hear it, and nobody can ask it."""
 State = Literal["good", "warn", "bad"]
 
 

@@ -84,7 +84,7 @@ def judge_protocols(seen: Seen, unknown: Iterable[SeenNode]) -> Iterator[Finding
 
 def is_silent(node: SeenNode) -> bool:
     """Whether somebody who should be there does not answer; not one that was there before."""
-    return bool(node.silence) and node.sources != frozenset({"run"})
+    return node.silence not in ("", "behind NAT") and node.sources != frozenset({"run"})
 
 
 def has_all(nodes: Iterable[SeenNode]) -> bool:
@@ -94,6 +94,8 @@ def has_all(nodes: Iterable[SeenNode]) -> bool:
 
 def _missing(nodes: Iterable[SeenNode]) -> list[Role]:
     roles = {node.card.role for node in nodes if node.card}
+    heard = [one.card for node in nodes if node.condition for one in node.condition.hears]
+    roles |= {card.role for card in heard if card.behind_nat}
     return [role for role in (Role.AGGREGATOR, Role.SPLIT_SERVER, Role.CLIENT) if role not in roles]
 
 

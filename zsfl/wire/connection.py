@@ -30,13 +30,14 @@ from zsfl.keys.machine import machine_id
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
 from zsfl.wire.batch import Batch, is_small
+from zsfl.wire.calling import Line, Switchboard
 from zsfl.wire.door import Door
 from zsfl.wire.framing import Arrived, Assembler, Buffer, Fault, Header, NoRoom, encode, nbytes
 from zsfl.wire.messages import AnyMessage, Refusal, Request
 from zsfl.wire.permits import may_send
 from zsfl.wire.pump import Pump
 from zsfl.wire.refusals import to_error
-from zsfl.wire.sockets import DATA_QUEUE, open_socket, send_now
+from zsfl.wire.sockets import DATA_QUEUE, descriptor_of, open_socket, round_trip_s, send_now
 from zsfl.wire.watch import HandshakeWatch
 
 _serial = itertools.count()
@@ -74,10 +75,12 @@ class Connection:
         role: Role | None = None,
         watch: bool = False,
         last_words: bool = False,
+        line: Line | None = None,
     ) -> None:
         """With a locked `door` it reaches nobody but the machine with that `key`. Of a peer of that `role` only answers
         are taken that it may give. With `watch` requests fail with Unauthorised as soon as that machine turns this one
         away, and not only by their deadline. With `last_words` an answer also counts if its sender left at once.
+        With a `line` it is the peer that dials.
         """
         self.peer = peer
         self._role = role
@@ -93,6 +96,9 @@ class Connection:
         self.met: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done, where it is watched, once the machine with that key is there and lets this one in."""
         self._watch: HandshakeWatch | None = None
+        self._line = line
+        self._descriptor: int | None = None
+        """Of the connection by which the last answer came."""
         self._batch = Batch(limits, self._send_batch)
         self._make = partial(self._made, context, own_id, door, key, watch, last_words)
         self._is_open = False
@@ -125,13 +131,21 @@ class Connection:
             if door is not None and door.locked:
                 self._own_machine = machine_id(PublicKey(door.key))
                 door.unlock(socket, key)
-                if watch:
+                if watch and self._line is None:  # whoever dials a line may say what it likes
                     self._watch = HandshakeWatch(context, socket, self._shaken)
-            socket.connect(self._endpoint)
+            if self._line is None:
+                socket.connect(self._endpoint)
+            else:
+                self._line.open(socket)
         except zmq.ZMQError:
             socket.close(linger=0)
             raise
         return socket
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has a socket: not where there are no file descriptors left."""
+        return self._is_open
 
     async def request(self, body: Request, parts: Sequence[Buffer] = (), *, deadline_s: float) -> Answer:
         """The peer's answer within `deadline_s`.
@@ -191,6 +205,8 @@ class Connection:
         self._fail(None, NoPeer(f"{self.peer} at {self._endpoint} {reason}"))
         if not self._is_open:
             return
+        if self._line is not None:
+            self._line.close()
         self._pump.close()
         if self._watch is not None:
             self._watch.close()
@@ -248,7 +264,12 @@ class Connection:
             self._waiting.append((frames, asyncio.get_running_loop().create_future()))
             self._pump.wants_room()
 
+    def round_trip_s(self) -> float | None:
+        """Of a small packet there and back, as the system measures it; None where it does not say."""
+        return None if self._descriptor is None else round_trip_s(self._descriptor)
+
     def _take(self, frames: list[zmq.Frame], _size: int) -> None:
+        self._descriptor = descriptor_of(frames[0])
         try:
             for arrived in self._assembler.feed([frame.buffer for frame in frames], self._refuse):
                 try:
@@ -299,8 +320,11 @@ class Dialer:
         limits: WireLimits,
         counters: Counters,
         door: Door | None = None,
+        board: Switchboard | None = None,
     ) -> None:
+        """Nodes behind NAT are waited for as the `board` says."""
         self._door = door
+        self._board = board
         self._context = context
         self._own_id = own_id
         self._limits = limits
@@ -320,6 +344,7 @@ class Dialer:
             key=card.key,
             role=card.role,
             watch=watch,
+            line=None if self._board is None else self._board.line(card, port),
         )
         self._opened.add(connection)
         return connection

@@ -148,10 +148,11 @@ def door_for(settings: NodeSettings, name: str, note: Callable[[str], None]) -> 
         raise ConfigError(
             f"keys are to be used, those in {settings.keys}, and --insecure says not to: leave out either"
         )
-    local = is_loopback(settings.host)
+    local = is_loopback(settings.host) and not settings.behind_nat
+    where = "this node or its peers" if settings.behind_nat else settings.host
     if settings.insecure and not local:
         note(
-            f"INSECURE: whoever reaches {settings.host} can join, read what travels, give orders and spoil the run; "
+            f"INSECURE: whoever reaches {where} can join, read what travels, give orders and spoil the run; "
             "pair the machines with `zsfl invite`, and leave out --insecure"
         )
     if settings.insecure or (local and not settings.keys):
@@ -159,7 +160,7 @@ def door_for(settings: NodeSettings, name: str, note: Callable[[str], None]) -> 
     folder = keys_folder(settings.keys)
     if not settings.keys and not (folder / TRUSTED).exists():
         raise ConfigError(
-            f"other machines can reach {settings.host}, and this one has no keys to know them by: run `zsfl invite` "
+            f"other machines can reach {where}, and this one has no keys to know them by: run `zsfl invite` "
             "here, and there what it prints, or the other way round. To serve whoever comes, start all nodes with "
             "--insecure"
         )

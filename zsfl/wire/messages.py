@@ -1,5 +1,4 @@
-"""Every message that travels between nodes, but for those about who aggregates (`succession.py`), pairing
-(`enrolment.py`), whose steps are whose (`holding.py`), and how a node is (`examining.py`).
+"""Every message between nodes, but for what is in `succession`, `enrolment`, `holding`, `examining` and `calling`.
 
 A message is a small header (one of the structs below, in msgpack) and parts (raw tensor or file bytes).
 Requests and their replies stand together; what is broadcast stands last.
@@ -14,6 +13,7 @@ from msgspec import Meta
 
 from zsfl.ids import NodeCard, PartName, Role, RunId, SpillKind
 from zsfl.tensors.spec import TensorSpec
+from zsfl.wire.calling import CallBack
 from zsfl.wire.enrolment import Enrol, Enrolled
 from zsfl.wire.examining import Condition, Examine
 from zsfl.wire.fields import (
@@ -395,5 +395,5 @@ Reply = (
     Welcome | Draining | Ok | Refusal | Output | Spilled | Spills | Weights | Granted | Following | Piece | Enrolled
     | Holder | Condition
 )  # fmt: skip
-Broadcast = Beat | Offers | Announcement | Committed | Goodbye | Weights
+Broadcast = Beat | Offers | Announcement | Committed | Goodbye | Weights | CallBack
 AnyMessage = Request | Reply | Broadcast

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from zsfl.ids import Role
 from zsfl.wire import messages as m
+from zsfl.wire.calling import CallBack
 from zsfl.wire.enrolment import Enrol, Enrolled
 from zsfl.wire.examining import Condition, Examine
 from zsfl.wire.fields import Message
@@ -64,6 +65,7 @@ MAY_SEND: dict[type[Message], frozenset[Role]] = {
     # Broadcasts.
     m.Beat: _NODES,
     m.Goodbye: _NODES,
+    CallBack: _NODES,
     m.Offers: _MEMBERS,
     m.Announcement: _AGGREGATOR,
     m.Committed: _AGGREGATOR,

@@ -24,13 +24,14 @@ from zsfl.errors import (
 from zsfl.ids import Role
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
+from zsfl.wire.calling import Line
 from zsfl.wire.door import Door
 from zsfl.wire.fields import MAX_SETTLED
 from zsfl.wire.framing import Assembler, Buffer, Header, encode, nbytes
 from zsfl.wire.messages import Announcement, AnyMessage, Broadcast
 from zsfl.wire.permits import may_say
 from zsfl.wire.pump import Pump
-from zsfl.wire.sockets import bind, open_socket, send_now
+from zsfl.wire.sockets import bind, dial, open_socket, send_now
 from zsfl.wire.watch import HandshakeWatch
 
 MAX_HEARD_BYTES = 1024
@@ -104,6 +105,10 @@ class Publisher:
                 self._socket.unbind(f"tcp://{self._host}:{self.port}")
             self._bind_again()
 
+    def dial(self, endpoint: str, *, there: bool) -> None:
+        """Say it also to somebody who waits for this node there, or not any more."""
+        dial(self._socket, endpoint, there=there)
+
     def _bind_again(self) -> None:
         if self._socket.closed:
             return
@@ -134,16 +139,18 @@ class Subscriber:
         door: Door | None = None,
         key: str = "",
         role: Role | None = None,
+        line: Line | None = None,
     ) -> None:
-        """`door` and `key` are as in Connection; a publisher of that `role` is heard only in what it may say."""
+        """`door`, `key`, `line` are as in Connection; a publisher of that `role` is heard only in what it may say."""
         self._heard = heard
         self._role = role
         self._counters = counters
         # In order, so that a broadcast that lost a chunk in a full queue is forgotten when the next one begins.
         self._assembler = Assembler(limits, in_order=True)
         self._sweep: asyncio.TimerHandle | None = None
-        self._make = partial(_listening, context, endpoint, topics, limits, door, key)
+        self._make = partial(_listening, context, endpoint, topics, limits, door, key, line)
         self._socket: zmq.Socket[bytes] | None = None
+        self._line = line
 
     def arriving(self) -> list[AnyMessage]:
         """Bodies of the broadcasts whose parts are still on their way."""
@@ -170,6 +177,8 @@ class Subscriber:
         if self._sweep is not None:
             self._sweep.cancel()
         self._assembler.forget_all()
+        if self._line is not None:
+            self._line.close()
         if self._socket is not None:
             self._socket.close(linger=0)
 
@@ -198,14 +207,27 @@ class Subscriber:
 
 
 def _listening(
-    context: zmq.Context[Any], endpoint: str, topics: Sequence[bytes], limits: WireLimits, door: Door | None, key: str
+    context: zmq.Context[Any],
+    endpoint: str,
+    topics: Sequence[bytes],
+    limits: WireLimits,
+    door: Door | None,
+    key: str,
+    line: Line | None,
 ) -> zmq.Socket[bytes]:
     socket = open_socket(context, zmq.SUB, limits, BROADCAST_QUEUE)
     if door is not None:
         door.unlock(socket, key)
     for topic in topics:
         socket.subscribe(topic)
-    socket.connect(endpoint)
+    if line is None:
+        socket.connect(endpoint)
+        return socket
+    try:
+        line.open(socket)
+    except zmq.ZMQError:
+        socket.close(linger=0)
+        raise
     return socket
 
 

@@ -19,7 +19,7 @@ from zsfl.wire.framing import RETRY_AFTER_S, Arrived, Assembler, Buffer, Fault, 
 from zsfl.wire.messages import Reply, Request
 from zsfl.wire.pump import Pump
 from zsfl.wire.refusals import refusal
-from zsfl.wire.sockets import DATA_QUEUE, bind, open_socket, send_now
+from zsfl.wire.sockets import DATA_QUEUE, bind, dial, open_socket, send_now
 from zsfl.wire.watch import HandshakeWatch
 
 MAX_CALLERS = 4096
@@ -151,6 +151,12 @@ class Server:
                 if caller.frame is not None:
                     cut(caller.frame, self.port)
                 self._forget(identity)
+
+    def dial(self, endpoint: str, *, there: bool) -> None:
+        """Answer also somebody who waits for this node there, or not any more."""
+        dial(self._socket, endpoint, there=there)
+        if (pump := getattr(self, "_pump", None)) is not None:
+            pump.look()
 
     def _take(self, frames: list[zmq.Frame], _size: int) -> None:
         identity = frames[0].bytes

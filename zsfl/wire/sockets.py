@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import resource
 import socket
+import struct
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -79,6 +82,9 @@ def up_to(limits: WireLimits, most_bytes: int) -> WireLimits:
 
 NOW = int(zmq.DONTWAIT)
 """As an int, as all that is looked at for each frame: enums take a microsecond of their own."""
+_SOURCE = int(zmq.SRCFD)
+_MIN_RTT = 148
+"""Where `tcpi_min_rtt` stands in Linux's `struct tcp_info`, in microseconds."""
 _MORE = int(zmq.DONTWAIT | zmq.SNDMORE)
 _send = cast(Any, zmq.backend).Socket.send  # what pyzmq's own loop over frames, four times as slow, ends in
 
@@ -112,6 +118,34 @@ def bind(socket: zmq.Socket[bytes], host: str, port: int) -> int:
             ) from error
         raise ConfigError(f"cannot listen on {host}:{port}: {error}; is {host} an address of this machine?") from error
     return port
+
+
+def dial(socket: zmq.Socket[Any], endpoint: str, *, there: bool) -> None:
+    """Have a socket that listens dial somebody too, or not any more; nobody, where ZeroMQ does not take the address."""
+    with suppress(zmq.ZMQError):
+        (socket.connect if there else socket.disconnect)(endpoint)
+
+
+def descriptor_of(frame: zmq.Frame) -> int | None:
+    """By which connection a frame came."""
+    try:
+        return cast(int, cast(Any, frame).get(_SOURCE))
+    except zmq.ZMQError:
+        return None
+
+
+def round_trip_s(descriptor: int) -> float | None:
+    """The shortest round trip of a connection in the last minutes, which no queue of its own makes longer (Linux).
+
+    Should ZeroMQ have closed it by now, there is none, or it is that of another one.
+    """
+    if sys.platform != "linux":
+        return None
+    with suppress(OSError, struct.error), socket.socket(fileno=os.dup(descriptor)) as connection:
+        told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MIN_RTT + 4)
+        found: int = struct.unpack_from("=I", told, _MIN_RTT)[0]
+        return None if found in (0, 0xFFFFFFFF) else found / 1e6
+    return None
 
 
 def send_now(socket: zmq.Socket[bytes], frames: Sequence[Buffer], *, copy: bool) -> bool:

@@ -182,6 +182,7 @@ def test_a_passing_refusal_is_tried_again_and_its_reason_outlives_the_tries() ->
 
 def test_a_silent_peer_is_lost_and_its_address_tried_again() -> None:
     table = joined(S1, S2)
+    assert table.on(Heard(S2.id), 0.0) == []
     for beat in range(1, 4):
         assert table.on(Heard(S1.id), beat * 0.5) == []
     assert table.on(Tick(), 1.99) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from msgspec import structs
 
 from zsfl.discovery.events import (
     Action,
@@ -21,7 +22,7 @@ from zsfl.discovery.events import (
     Tick,
     Welcomed,
 )
-from zsfl.discovery.table import PeerTable, PresenceTiming, wants_of
+from zsfl.discovery.table import UNHEARD, PeerTable, PresenceTiming, wants_of
 from zsfl.ids import Address, NodeCard, NodeId, Role
 
 TIMING = PresenceTiming()
@@ -35,13 +36,15 @@ ME = card("me", 1, Role.CLIENT)
 NODES = [card(f"n{n}", 10 + n, role, start) for n, role in enumerate(Role) for start in (0, 1)]
 RIVALS = [card(f"n{n}", 10 + n, role, start, f"key-{start}") for n, role in enumerate(Role) for start in (0, 1)]
 """Nodes of two machines that claim the same names and addresses."""
+HIDDEN = [structs.replace(node, behind_nat=number % 2 == 0) for number, node in enumerate(NODES)]
+"""Half of them, and each of these with the address of another, cannot be dialled."""
 NUMBERS = st.integers(0, len(NODES) - 1)
 ALIASES = {Address("alias:1"): NODES[0], Address("self:1"): ME}
 ADDRESSES = [*dict.fromkeys(node.address for node in NODES), ME.address, *ALIASES]
 
 
 class AnyOrder(RuleBasedStateMachine):
-    @initialize(role=st.sampled_from(list(Role)), nodes=st.sampled_from([NODES, RIVALS]))
+    @initialize(role=st.sampled_from(list(Role)), nodes=st.sampled_from([NODES, RIVALS, HIDDEN]))
     def start(self, role: Role, nodes: list[NodeCard]) -> None:
         self.nodes = nodes
         self.table = PeerTable(ME, wants_of(role), TIMING)
@@ -68,7 +71,7 @@ class AnyOrder(RuleBasedStateMachine):
             case Lost(node, reason):
                 assert self.live.pop(node.id) == node
                 silence_s = self.now_s - self.silent_since[node.id]
-                assert not reason.startswith("silent") or silence_s >= TIMING.lost_after_s
+                assert not reason.startswith(("silent", UNHEARD)) or silence_s >= TIMING.lost_after_s
 
     @rule(
         address=st.sampled_from(ADDRESSES),

@@ -367,3 +367,15 @@ def test_one_that_others_hear_counts_though_it_does_not_answer() -> None:
             "a firewall drops what goes there",
         )
     ]
+
+
+def test_who_is_behind_nat_is_there_and_nobody_asks_it() -> None:
+    hidden = structs.replace(CARDS["ward"], host="127.0.0.1", behind_nat=True)
+    hears = tuple(Hearing(card=one, heard_s=0.2) for one in (CARDS["chief"], CARDS["gpu"], hidden))
+    nodes = [node("chief", hears=hears[1:]), node("gpu", hears=(hears[0], hears[2]))]
+    seen = SeenNode(address=hidden.address, sources=frozenset(), silence="behind NAT", card=hidden)
+    found = findings(Seen(here=HERE, nodes=[*nodes, seen], job="tiny"))
+    assert {finding.state for finding in found} == {"good"}
+    assert "ward is behind NAT, and heard by those that it dials; it is not asked from here" in [
+        one.what for one in found
+    ]

@@ -440,6 +440,8 @@ def test_a_lan_without_keys_is_refused_unless_it_is_asked_for_and_then_said_loud
     assert not door_for(NodeSettings(host="192.0.2.7", insecure=True), "n", notes.append).locked
     assert len(notes) == 1
     assert notes[0].startswith("INSECURE: whoever reaches 192.0.2.7")
+    with pytest.raises(ConfigError, match="other machines can reach this node or its peers"):
+        door_for(NodeSettings(behind_nat=True), "n", notes.append)
 
 
 def test_an_enrolled_machine_uses_its_keys_on_a_lan_without_flags(

@@ -1,0 +1,68 @@
+"""Several connections to one peer, where one does not fill a long link: each has a window of its own in TCP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from zsfl.wire.connection import Answer, Connection
+from zsfl.wire.framing import Buffer, nbytes
+from zsfl.wire.messages import Request
+
+LONG_S = 0.01
+"""A link with a longer round trip is not filled by one connection for certain; no LAN has one."""
+MUCH_BYTES = 1 << 20
+"""Of requests under way on a connection: with less a further one does not pay."""
+MOST = 4
+"""Connections opened by themselves; MAX_CALLERS has room for so many of each peer."""
+
+
+class Trunk:
+    """Spreads whole requests, so that what belongs to one, such as its end before time, goes the same way."""
+
+    def __init__(self, connect: Callable[[], Connection], connections: int = 0) -> None:
+        """As many `connections` as are asked for; 0: further ones where a long link is busy."""
+        self._connect = connect
+        self._most = connections or MOST
+        self._under_way = {connect(): 0 for _ in range(connections or 1)}
+        """Bytes of the requests on each."""
+        self._first = next(iter(self._under_way))
+
+    @property
+    def peer(self) -> str:
+        """Who is asked."""
+        return self._first.peer
+
+    @property
+    def connections(self) -> int:
+        """How many there are."""
+        return len(self._under_way)
+
+    async def request(self, body: Request, parts: Sequence[Buffer] = (), *, deadline_s: float) -> Answer:
+        """As of `Connection`, over the one that has least to do."""
+        size = sum(map(nbytes, parts))
+        connection = self._chosen()
+        self._under_way[connection] += size
+        try:
+            return await connection.request(body, parts, deadline_s=deadline_s)
+        finally:
+            self._under_way[connection] -= size
+
+    def _chosen(self) -> Connection:
+        idlest = min(self._under_way, key=self._under_way.__getitem__)
+        if self._under_way[idlest] < MUCH_BYTES or self.connections >= self._most or not self._is_long():
+            return idlest
+        another = self._connect()
+        if not another.is_open:  # there are no descriptors left
+            another.close()
+            return idlest
+        self._under_way[another] = 0
+        return another
+
+    def _is_long(self) -> bool:
+        round_trip_s = self._first.round_trip_s()
+        return round_trip_s is not None and round_trip_s >= LONG_S
+
+    def close(self, reason: str = "was closed") -> None:
+        """Close them all."""
+        for connection in self._under_way:
+            connection.close(reason)
