@@ -242,6 +242,7 @@ class Front:
                 load=extras.load,
                 offers=in_turn(extras.offers, turn),
                 state=extras.state,
+                merging=extras.merging,
             )
             self._publisher.publish(TOPIC, beat)
             self._on_beat(beat)

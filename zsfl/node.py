@@ -17,7 +17,7 @@ import zmq.asyncio
 
 from zsfl.errors import NO_DESCRIPTORS, RemoteProtocolError, SpillTooLarge, StorageError, lacks_descriptors
 from zsfl.hints import how_to_start, where_it_was
-from zsfl.ids import NodeCard, NodeId, Role
+from zsfl.ids import Cid, NodeCard, NodeId, Role
 from zsfl.lifetime import Lifetime
 from zsfl.metrics import Counters, added
 from zsfl.reports import AnyReport, Note
@@ -53,6 +53,7 @@ class BeatExtras:
     load: Load | None = None
     offers: tuple[SpillOffer, ...] = ()
     state: RunState | None = None
+    merging: tuple[Cid, ...] = ()
 
 
 class RoleShell(Protocol):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from zsfl.aggregator.roster import Roster
-from zsfl.ids import NodeId, Role
+from zsfl.ids import NodeId, PublicKey, Role
+from zsfl.keys.machine import machine_id
 from zsfl.latest import Latest
 from zsfl.node import Node
 from zsfl.waits import FIRST_WORD_S, LONELY_S
@@ -31,7 +33,9 @@ class HoldUp:
         """`missing`: shards whose steps are waited for now."""
         self._node = node
         self._roster = roster
-        self._missing = missing
+        self._all_missing = missing
+        self._met: frozenset[int] = frozenset()
+        """Shards whose steps wait to be merged with the others'."""
         self._clock_s = clock_s
         self._began_s: float | None = None
         self._took_s: deque[float] = deque(maxlen=2)
@@ -42,8 +46,16 @@ class HoldUp:
         now_s = self._clock_s()
         if self._began_s is not None:
             self._took_s.append(now_s - self._began_s)
-        self._began_s = now_s
+        self._began_s, self._met = now_s, frozenset()
         return now_s
+
+    def merging(self, shards: Iterable[int]) -> None:
+        """The steps of these shards are where all of the window are to be merged, and wait for the others."""
+        self._met = frozenset(shards)
+
+    def _missing(self) -> Sequence[int]:
+        missing = self._all_missing()
+        return [shard for shard in missing if shard not in self._met] or missing
 
     def names(self) -> str:
         """Whose steps are missing, for people."""
@@ -75,4 +87,13 @@ class HoldUp:
             found.append(
                 f"{names}: there, and at work or stuck; the terminal or the log of each says what it waits for"
             )
+            found.append(f"the run goes on without a client that is stopped{self._revoked(slow)}")
         return tuple(found)
+
+    def _revoked(self, shards: Sequence[int]) -> str:
+        """How to be rid of those on other machines that nobody can stop from here; nothing where no keys are used."""
+        cards = (self._node.peer(node) for shard in shards if (node := self._roster.value.node_of(shard)) is not None)
+        keys = dict.fromkeys(card.key for card in cards if card and card.key not in ("", self._node.card.key))
+        folder = f" --keys {shlex.quote(self._node.settings.keys)}" if self._node.settings.keys else ""
+        revokes = ", ".join(f"zsfl keys revoke {machine_id(PublicKey(key))}{folder}" for key in keys)
+        return f", or whose machine is trusted no more: {revokes}" if revokes else ""

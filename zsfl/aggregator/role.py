@@ -210,6 +210,10 @@ class AggregatorRole:
             self._counters.heard(broadcast.card.id, broadcast.card.name, broadcast.counters)
             self._training.collector.offered(broadcast.card.id, broadcast.offers)
             self._reign.mind(broadcast, self._job.name)
+            if (state := self._stage.state).merger == broadcast.card.id:
+                steps = map(parse_cid, broadcast.merging)
+                at = state.run, state.version
+                self._training.holdup.merging(step.shard for step in steps if (step.run, step.version) == at)
 
     def _heard_of(self, card: NodeCard, offers: Broadcast, parts: Sequence[Buffer]) -> None:
         if isinstance(offers, Offers) and self._node.peer(card.id):

@@ -91,7 +91,7 @@ class Training:
         self._tally: Tally
         self._sizes: Sizes = {}
         self._attempt = self._place = 0
-        self._attendance, self._holdup = Attendance(), HoldUp(node, roster, self._missing)
+        self._attendance, self.holdup = Attendance(), HoldUp(node, roster, self._missing)
         self.left: frozenset[int] = frozenset()
         """Shards whose clients had left before this process began."""
         self._retold: Sequence[Made] = ()
@@ -240,7 +240,7 @@ class Training:
         self.rules.there(self._roster.value.samples(there))
         await self._node.persistently(lambda: self.journal.begin(self.version))
         late = self._gathering.begin(self.version, None if self.rules.is_async else self._cids(self._sizes))
-        now_s = self._progress_s = self._holdup.began()
+        now_s = self._progress_s = self.holdup.began()
         self._closing.began(self.version, self._sizes, now_s)
         for step in late:
             self._closing.arrived(step, self._gathering.samples(step), now_s)
@@ -253,7 +253,7 @@ class Training:
             slices=wire_slices,
             **self._asked(there),
         )
-        with self._node.waiting(self._holdup.unusual, self._holdup.hints):
+        with self._node.waiting(self.holdup.unusual, self.holdup.hints):
             return await self._until_closed(plan)
 
     def _pace(self, there: Sequence[int]) -> Slices:
@@ -313,7 +313,7 @@ class Training:
             if now_s >= self._progress_s + patience_s:
                 raise RunFailed(
                     f"round {self.round + 1} stood still for {patience_s:g} s without the steps of "
-                    f"{self._holdup.names()}. Start what is missing, then go on with --resume"
+                    f"{self.holdup.names()}. Start what is missing, or stands still, anew; then go on with --resume"
                 )
             alarms = (self._closing.next_deadline_s(), roster.next_leave_s(now_s), self._progress_s + patience_s)
             self._awaited, self._alarm_s = frozenset(there), min(alarm for alarm in alarms if alarm > now_s)

@@ -12,13 +12,15 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
-from zsfl.errors import Busy, Rejected, Unavailable, ZsflError
+from zsfl.errors import Busy, Rejected, Unavailable
 from zsfl.ids import Cid, RunId, Version, parse_cid
 
 MAX_MEETINGS = 64
 """Meetings that are not over; more are refused."""
 MAX_SIZE = 192
 """Steps of one meeting: some less than the requests that a connection carries and a server serves at once."""
+MAX_COPIES = 8
+"""Requests that wait for one step: more of them than a client that was started again and again would leave."""
 KEPT_VERSIONS = 2
 """Results are kept of the versions that were worked on last: for those whose answer was lost on its way, and for a
 client that starts again and makes all its steps of a version once more."""
@@ -43,15 +45,11 @@ def group_of(cid: Cid) -> Group:
 
 
 class Misfit(Exception):
-    """Some items do not go together with the others."""
+    """Some items do not go together with the others: it is for them to mend."""
 
     def __init__(self, cids: Collection[Cid], said: str) -> None:
         super().__init__(said)
         self.cids = frozenset(cids)
-
-    def said_to(self, cid: Cid) -> ZsflError:
-        """It is for them to mend; the others may ask anew, once they are right or gone."""
-        return Rejected(str(self)) if cid in self.cids else Unavailable(str(self))
 
 
 @dataclass(slots=True)
@@ -87,11 +85,18 @@ class Meetings(Generic[_Item, _Result]):
         """Begin no version from now on; what was begun may be finished."""
         self._draining = True
 
-    async def attend(self, cid: Cid, size: int, item: _Item) -> _Result:
-        """The result for this step, once `size` steps of its group are there; an error of the work is everybody's, but
-        for a `Misfit`.
+    def here(self, run: RunId, version: Version) -> tuple[Cid, ...]:
+        """The steps of a version that wait for the others of their group: of that where most do, so that nobody hides
+        in one of its own. May be called from any thread.
+        """
+        waiting = [one for group, one in list(self._meetings.items()) if group[:2] == (run, version)]
+        return max((tuple(one.items) for one in waiting if not one.is_whole), key=len, default=())
 
-        Cancelled before the group is whole, it takes its item along; the others go on waiting.
+    async def attend(self, cid: Cid, size: int, item: _Item) -> _Result:
+        """The result for this step, once `size` steps of its group are there; an error of the work is everybody's.
+
+        That it is a `Misfit` only those hear whose step does not fit: the others wait on, for a better one. Cancelled
+        before the group is whole, it takes its item along; the others go on waiting.
         """
         group = group_of(cid)
         if cid in (known := self._results.get(group[:2], {})):
@@ -103,19 +108,23 @@ class Meetings(Generic[_Item, _Result]):
                 f"{cid} is to be merged with {size} steps, but {len(meeting.items)} of {meeting.size} are there "
                 "and it is none of them: do all clients follow the same aggregator?"
             )
+        if meeting.waiting[cid] >= MAX_COPIES:
+            raise Busy(f"{MAX_COPIES} requests wait for {cid} already", RETRY_AFTER_S)
         if not meeting.is_whole:
             meeting.items[cid] = item
             if meeting.is_whole:
                 self._start(group, meeting)
         meeting.waiting[cid] += 1
         try:
-            await asyncio.wait([meeting.results])
+            while True:
+                await asyncio.wait([results := meeting.results])
+                try:
+                    return results.result()[cid]
+                except Misfit as misfit:
+                    if cid in misfit.cids:
+                        raise Rejected(str(misfit)) from None
         finally:
             self._leave(group, meeting, cid)
-        try:
-            return meeting.results.result()[cid]
-        except Misfit as misfit:
-            raise misfit.said_to(cid) from None
 
     def _open(self, group: Group, size: int) -> _Meeting[_Item, _Result]:
         if size > MAX_SIZE:
@@ -135,8 +144,11 @@ class Meetings(Generic[_Item, _Result]):
         meeting.waiting[cid] -= 1
         if meeting.is_whole or meeting.waiting[cid]:
             return
-        del meeting.items[cid]
-        if not meeting.items:
+        meeting.items.pop(cid, None)
+        self._end_if_empty(group, meeting)
+
+    def _end_if_empty(self, group: Group, meeting: _Meeting[_Item, _Result]) -> None:
+        if not meeting.items and self._meetings.get(group) is meeting:
             del self._meetings[group]
 
     def _start(self, group: Group, meeting: _Meeting[_Item, _Result]) -> None:
@@ -148,6 +160,13 @@ class Meetings(Generic[_Item, _Result]):
     async def _hold(self, group: Group, meeting: _Meeting[_Item, _Result]) -> None:
         try:
             results = await self._work({cid: meeting.items[cid] for cid in sorted(meeting.items)})
+        except Misfit as misfit:
+            was, meeting.results = meeting.results, asyncio.get_running_loop().create_future()
+            fit = meeting.items.keys() - misfit.cids
+            meeting.items = {cid: item for cid, item in meeting.items.items() if cid in fit and meeting.waiting[cid]}
+            was.set_exception(misfit)
+            was.exception()
+            return self._end_if_empty(group, meeting)
         except Exception as error:
             meeting.results.set_exception(error)
             meeting.results.exception()  # whoever waits gets it; nobody waiting is no fault

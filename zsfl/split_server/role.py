@@ -11,7 +11,17 @@ from typing import assert_never
 
 import torch
 
-from zsfl.errors import BadShape, Busy, ConfigError, Rejected, RemoteProtocolError, StorageError, Unavailable, ZsflError
+from zsfl.errors import (
+    BadShape,
+    Busy,
+    ConfigError,
+    Rejected,
+    RemoteProtocolError,
+    StaleWeights,
+    StorageError,
+    Unavailable,
+    ZsflError,
+)
 from zsfl.ids import BODY, Cid, NodeCard, Role, StepId, parse_cid
 from zsfl.latest import Latest
 from zsfl.learning.blame import said_of
@@ -83,7 +93,7 @@ class SplitServerRole:
             same_k=job.local_lr is not None,
         )
         self._merges, self._shards = job.batch_norm == "merged", job.shards
-        self._width = steps_of(job) * attempts_of(job)
+        self._batches, self._width = job.steps, steps_of(job) * attempts_of(job)
         self._met_bytes = 0
         """Of requests that wait for others to be merged with."""
         self._forwards = Meetings(self._merge_forwards)
@@ -164,8 +174,11 @@ class SplitServerRole:
         self._news.touch()
 
     def beat(self) -> BeatExtras:
-        """Heartbeats advertise slots and repeat what is still offered."""
-        return BeatExtras(load=self._admission.load, offers=self._member.pending())
+        """Heartbeats advertise slots, repeat what is still offered, and say who is there to be merged."""
+        state = self._member.state.value
+        meetings = (self._forwards, self._backwards, self._steps) if self._merges and state is not None else ()
+        here = max((one.here(state.run, state.version) for one in meetings if state), key=len, default=())
+        return BeatExtras(load=self._admission.load, offers=self._member.pending(), merging=here)
 
     async def _mind_the_aggregator(self) -> None:
         """Waiting aloud while there is none; giving up when none comes."""
@@ -295,6 +308,7 @@ class SplitServerRole:
             raise Busy(f"{self._met_bytes} bytes of merged batches wait here, no room for more", RETRY_AFTER_S)
         self._met_bytes += size_bytes
         try:
+            await self._until_asked_for(parse_cid(request.cid), request.merged)
             match request:
                 case Forward():
                     return await self._attend_forward(request, parts)
@@ -307,6 +321,20 @@ class SplitServerRole:
         finally:
             self._met_bytes -= size_bytes
             self._news.touch()
+
+    async def _until_asked_for(self, step: StepId, merged: int) -> None:
+        """Wait for the aggregator to ask for a step, as one of so many: whoever says otherwise keeps nobody waiting."""
+        attempt, k = divmod(step.k, self._batches)
+        at = step.version, attempt
+        state = await self._member.state.wait_for(
+            lambda now: now is not None and (now.run != step.run or (now.version, now.attempt) >= at)
+        )
+        if state is None or state.run != step.run or state.merger != self._node.card.id:
+            raise Unavailable(f"{self._node.name} is not asked to merge steps of the run {step.run}")
+        if (state.version, state.attempt) != at:
+            raise StaleWeights(f"the merged batch of version {step.version} is over; redo the step at {state.version}")
+        if k >= len(state.merged) or state.merged[k] != merged:
+            raise Unavailable(f"the aggregator asks for no batch of {merged} steps at version {step.version}")
 
     async def _attend_forward(self, request: Forward, parts: Sequence[Buffer]) -> Answer:
         x = unpack(request.input, parts[0])

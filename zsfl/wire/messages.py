@@ -312,15 +312,13 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     rounds: Count
     window: Count
     windows: Count
-    """Windows in this round; in async mode, where `window` counts on for ever, those in which all data is gone through
-    once."""
+    """In this round; in async mode, where `window` counts on for ever, those in which all data is gone through once."""
     epoch: Count = 0
     """Counts takeovers by other aggregators: what is said in an earlier one counts no more."""
     attempt: Count = 0
     """Counts how often the merged batch of this window was asked for before."""
     slices: Annotated[tuple[tuple[Count, Count, Count], ...], Meta(max_length=MAX_SHARDS)] = ()
-    """Where the aggregator decides on batch sizes: shard, where in its endless stream of samples its batches of this
-    version begin, and the size of each."""
+    """Where the aggregator decides on batch sizes: shard, where in its endless stream these begin, size of each."""
     merger: NodeIdText | None = None
     """The split server that merges the batches of this version, where the job wants them merged."""
     merged: Annotated[tuple[Count, ...], Meta(max_length=MAX_SHARDS)] = ()
@@ -346,6 +344,8 @@ class Beat(Message, frozen=True, kw_only=True, tag="beat"):
     load: Load | None = None
     offers: Annotated[tuple[SpillOffer, ...], Meta(max_length=MAX_OFFERS)] = ()
     state: RunState | None = None
+    merging: Annotated[tuple[CidText, ...], Meta(max_length=MAX_OFFERS)] = ()
+    """Steps that wait for the others of their merged batch: whose are missing holds all of them up."""
 
 
 class Offers(Message, frozen=True, kw_only=True, tag="offers"):

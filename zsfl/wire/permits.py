@@ -80,7 +80,12 @@ def may_send(role: Role, kind: type[Message]) -> bool:
 def may_say(role: Role, broadcast: Message) -> bool:
     """Whether a node of this role may broadcast this: of a heartbeat, what others go by is not for everybody to say."""
     if isinstance(broadcast, m.Beat):
-        said = (broadcast.state, _AGGREGATOR), (broadcast.load, _SERVER), (broadcast.offers or None, _MEMBERS)
+        said = (
+            (broadcast.state, _AGGREGATOR),
+            (broadcast.load, _SERVER),
+            (broadcast.merging or None, _SERVER),
+            (broadcast.offers or None, _MEMBERS),
+        )
         if any(what is not None and role not in roles for what, roles in said):
             return False
     return may_send(role, type(broadcast))

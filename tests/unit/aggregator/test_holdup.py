@@ -7,7 +7,8 @@ from typing import Any, cast
 
 from zsfl.aggregator.holdup import HoldUp
 from zsfl.aggregator.roster import Roster
-from zsfl.ids import NodeId, Role
+from zsfl.ids import NodeId, PublicKey, Role
+from zsfl.keys.machine import machine_id
 from zsfl.latest import Latest
 from zsfl.wire.fields import ShardInfo
 
@@ -22,7 +23,14 @@ class Window:
         self.roster = Roster(4)
         for shard, node in enumerate(NODES):
             self.roster.join(node, f"client-{shard}", [ShardInfo(shard=shard, train_samples=9, test_samples=0)])
-        node = SimpleNamespace(peers=lambda role: self.servers, hints_of_gone=self.hints_of_gone)
+        self.cards = {node: SimpleNamespace(key="") for node in NODES}
+        node = SimpleNamespace(
+            peers=lambda role: self.servers,
+            hints_of_gone=self.hints_of_gone,
+            peer=self.cards.get,
+            card=SimpleNamespace(key="mine"),
+            settings=SimpleNamespace(keys="/my keys"),
+        )
         self.holdup = HoldUp(cast(Any, node), Latest(self.roster), lambda: self.missing, lambda: self.now_s)
         self.holdup.began()
 
@@ -66,6 +74,7 @@ def test_who_is_gone_is_spoken_of_at_once_with_what_to_do() -> None:
     assert window.holdup.hints() == (
         "start client b [1]",
         "client-2: there, and at work or stuck; the terminal or the log of each says what it waits for",
+        "the run goes on without a client that is stopped",
     )
     for node in NODES:
         window.roster.lost(node, 100.0)
@@ -77,3 +86,24 @@ def test_who_is_gone_is_spoken_of_at_once_with_what_to_do() -> None:
     assert window.holdup.hints() == ("start split-server None []",)
     window.missing = []
     assert window.holdup.names() == "any client, and no split server is there to make them with"
+
+
+def test_where_steps_are_merged_only_those_are_named_whose_steps_are_not_there() -> None:
+    window = Window()
+    window.holdup.merging([0, 2])
+    assert window.after(11.0) == "the steps of client-1"
+    window.holdup.merging([0, 1, 2])  # they are worked on
+    assert window.after(0.0) == "the steps of client-0, client-1, client-2"
+    window.holdup.merging([0, 2])
+    window.holdup.began()
+    assert window.holdup.names() == "client-0, client-1, client-2"
+
+
+def test_of_another_machine_it_is_said_how_to_be_rid_of_it() -> None:
+    window = Window()
+    key = "]{=qk]Mk:)*d+DoP.TP>]S%*aF7Uh>l!XsZu&9Gf"
+    window.cards[NODES[0]].key, window.cards[NODES[1]].key = "mine", key
+    assert window.holdup.hints()[-1] == (
+        "the run goes on without a client that is stopped, or whose machine is trusted no more: "
+        f"zsfl keys revoke {machine_id(PublicKey(key))} --keys '/my keys'"
+    )

@@ -10,7 +10,7 @@ from helpers.waiting import until
 
 from zsfl.errors import Busy, DeadlineExceeded, Rejected, StaleWeights, Unavailable
 from zsfl.ids import Cid, RunId, Version, step_cid
-from zsfl.split_server.meeting import KEPT_VERSIONS, MAX_MEETINGS, MAX_SIZE, Meetings, Misfit
+from zsfl.split_server.meeting import KEPT_VERSIONS, MAX_COPIES, MAX_MEETINGS, MAX_SIZE, Meetings, Misfit
 
 
 def cid(shard: int, version: int = 7, k: int = 0, run: str = "abcdef") -> Cid:
@@ -214,11 +214,51 @@ async def test_draining_begins_no_version_and_ends_those_that_were_begun(room: R
     assert room.meetings.idle
 
 
-async def test_what_does_not_fit_is_for_its_own_to_mend_and_the_others_may_ask_anew(room: Room) -> None:
+async def test_who_does_not_fit_is_told_and_the_others_wait_for_a_better_one(room: Room) -> None:
+    room.work.fails = Misfit([cid(1)], "b is too wide")
+    waiting = [room.attend(shard) for shard in (0, 2)]
+    for _ in range(2):
+        with pytest.raises(Rejected, match="b is too wide"):
+            await until(room.attend(1))
+        assert room.meetings.here(RunId("abcdef"), Version(7)) == (cid(0), cid(2))
+    room.work.fails = None
+    assert await until(asyncio.gather(*waiting, room.attend(1))) == ["a of abc", "c of abc", "b of abc"]
+    assert room.meetings.idle
+
+
+async def test_who_gave_up_while_one_did_not_fit_waits_no_more(room: Room) -> None:
+    room.work.may_go_on.clear()
     room.work.fails = Misfit([cid(1)], "b is too wide")
     waiting = [room.attend(shard) for shard in range(3)]
-    found = await until(asyncio.gather(*waiting, return_exceptions=True))
-    assert [type(error) for error in found] == [Unavailable, Rejected, Unavailable]
-    assert {str(error) for error in found} == {"b is too wide"}
-    room.work.fails = None
-    assert await until(asyncio.gather(*(room.attend(shard) for shard in range(3))))
+    await settle()
+    waiting[0].cancel()
+    await settle()
+    room.work.may_go_on.set()
+    with pytest.raises(Rejected):
+        await until(waiting[1])
+    assert room.meetings.here(RunId("abcdef"), Version(7)) == (cid(2),)
+    waiting[2].cancel()
+    await settle()
+    assert room.meetings.idle
+
+
+async def test_copies_of_one_step_are_bounded(room: Room) -> None:
+    copies = [room.attend(0) for _ in range(MAX_COPIES)]
+    await settle()
+    with pytest.raises(Busy, match="requests wait for"):
+        await until(room.attend(0))
+    assert len(set(await until(asyncio.gather(*copies, room.attend(1), room.attend(2))))) == 3
+
+
+async def test_who_is_there_is_told_of_the_fullest_meeting_of_a_version(room: Room) -> None:
+    waiting = [room.attend(shard, k=1) for shard in (0, 2)] + [room.attend(1), room.attend(2, version=8)]
+    await settle()
+    assert room.meetings.here(RunId("abcdef"), Version(7)) == (cid(0, k=1), cid(2, k=1))
+    assert room.meetings.here(RunId("abcdef"), Version(8)) == (cid(2, version=8),)
+    assert room.meetings.here(RunId("fedcba"), Version(7)) == ()
+    assert await until(asyncio.gather(*waiting[:2], room.attend(1, k=1)))
+    assert room.meetings.here(RunId("abcdef"), Version(7)) == (cid(1),)
+    for one in waiting[2:]:
+        one.cancel()
+    await settle()
+    assert room.meetings.idle

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 from helpers.wild import sample
 
-from zsfl.ids import NodeCard, Role
+from zsfl.ids import NodeCard, Role, RunId, Version, step_cid
 from zsfl.wire import messages as m
 from zsfl.wire.enrolment import Enrol, Enrolled
 from zsfl.wire.examining import Condition, Examine
@@ -73,6 +73,7 @@ def test_of_a_heartbeat_everybody_says_what_is_for_them_to_say() -> None:
         ({}, set(Role) - {Role.OPERATOR}),
         ({"state": sample(rng, RunState)}, {Role.AGGREGATOR}),
         ({"load": sample(rng, Load)}, {Role.SPLIT_SERVER}),
+        ({"merging": (step_cid(RunId("abcdef"), 1, Version(2)),)}, {Role.SPLIT_SERVER}),
         ({"offers": (sample(rng, SpillOffer),)}, {Role.CLIENT, Role.SPLIT_SERVER}),
     ]
     for fields, roles in said:

@@ -115,7 +115,15 @@ WORST: Sequence[AnyMessage] = [
     Weights(
         portion=Portion("client/" + 40 * "x"), version=Version(MOST), base=Version(MOST), tensors=(SPEC,) * MAX_TENSORS
     ),
-    Beat(card=CARD, peers=HINTS, counters=COUNTERS, load=LOAD, offers=(OFFER,) * MAX_OFFERS, state=STATE),
+    Beat(
+        card=CARD,
+        peers=HINTS,
+        counters=COUNTERS,
+        load=LOAD,
+        offers=(OFFER,) * MAX_OFFERS,
+        state=STATE,
+        merging=(CID,) * MAX_OFFERS,
+    ),
     Offers(node=CARD.id, offers=(OFFER,) * MAX_OFFERS, counters=COUNTERS),
     Announcement(node=CARD.id, state=STATE, counted=(CID,) * MAX_SETTLED, dropped=(CID,) * MAX_SETTLED),
 ]
