@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from io import BufferedRandom, BufferedWriter
 from pathlib import Path
 
@@ -172,22 +172,23 @@ class Mirror:
 
     def _look(self, ledger_bytes: int) -> None:
         """Find out what is there, of a ledger as much as this."""
-        ledger = self.folder / LEDGER
-        self._bytes, self._last, self.version = ledger_bytes, "", Version(0)
+        ledger, last, version = self.folder / LEDGER, "", Version(0)
         if ledger_bytes:
-            record, self._last = read_record(_last_line(ledger, ledger_bytes) or b"", f"the last line of {ledger}")
-            self.version = record.version
+            record, last = read_record(_last_line(ledger, ledger_bytes) or b"", f"the last line of {ledger}")
+            version = record.version
         self.tidy()
-        found = checkpoints(self.folder / CHECKPOINT)
+        with self._looking():
+            found = checkpoints(self.folder / CHECKPOINT)
+        self._bytes, self._last, self.version = ledger_bytes, last, version
         self._checkpoint = _round(found[-1]) if found else None
-        self._complete = _last_grown(self.version)
+        self._complete = _last_grown(version)
         """Contributions of earlier versions are all there."""
 
     def tidy(self) -> None:
         """Remove a checkpoint that has not come whole."""
-        for path in checkpoints(self.folder / CHECKPOINT):
-            if not (path / _CHECKPOINT_FILES[-1]).exists():
-                with self._storing():
+        with self._looking():
+            for path in checkpoints(self.folder / CHECKPOINT):
+                if not (path / _CHECKPOINT_FILES[-1]).exists():
                     shutil.rmtree(path)
 
     @property
@@ -209,21 +210,23 @@ class Mirror:
     def go_back(self) -> None:
         """The source does not know the last record: who made it had been succeeded. It is kept in superseded.jsonl."""
         ledger = self.folder / LEDGER
+        if (there := _whole_bytes(ledger)) < self._bytes:  # an earlier try was stopped by the disk after it was cut
+            return self._look(there)
         last = _last_line(ledger, self._bytes) or b""
         left = max(0, self._bytes - len(last) - 1)
         before = _last_line(ledger, left) if left else None
         version = read_record(before, f"a line of {ledger}").record.version if before is not None else 0
+        self._fetched.clear()
         with self._storing():
-            with (self.folder / SUPERSEDED).open("ab") as file:
-                file.write(last + b"\n")
-            os.truncate(ledger, left)
             for path in checkpoints(self.folder / CHECKPOINT):
                 if place_of(path).version > version:
                     shutil.rmtree(path)
             for path in _journal(self.folder, since=version):
                 path.unlink()
             (self.folder / METRICS).unlink(missing_ok=True)
-        self._fetched.clear()
+            with (self.folder / SUPERSEDED).open("ab") as file:
+                file.write(last + b"\n")
+            os.truncate(ledger, left)
         self._look(left)
 
     def lacks(self, info: FileInfo) -> bool:
@@ -236,13 +239,14 @@ class Mirror:
             return False
         if info.name == LEDGER:
             return info.size_bytes > self._bytes
-        try:
-            found = (self.folder / info.name).stat()
-        except FileNotFoundError:
-            return True
-        if (found.st_size, found.st_mtime_ns // 1000) != (info.size_bytes, info.changed_us):
-            return True
-        self._has(info)
+        with self._looking():
+            try:
+                found = (self.folder / info.name).stat()
+            except FileNotFoundError:
+                return True
+            if (found.st_size, found.st_mtime_ns // 1000) != (info.size_bytes, info.changed_us):
+                return True
+            self._has(info)
         return False
 
     def begins_at(self, info: FileInfo) -> int:
@@ -296,22 +300,25 @@ class Mirror:
             raise RemoteProtocolError(f"{more} bytes of a ledger at once, at most {MOST_LEDGER_BYTES} are taken")
 
     @contextmanager
-    def _storing(self) -> Generator[None, None, None]:
+    def _storing(self, what: str = "written", advice: str = "make room there") -> Generator[None, None, None]:
         try:
             yield
         except OSError as error:
             raise StorageError(
-                f"the copy of the run in {self.folder} cannot be written: {error.strerror}; make room there"
+                f"the copy of the run in {self.folder} cannot be {what}: {error.strerror}; {advice}"
             ) from error
+
+    def _looking(self) -> AbstractContextManager[None]:
+        return self._storing("read", "see to that disk")
 
     def _has(self, info: FileInfo) -> None:
         """A file is there."""
-        self._fetched[info.name] = info
         name = info.name
         if name.startswith(JOURNAL):
             self._complete = max(self._complete, Version(int(Path(name).stem[1:])))
         elif name.endswith(_CHECKPOINT_FILES[-1]):
             self._drop_old()
+        self._fetched[name] = info
 
     def _extend(self, path: Path, data: bytes) -> None:
         """Append whole lines."""
@@ -357,6 +364,9 @@ def _last_grown(version: Version) -> Version:
 
 def _journal(folder: Path, since: float = 0, before: float = math.inf) -> Iterator[Path]:
     """Files of the contributions that came for versions, oldest first."""
-    for path in sorted((folder / JOURNAL).glob(f"v*{SUFFIX}")):
+    found: list[Path] = []
+    with suppress(FileNotFoundError):  # not by `glob`, which finds nothing where the folder cannot be read
+        found += (folder / JOURNAL).iterdir()
+    for path in sorted(path for path in found if path.name.startswith("v") and path.suffix == SUFFIX):
         if path.stem[1:].isdecimal() and since <= int(path.stem[1:]) < before:
             yield path

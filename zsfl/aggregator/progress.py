@@ -189,7 +189,9 @@ class Progress:
 def checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
     # Not by `glob`, which finds nothing where the folder cannot be read.
-    found = folder.iterdir() if folder.is_dir() else ()
+    found: list[Path] = []
+    with suppress(FileNotFoundError):
+        found += folder.iterdir()
     return sorted(path for path in found if path.name.startswith("round-") and path.name[6:].isdecimal())
 
 

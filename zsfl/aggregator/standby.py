@@ -163,7 +163,7 @@ class StandbyRole:
                 if await self._follow(active):
                     return
             elif self._ended is not None:
-                return self._end(self._ended)
+                return await self._end(self._ended)
             elif self._standing.shared and self._mirror.is_usable and self._node.settings.takeover != "never":
                 if await self._stand():
                     return
@@ -219,7 +219,7 @@ class StandbyRole:
                     self._node.note(f"standing by {active.name}, at version {self._mirror.version}")
                     said = True
                 if state.phase in ("finished", "failed"):
-                    self._end(state)
+                    await self._end(state)
                     return True
                 await self._states.changed_within(self._node.settings.beat_s)
         finally:
@@ -227,11 +227,11 @@ class StandbyRole:
             connection.close("is not followed any more")
         return False
 
-    def _end(self, state: RunState) -> None:
+    async def _end(self, state: RunState) -> None:
         """The run is over; RunFailed when it failed."""
         if state.phase == "failed":
             raise RunFailed(state.reason)
-        self._keep(shared=False)  # or it would stand for this run when the next one begins
+        await self._node.persistently(lambda: self._keep(shared=False))  # or it would stand for the run after this
         if self._mirror.version < state.version:
             self._node.note(
                 f"the run is finished, and its aggregator left before all of it was here: this copy ends at version "
@@ -287,8 +287,9 @@ class StandbyRole:
             self._keep(rounds=self._rounds)
 
     def _keep(self, **changes: object) -> None:
-        self._standing = msgspec.structs.replace(self._standing, **changes)
-        self._standing.keep(self._mirror.folder)
+        standing = msgspec.structs.replace(self._standing, **changes)
+        standing.keep(self._mirror.folder)
+        self._standing = standing
 
     async def _fetch(self, connection: Connection, info: FileInfo) -> None:
         """Fetch a file, as long as it was when it was named; Unavailable when it is gone by now."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -155,6 +157,42 @@ async def test_what_was_never_published_is_cut_off(ran: Ran, tmp_path: Path) -> 
     copied(Source(ran.folder, 0), mirror, versions(ran))
     assert ledger(mixed) == ledger(ran.folder)
     assert (mixed / "superseded.jsonl").read_bytes().splitlines(keepends=True) == alien[::-1]
+
+
+@pytest.mark.parametrize("good", range(8))
+async def test_a_disk_that_cannot_be_looked_at_for_a_while_is_told_of_and_nothing_is_lost_by_it(
+    good: int, ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the copy goes back and on again, it cannot list a folder, or look at a file, after so many looks that
+    it could.
+    """
+    mixed = cut(ran, tmp_path / "mixed", 3)
+    last = json.dumps(ledger(ran.folder)[3] | {"weights": "0" * 64}).encode() + b"\n"
+    with (mixed / "ledger.jsonl").open("ab") as file:
+        file.write(last)
+    mirror, looks = Mirror(mixed, 0, syncs=False), 0
+
+    def failing(look: Any) -> Any:
+        def looked(path: Path, *args: Any, **named: Any) -> Any:
+            nonlocal looks
+            if mixed in path.parents:
+                looks += 1
+                if good < looks <= good + 3:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return look(path, *args, **named)
+
+        return looked
+
+    monkeypatch.setattr(Path, "iterdir", failing(Path.iterdir))
+    monkeypatch.setattr(Path, "stat", failing(Path.stat))
+    for _ in range(3):
+        with pytest.raises(StorageError, match="Input/output error"):
+            copied(Source(ran.folder, 0), mirror, versions(ran))
+    copied(Source(ran.folder, 0), mirror, versions(ran))
+    monkeypatch.undo()
+    assert ledger(mixed) == ledger(ran.folder)
+    assert (mixed / "superseded.jsonl").read_bytes().splitlines(keepends=True) == [last]
+    assert mirror.wish(ME) == Mirror(mixed, 0, syncs=False).wish(ME)
 
 
 def test_to_go_back_far_reads_no_ledger_as_a_whole(ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from zsfl.aggregator.mirror import Mirror
 from zsfl.aggregator.standby import StandbyRole
 from zsfl.aggregator.standing import Standing
-from zsfl.errors import NoPeer, RunFailed, Unavailable
+from zsfl.errors import NoPeer, RunFailed, StorageError, Unavailable
 from zsfl.ids import NodeCard, NodeId, Role, RunId, Version
 from zsfl.settings import NodeSettings
 from zsfl.wire.messages import Beat, CheckNeed, Phase, Request, RunState
@@ -71,6 +71,9 @@ class FakeNode:
 
     lost: Callable[[], None] = staticmethod(lambda: None)
 
+    async def persistently(self, write: Callable[[], Any]) -> Any:
+        return write()
+
     async def until_written(self, write: Callable[[], Any]) -> Any:
         return await write()
 
@@ -98,6 +101,16 @@ async def test_an_epoch_is_not_known_before_its_history_is_here(tmp_path: Path) 
     assert Standing.of(tmp_path).epoch == 1
     await standby(tmp_path)._catch_up(Source())
     assert Standing.of(tmp_path).epoch == 2
+
+
+async def test_what_the_disk_refuses_to_remember_is_remembered_at_the_next_try(tmp_path: Path) -> None:
+    role, source = standby(tmp_path, shared=False), Source()
+    (tmp_path / ".succession.json.tmp").mkdir()
+    with pytest.raises(StorageError):
+        await role._catch_up(source)
+    (tmp_path / ".succession.json.tmp").rmdir()
+    await role._catch_up(source)
+    assert (Standing.of(tmp_path).epoch, Standing.of(tmp_path).shared) == (2, True)
 
 
 async def test_who_takes_it_for_an_aggregator_may_ask_again(tmp_path: Path) -> None:
