@@ -334,7 +334,7 @@ class Peers:
         """Why somebody who listens there does not answer, if that is a matter of keys."""
         try:
             mechanism = await mechanism_at(address, GREETING_S)
-        except TimeoutError:
+        except (TimeoutError, NoPeer):
             return ""
         match mechanism, self._door.locked:
             case "NULL", True:

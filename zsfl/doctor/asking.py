@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from zsfl.doctor.seen import Reach, SeenNode, Silence
-from zsfl.errors import DeadlineExceeded, NoPeer, Unauthorised, ZsflError
+from zsfl.errors import NO_DESCRIPTORS, DeadlineExceeded, NoPeer, Unauthorised, ZsflError, lacks_descriptors
 from zsfl.ids import Address
 from zsfl.keys.nodes import new_node_id
 from zsfl.metrics import Counters
@@ -134,7 +134,9 @@ async def reach(host: str, port: int) -> Reach:
         return "silent"
     except (ConnectionRefusedError, ConnectionResetError):
         return "refused"
-    except OSError:
+    except OSError as error:
+        if lacks_descriptors(error):
+            raise NoPeer(f"nobody can be asked: {NO_DESCRIPTORS}") from error
         return "unreachable"
     writer.transport.abort()
     return "open"

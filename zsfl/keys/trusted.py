@@ -7,6 +7,7 @@ Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID laptop
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from zmq.utils import z85
 
-from zsfl.errors import ConfigError
+from zsfl.errors import NO_DESCRIPTORS, ConfigError, lacks_descriptors
 from zsfl.ids import KEY_PATTERN, PublicKey, Role
 from zsfl.keys.aside import written_aside
 from zsfl.keys.machine import machine_id, read_machine_id
@@ -31,6 +32,8 @@ MAX_TRUSTED = 4096
 LOCK_LOOKS, LOCK_LOOK_S = 100, 0.05
 """How often, and after what pause, to see whether another process is done with changing it."""
 EVERY_ROLE = frozenset(Role)
+PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR})
+"""Why a file cannot be read now that says nothing of the file."""
 _ABOUT = "# The keys that this machine trusts: KEY NAME ROLES, the roles parted by commas; without any, all of them.\n"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -117,12 +120,18 @@ class TrustFile:
     def refresh(self) -> bool:
         """Read the file again if it has changed; whether that changed whom this machine trusts.
 
-        A file that cannot be read, or that others may write to, trusts nobody.
+        A file that may not be read, or that others may write to, trusts nobody. Of one that cannot be read for the
+        moment counts what was known, until it can.
         """
         stamp, before = self._stamp(), self._known
         if stamp != self._seen:
-            self._seen = stamp
-            self._known = {self._own.key: self._own} | {entry.key: entry for entry in self._entries()}
+            try:
+                self._known = {self._own.key: self._own} | {entry.key: entry for entry in self._entries()}
+                self._seen = stamp
+            except OSError as error:
+                self._seen = None
+                why = NO_DESCRIPTORS if lacks_descriptors(error) else f"{error.strerror}; see to that disk"
+                self._say(f"cannot read {self.path} for the moment, and trusts whom it trusted before: {why}")
         return self._known != before
 
     def _stamp(self) -> object:
@@ -146,7 +155,8 @@ class TrustFile:
             self._say(f"{error}; until then nobody in it is trusted")
             return
         except OSError as error:
-            self._seen = None  # it may be read the next time: there may be no file descriptor left now
+            if error.errno in PASSING:
+                raise
             self._say(f"cannot read {self.path} ({error.strerror}): until it can be, nobody in it is trusted")
             return
         for number, line in enumerate(lines[:MAX_TRUSTED], 1):

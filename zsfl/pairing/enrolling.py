@@ -19,7 +19,7 @@ from typing import Any
 import zmq.asyncio
 from zmq.utils import z85
 
-from zsfl.errors import ConfigError, NoPeer, RemoteProtocolError, Unauthorised, Unavailable
+from zsfl.errors import NO_DESCRIPTORS, ConfigError, NoPeer, RemoteProtocolError, Unauthorised, Unavailable
 from zsfl.ids import PublicKey
 from zsfl.keys.machine import machine_id
 from zsfl.keys.nodes import new_node_id
@@ -179,6 +179,8 @@ async def _reach(context: zmq.asyncio.Context, invitation: Invitation, door: Doo
     ]
     for one in connections:
         stack.callback(one.close)
+    if not any(one.is_open for one in connections):
+        raise NoPeer(f"the machine that invites cannot be asked: {NO_DESCRIPTORS}")
     met, _ = await asyncio.wait([one.met for one in connections], timeout=REACH_S, return_when=asyncio.FIRST_COMPLETED)
     for one in connections:
         if one.met in met:

@@ -138,6 +138,8 @@ class Connection:
             else:
                 self._line.open(socket)
         except zmq.ZMQError:
+            if self._watch is not None:
+                self._watch.close()
             socket.close(linger=0)
             raise
         return socket

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from zsfl.errors import NO_DESCRIPTORS, NoPeer, lacks_descriptors
 from zsfl.ids import Address
 
 _SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
@@ -16,13 +17,15 @@ _FIRST, _LAST = 12, 32
 async def mechanism_at(address: Address, deadline_s: float) -> str | None:
     """`CURVE` (with keys) or `NULL` (without); empty: it is not ZeroMQ; None: nobody listens.
 
-    TimeoutError when there is no telling.
+    TimeoutError when there is no telling, NoPeer when this process may open nothing to find out.
     """
     host, _, port = address.rpartition(":")
     async with asyncio.timeout(deadline_s):
         try:
             reader, writer = await asyncio.open_connection(host, int(port))
-        except (OSError, ValueError, OverflowError):  # also of what is no name, or no port
+        except (OSError, ValueError, OverflowError) as error:  # also of what is no name, or no port
+            if lacks_descriptors(error):
+                raise NoPeer(f"{address} cannot be asked: {NO_DESCRIPTORS}") from error
             return None
         try:
             writer.write(_SIGNATURE + _VERSION)

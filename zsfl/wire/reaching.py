@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from zsfl.errors import ConfigError, NoPeer, ZsflError
+from zsfl.errors import NO_DESCRIPTORS, ConfigError, NoPeer, ZsflError
 from zsfl.ids import Address
 from zsfl.keys.nodes import new_node_id
 from zsfl.keys.secret import KEY_FILE, keys_folder, own_keys
@@ -17,7 +17,7 @@ from zsfl.settings import NodeSettings, WireLimits
 from zsfl.wire.connection import Connection
 from zsfl.wire.door import Door, is_loopback
 from zsfl.wire.greeting import mechanism_at
-from zsfl.wire.sockets import open_context
+from zsfl.wire.sockets import can_open, open_context
 
 GREETING_S = 10.0
 """What somebody who listens may take to say whether it uses keys."""
@@ -103,18 +103,27 @@ async def by_key(
 ) -> tuple[str, Connection] | None:
     """The key of the machine that is there, and the connection by it, all keys being tried, some at a time.
 
-    Whether that machine lets this one in, the connection's `met` says.
+    Whether that machine lets this one in, the connection's `met` says. NoPeer where no file descriptor is left to try.
     """
-    for first in range(0, len(keys), KEYS_AT_ONCE):
-        trials = {key: connect(key) for key in keys[first : first + KEYS_AT_ONCE]}
+    left = list(keys)
+    while left:
+        trials: dict[str, Connection] = {}
         try:
-            await asyncio.wait(
-                [one.met for one in trials.values()], timeout=wait_s, return_when=asyncio.FIRST_COMPLETED
-            )
+            for key in left[:KEYS_AT_ONCE]:
+                trials[key] = connect(key)
+                if not trials[key].is_open:
+                    trials.pop(key).close()
+                    break
+            del left[: len(trials)]
+            if trials:
+                met = [one.met for one in trials.values()]
+                await asyncio.wait(met, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
             for key, one in trials.items():
                 if one.met.done():
                     del trials[key]
                     return key, one
+            if not trials or not can_open():  # where connections are made that takes some, too
+                raise NoPeer(f"not all keys could be tried: {NO_DESCRIPTORS}")
         finally:
             for one in trials.values():
                 one.close()

@@ -16,7 +16,7 @@ from typing import Any, cast
 import zmq
 import zmq.asyncio
 
-from zsfl.errors import ConfigError
+from zsfl.errors import ConfigError, lacks_descriptors
 from zsfl.settings import WireLimits
 from zsfl.wire.framing import Buffer
 from zsfl.wire.memory import keep_freed
@@ -156,6 +156,15 @@ def send_now(socket: zmq.Socket[bytes], frames: Sequence[Buffer], *, copy: bool)
         _send(socket, frames[-1], NOW, copy)
     except zmq.Again:
         return False
+    return True
+
+
+def can_open() -> bool:
+    """Whether this process may open another file or connection now."""
+    try:
+        socket.socket().close()
+    except OSError as error:
+        return not lacks_descriptors(error)
     return True
 
 

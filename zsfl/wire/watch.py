@@ -44,10 +44,10 @@ class HandshakeWatch:
         self._socket.linger = 0
         try:
             socket.monitor(endpoint, _EVENTS)
+            self._socket.connect(endpoint)
         except zmq.ZMQError:
             self._socket.close()
             raise
-        self._socket.connect(endpoint)
         self._pump = Pump(self._socket, self._take, Counters())
 
     def _take(self, frames: list[zmq.Frame], _size: int) -> None:

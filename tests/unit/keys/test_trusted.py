@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import zmq
+from helpers.descriptors import none_left
 
 from zsfl.errors import ConfigError
 from zsfl.ids import PublicKey, Role
@@ -107,6 +111,36 @@ def test_a_file_that_others_may_write_to_trusts_nobody(tmp_path: Path) -> None:
     assert set(file.known) == {OWN}
     assert len(notes) == 1
     assert "chmod 600" in notes[0]
+
+
+@pytest.mark.parametrize("trouble", ["no descriptor", "no disk", "no look"])
+def test_while_it_cannot_be_read_those_are_trusted_that_were_and_it_is_looked_at_again(
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    trust(tmp_path, Trusted(key=ONE, name="one"))
+    file = TrustFile(tmp_path, OWN, notes.append)
+    trust(tmp_path, Trusted(key=OTHER, name="other"))
+
+    def fails(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched, none_left() if trouble == "no descriptor" else nullcontext():
+        if trouble == "no disk":
+            patched.setattr(Path, "read_text", fails)
+        if trouble == "no look":
+            patched.setattr(os, "stat", fails)
+        for _ in range(3):
+            assert not file.refresh()
+        assert set(file.known) == {OWN, ONE}
+    assert [note.split(": ")[1].split(";")[0] for note in notes] == [
+        "this process may open no more files and connections" if trouble == "no descriptor" else "Input/output error"
+    ]
+    assert file.refresh()
+    assert set(file.known) == {OWN, ONE, OTHER}
+    revoke(tmp_path, "one")
+    assert file.refresh()
+    assert set(file.known) == {OWN, OTHER}
 
 
 def test_commands_leave_other_lines_as_they_are(tmp_path: Path) -> None:
