@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zsfl.dashboard.pace import Pace
+from zsfl.dashboard.served import Served, Serving
 from zsfl.reports import (
     ADVICE,
     AnyReport,
@@ -51,9 +52,6 @@ REDRAW_S = 0.1
 REPEAT_S = 10.0
 """How often the plain form repeats that a node still waits for the same thing."""
 
-Serving = Mapping[str, Mapping[str, int]]
-"""Client name to split-server name to steps."""
-
 
 class RunView:
     """What the reports of one run add up to; `on` is the only way in."""
@@ -73,7 +71,8 @@ class RunView:
         """The latest of the current round."""
         self.following: Following | None = None
         """What others than the aggregator said last of how far the run is."""
-        self.rounds: list[RoundReport] = []
+        self.rounds: deque[RoundReport] = deque(maxlen=FINAL_ROUNDS)
+        """The last ones."""
         self.notes: deque[tuple[str, bool]] = deque(maxlen=SHOWN_NOTES)
         """Lines, and whether each is a warning; at the end only those are left."""
         self.finished: Finished | None = None
@@ -81,8 +80,7 @@ class RunView:
         """The first with these words: a mistake in the job is one that every node finds."""
         self.ended_by_failure: set[str] = set()
         """Nodes that said why they ended."""
-        self._served: dict[int, Serving] = {}
-        """By round; after a kill some are told twice."""
+        self._served = Served()
         self._recent: deque[Serving] = deque(maxlen=RECENT_WINDOWS)
         self._pace = Pace()
         self._now_s = 0.0
@@ -108,12 +106,14 @@ class RunView:
                 self._moved()
             case RoundReport():
                 self.rounds.append(report)
-                self._served[report.round] = report.serving
+                self._served.add(report.round, report.serving)
                 if self.window is not None and self.window.round <= report.round:  # it was tested while others ran
                     self.window = None
                 self._moved()
             case Before():
-                self._served |= {one.round: one.serving for one in report.reports if isinstance(one, RoundReport)}
+                for one in report.reports:
+                    if isinstance(one, RoundReport):
+                        self._served.add(one.round, one.serving)
             case Finished():
                 self.finished = report
                 self.waiting.clear()
@@ -171,7 +171,7 @@ class RunView:
     def serving(self) -> Serving:
         """Who serves whom: over the last windows while training, over all rounds when it is over."""
         steps: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        for serving in self._recent if self._is_live else self._served.values():
+        for serving in self._recent if self._is_live else self._served.all:
             for client, servers in serving.items():
                 steps[client].update(servers)
         return steps
@@ -179,9 +179,9 @@ class RunView:
     @property
     def served(self) -> str:
         """When that was."""
-        if self._is_live or not self._served:
+        if self._is_live or self._served.rounds is None:
             return "lately"
-        first, last = min(self._served), max(self._served)
+        first, last = self._served.rounds
         return f"round {last}" if first == last else f"rounds {first}-{last}"
 
     @property
@@ -287,7 +287,7 @@ def render(view: RunView) -> RenderableType:
         parts.append(Text(plain_line(waiting) or "", style="yellow"))
     if view.rounds:
         shown = LIVE_ROUNDS if view.finished is None else FINAL_ROUNDS
-        parts += [_rounds_table(view.rounds[-shown:]), Text()]
+        parts += [_rounds_table(list(view.rounds)[-shown:]), Text()]
     if view.serving:
         parts += [_serving_table(view), Text()]
     if view.total and view.finished is None:

@@ -15,9 +15,9 @@ from zsfl.wire.messages import Backward, Forward, Request, Step
 
 AGAIN_S = 0.1
 """So long no other question is asked about a shard: who sends what is not theirs must not keep an aggregator busy."""
-MOST_CHECKED, MOST_OF_KEY = 128, 64
-"""Claims that are looked into at once, in all and of one machine: the places of a server are for the steps of those who
-are known to hold their shards."""
+MOST_CHECKED = 128
+"""Claims that are looked into at once: the places of a server are for the steps of those who are known to hold their
+shards. Of those that others leave a machine takes half at most, and one in any case: so many together leave some."""
 
 
 @dataclass(slots=True)
@@ -57,7 +57,8 @@ class Holders:
         told = self._told.get(shard)
         if told is not None and told.key == key:
             return None
-        if self._checked[key] >= MOST_OF_KEY or self._checked.total() >= MOST_CHECKED:
+        left = MOST_CHECKED - self._checked.total() + self._checked[key]
+        if self._checked[key] >= max(1, left // 2):
             raise Busy(f"who holds shard {shard} is being looked into, and too many others are; ask again", AGAIN_S)
         self._checked[key] += 1
         checking = asyncio.ensure_future(self._check(shard, key))

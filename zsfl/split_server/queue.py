@@ -137,6 +137,7 @@ class WorkQueue:
         except Exception as error:
             if not waiting.answer.done():
                 waiting.answer.set_exception(error)
+                waiting.answer.exception()  # whoever waits gets it; nobody waiting is no fault
         else:
             self._enqueue(waiting)
 

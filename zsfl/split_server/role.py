@@ -190,6 +190,8 @@ class SplitServerRole:
 
     def _check(self, step: StepId) -> None:
         """A step that is never asked for would lie on this disk for ever."""
+        if step.shard >= self._shards:
+            raise RemoteProtocolError(f"there is no shard {step.shard}: the job has {self._shards}")
         if step.k >= self._width:
             raise RemoteProtocolError(f"there is no step {step.k} at a version: each shard has {self._width} at most")
         if self._member.run not in (None, step.run):  # whoever asks, or this server, is to hear of another run yet

@@ -11,6 +11,7 @@ from rich.console import Console
 from zsfl import reports
 from zsfl.dashboard.printer import NodePrinter, ProgressPrinter, how_to_go_on
 from zsfl.dashboard.progress import (
+    FINAL_ROUNDS,
     LEFT,
     REPEAT_S,
     RunView,
@@ -443,3 +444,14 @@ def test_whoever_interrupts_a_run_is_told_how_to_go_on(given: list[str], again: 
     assert how_to_go_on(view, given) == f", and {folder} is kept; go on with: zsfl {again}"
     view.on(FINISHED, 1.0)
     assert how_to_go_on(view, given) == ""
+
+
+def test_a_long_run_takes_no_more_memory_and_who_served_whom_is_added_up_over_all_of_it() -> None:
+    view, rounds = RunView(), 3 * FINAL_ROUNDS
+    for number in (*range(1, rounds), 1, *range(rounds - 5, rounds + 1)):  # some are told twice
+        view.on(whole_round(number), float(number))
+    assert len(view.rounds) <= FINAL_ROUNDS
+    assert len(view._served.all) <= FINAL_ROUNDS + 1
+    assert view.served == f"rounds 1-{rounds}"
+    once = whole_round(1).serving
+    assert view.serving == {who: {by: rounds * n for by, n in servers.items()} for who, servers in once.items()}

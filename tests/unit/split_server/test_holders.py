@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from helpers.doors import machines
-from helpers.waiting import HANG_S, eventually
+from helpers.waiting import HANG_S, eventually, until
 
 from zsfl.errors import Busy, NoPeer, RemoteProtocolError, Unauthorised, Unavailable
 from zsfl.ids import RunId, Version, step_cid
-from zsfl.split_server.holders import MOST_OF_KEY, Holders
+from zsfl.split_server.holders import MOST_CHECKED, Holders
 from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.messages import Backward, Forward, Infer, Ok
 
@@ -212,12 +213,38 @@ async def test_claims_that_are_looked_into_leave_places_for_those_who_hold_their
             asyncio.ensure_future(eves.request(forward(2), [bytes(4)], deadline_s=HANG_S))
             for _ in range(anna.limits.max_inflight)
         ]
-        await eventually(lambda: sum(one.done() for one in claims) == len(claims) - MOST_OF_KEY)
+        await eventually(lambda: sum(one.done() for one in claims) == len(claims) - MOST_CHECKED // 2)
         assert (await bobs.request(forward(1), [bytes(4)], deadline_s=HANG_S)).body == Ok()
         may.set()
         async with asyncio.timeout(HANG_S):
             refused = await asyncio.gather(*claims, return_exceptions=True)
-        assert sum(isinstance(one, Unauthorised) for one in refused) == MOST_OF_KEY
-        assert sum(isinstance(one, Busy) for one in refused) == len(claims) - MOST_OF_KEY
+        assert sum(isinstance(one, Unauthorised) for one in refused) == MOST_CHECKED // 2
+        assert sum(isinstance(one, Busy) for one in refused) == len(claims) - MOST_CHECKED // 2
         with pytest.raises(Unauthorised):  # there is room again
             await eves.request(forward(2), [bytes(4)], deadline_s=HANG_S)
+
+
+async def test_however_many_machines_claim_what_is_not_theirs_there_is_a_place_for_the_next() -> None:
+    may = asyncio.Event()
+
+    async def ask(shard: int) -> str:
+        await may.wait()
+        return f"key {shard}"
+
+    holders = Holders(ask, SHARDS)
+    asking = [holders.permit(forward(0), "key 0")]
+    taken: list[int] = []
+    for number in range(1, 20):
+        taken.append(0)
+        with suppress(Busy):
+            while True:
+                asking.append(holders.permit(forward(2), f"other key {number}"))
+                taken[-1] += 1
+    assert taken[:3] == [63, 32, 16]
+    assert min(taken) == 1
+    asking.append(holders.permit(forward(1), "key 1"))
+    may.set()
+    for one in (asking[0], asking[-1]):
+        assert one is not None
+        await until(one())
+    await until(asyncio.gather(*(one() for one in asking[1:-1] if one), return_exceptions=True))

@@ -14,7 +14,8 @@ from helpers.exact import OPTIMIZERS, Case, assert_close, in_process, ordinary, 
 
 from zsfl.aggregator.holdup import HoldUp
 from zsfl.client.driver import StepDriver
-from zsfl.ids import parse_cid
+from zsfl.errors import RemoteProtocolError
+from zsfl.ids import parse_cid, step_cid
 from zsfl.split_server.role import SplitServerRole
 
 
@@ -39,7 +40,9 @@ async def test_twenty_clients_are_merged_by_a_server_of_two_slots(tmp_path: Path
 async def test_one_that_holds_a_merged_batch_up_is_named_and_cannot_spoil_it_for_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It begins by asking for a batch of two steps, and sends its own one when it alone is waited for."""
+    """It begins by asking for a step of nobody's shard, and for a batch of two steps; it sends its own one when it
+    alone is waited for.
+    """
     case = Case(norm=True, batch_norm="merged", rounds=1)
     spoiled, named = asyncio.Event(), asyncio.Event()
     make, answer, merging = StepDriver.make, SplitServerRole._answer_merged, HoldUp.merging
@@ -48,6 +51,9 @@ async def test_one_that_holds_a_merged_batch_up_is_named_and_cannot_spoil_it_for
     async def bad(self: StepDriver, cid: Any, state: Any, k: int, weights: Any, batch: Any, *args: Any, **named_: Any):
         if parse_cid(cid).shard == 2 and not named.is_set():
             x = self.local.begin(weights, cid, state.version, batch[0], batch[1], None).activations
+            beyond = step_cid(state.run, 10**6, state.version)
+            with pytest.raises(RemoteProtocolError, match="there is no shard 1000000: the job has 4"):
+                await self._remote.forward(cid=beyond, version=state.version, seed=0, x=x)
             of_two = self._remote.forward(cid=cid, version=state.version, seed=0, x=x, at=state.merger, merged=2)
             spoilers.append(asyncio.ensure_future(of_two))
             await named.wait()
