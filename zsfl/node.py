@@ -256,9 +256,7 @@ class Node:
         return self._waits.waiting(what, hints)
 
     def hints_of_gone(self, role: Role, last: NodeId | None = None, shards: Sequence[int] = ()) -> tuple[str, ...]:
-        """Where a node of this role was, the one that is named or the last that was there, and how to start another;
-        nothing where none ever was.
-        """
+        """Where a node of this role was, `last` or who left last, and how to start another; nothing where none was."""
         gone = [card for card in self._gone.values() if card.role is role and last in (None, card.id)]
         if not gone:
             return ()
