@@ -190,7 +190,7 @@ def checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
     # Not by `glob`, which finds nothing where the folder cannot be read.
     found: list[Path] = []
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):  # whoever writes there says so
         found += folder.iterdir()
     return sorted(path for path in found if path.name.startswith("round-") and path.name[6:].isdecimal())
 
