@@ -13,7 +13,7 @@ help:
 	@echo "make demo    train the handwritten digits: 5 clients, 2 split servers, 1 aggregator, on this machine"
 	@echo "make test    all checks, then all tests"
 	@echo "make test-engines"
-	@echo "             what needs Ray, which it installs, or a name server, SLURM or Helm, where they are installed"
+	@echo "             what needs Ray or an S3 server, which it installs, or a name server, SLURM or Helm, where they are installed"
 	@echo "make docs    a site of the documents, in build/site"
 	@echo "make check   ruff (with its security rules), pyright, import-linter and the line budget"
 	@echo "make check-packages"
@@ -34,7 +34,7 @@ test: check
 
 # Ray is large, and wanted by few.
 test-engines: $(stamp)
-	$(pip) -e ".[engines,ray]"
+	$(pip) -e ".[engines,ray,store]"
 	$(VENV)/bin/python -m pytest -rs tests/engines
 
 docs: $(stamp)

@@ -104,6 +104,12 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "durability": _one_of(*CHOICES["durability"]),
     "takeover": _one_of(*CHOICES["takeover"]),
     "keep_mib": _at_least(0, 1 << 30),
+    # No chained file systems, some of which keep copies; credentials have places of their own, and settings are shown.
+    "spill": _matches(
+        r"|/[^\s:]*|(?!.*::)(?![^/]*//[^/]*:[^/]*@)[a-z][a-z0-9+.-]*://\S+",
+        "a URL such as s3://bucket/folder or file:///folder, without a password: credentials go into fsspec's own "
+        "configuration, or the environment",
+    ),
     "spill_mib": _at_least(0, 1 << 30),
     "shards": _check_shards,
     "reassign": _check_shards,

@@ -138,7 +138,8 @@ It ends with 0 when all have left, with 1 when not.
 
 UP_FLAGS = (
     "rounds", "mode", "cluster", "run", "runs", "resume", "device", "slots", "codec", "mdns", "host", "threads",
-    "patience_s", "durability", "keep_mib", "spill_mib", "keys", "insecure", "io_threads", "metrics", "tensorboard",
+    "patience_s", "durability", "keep_mib", "spill", "spill_mib", "keys", "insecure", "io_threads", "metrics",
+    "tensorboard",
 )  # fmt: skip
 COUNTS = ("clients", "split_servers", "standbys", "client_processes")
 

@@ -15,7 +15,8 @@ ZsflError
 │   ├── InputNeeded            the forward is no longer cached: send the input again
 │   ├── BadShape               dtype, shape and bytes do not agree
 │   └── Unauthorised           this peer may not do that
-├── StorageError           the local disk
+├── StorageError           the local disk, or the store that spills go to
+│   ├── StoreAway              that store does not answer, or refuses
 │   ├── SpillFull              no room for another spill
 │   ├── SpillTooLarge          there never is room for this one
 │   └── SpillCorrupt           a spill does not match its checksum
@@ -101,7 +102,11 @@ class Unauthorised(Rejected):
 
 
 class StorageError(ZsflError):
-    """The local disk refuses."""
+    """The local disk refuses, or the store that spills go to."""
+
+
+class StoreAway(StorageError):
+    """The store that spills go to does not answer, or refuses."""
 
 
 class SpillFull(StorageError):

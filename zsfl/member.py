@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ from zsfl.lease import Candidate, Promise, clock_s
 from zsfl.node import STATE_TOPIC, Node
 from zsfl.reports import Following
 from zsfl.spill.coded import SpillCoder
+from zsfl.spill.index import Key
+from zsfl.spill.objects import store_for
 from zsfl.spill.store import SpillStore
+from zsfl.spill.stored import NOT_DELETED, StoredSpills
 from zsfl.weights.follower import WeightsFollower
 from zsfl.wire.fields import MAX_CARRIED_BYTES, MAX_OFFERS
 from zsfl.wire.framing import Buffer
@@ -41,10 +44,10 @@ from zsfl.wire.messages import (
 from zsfl.wire.succession import Grant, Granted
 from zsfl.words import number_of
 
+Answer = tuple[Reply, Sequence[Buffer]]
 OFFERS_BYTES = 256 << 10
 """Spills that travel with one digest of offers: they fit one frame."""
 NOT_PUT = "steps are refused until their spills can be written"
-NOT_DELETED = "spills that are settled cannot be deleted yet"
 PROGRESS_S = 1.0
 """How often a member says at most how far the run is."""
 COUNTERS_S = 0.05
@@ -61,13 +64,21 @@ class Member:
         spills: Path,
         coder: SpillCoder | None = None,
     ) -> None:
-        """`weights` follow the same aggregator; `coder` packs what is spilled."""
+        """`weights` follow the same aggregator; `spills` is where these go, unless the settings name a store, and
+        `coder` packs them.
+        """
         self._node = node
         self.state: Latest[RunState | None] = Latest(None)
         self.aggregator: Latest[NodeCard | None] = Latest(None)
         self._weights = weights
         self._listening: asyncio.Task[None] | None = None
-        self.spills = SpillStore(spills, coder, node.settings.spill_mib << 20)
+        limit_bytes = node.settings.spill_mib << 20
+        store = store_for(node.settings, node.facts["name"]) if node.settings.spill else None
+        self.spills = (
+            SpillStore(spills, coder, limit_bytes)
+            if store is None
+            else StoredSpills(store, node, coder, limit_bytes, trouble=self._cannot)
+        )
         self.promise = Promise(clock_s(), node.settings.lost_after_s)
         self.followed = 0
         """How often this node began to follow an aggregator: what an earlier one asked for is asked anew."""
@@ -90,9 +101,9 @@ class Member:
         """The run whose spills count; None before one has begun."""
         return self._run
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """Let go of the spills' files, which stay; to be called when the role ends."""
-        self.spills.close()
+        await self.spills.aclose()
 
     def joined(self, card: NodeCard) -> None:
         """Follow the first aggregator there is."""
@@ -209,15 +220,26 @@ class Member:
         found = await self.aggregator.wait_for(lambda now: now is None or now != other_than)
         return found if found is not None else await self.until_aggregator(other_than=other_than)
 
-    def offer(self, spilled: SpillOffer) -> None:
-        """Tell the aggregator of a spill; heartbeats repeat it until it is released."""
+    def offer(self, spilled: SpillOffer) -> asyncio.Future[None] | None:
+        """Tell the aggregator of a spill once it is in place; heartbeats repeat it until it is released.
+
+        What to wait for until it is in place, before it is acknowledged; None where it is.
+        """
+        placing = self.spills.placing(spilled)
+        if placing is None:
+            self._offer(spilled)
+        else:
+            placing.add_done_callback(lambda done: done.exception() or self._offer(spilled))
+        return placing
+
+    def _offer(self, spilled: SpillOffer) -> None:
         self._troubles.discard(NOT_PUT)
         if self._former and parse_cid(spilled.cid).run in self._former:  # its step was under way when the run changed
             self._release(spilled.members or (spilled.cid,))
             return
         self._node.counters.add("spills")
         self._node.counters.add("spilled_bytes", spilled.size_bytes)
-        self._new.append(spilled)
+        self._new.append(self.spills.as_held(spilled))
         if len(self._new) == 1:
             asyncio.get_running_loop().call_soon(self._say_new)
 
@@ -251,22 +273,27 @@ class Member:
         state = self.state.value
         return () if state is None else tuple(self.spills.offers(state.run))
 
-    def answer(self, request: Request) -> tuple[Reply, Sequence[Buffer]]:
+    def answer(self, request: Request) -> Answer | Awaitable[Answer]:
         """Answer what an aggregator asks of a holder of spills."""
         match request:
             case FetchSpills():
-                read = [(key, self.spills.read(key)) for key in request.wanted]
-                found = [(key, data) for key, data in read if data is not None]
-                return Spills(found=tuple(key for key, _ in found)), [data for _, data in found]
+                found = self.spills.read_all(request.wanted)
+                return _handed(found) if isinstance(found, list) else _when_read(found)
             case Recheck():
-                gone = tuple(key for key in request.wanted if self.spills.set_aside(key))
-                self._node.counters.add("spills_lost", len(gone))
-                return Spills(found=gone), ()
+                gone = self.spills.set_aside_all(request.wanted)
+                return self._said_lost(gone) if isinstance(gone, list) else self._when_rechecked(gone)
             case ReleaseSpills():
                 self._release(request.cids)
                 return Ok(), ()
             case _:
                 raise RemoteProtocolError(f"{self._node.name} does not answer {type(request).__name__}")
+
+    def _said_lost(self, gone: Sequence[Key]) -> Answer:
+        self._node.counters.add("spills_lost", len(gone))
+        return Spills(found=tuple(gone)), ()
+
+    async def _when_rechecked(self, gone: Awaitable[Sequence[Key]]) -> Answer:
+        return self._said_lost(await gone)
 
     async def needed(self, parts: Sequence[tuple[Cid, PartName]]) -> list[tuple[Cid, PartName]]:
         """Those that the aggregator has not got, and that may still count; Unavailable when it does not say."""
@@ -332,8 +359,14 @@ class Member:
             newest=(epoch, Version(version)),
         )
 
+    def _cannot(self, what: str, error: StorageError | None) -> None:
+        if error is None:
+            self._troubles.discard(what)
+        else:
+            self.in_trouble(what, error)
+
     def in_trouble(self, what: str, error: StorageError) -> None:
-        """Say what the disk refuses, once until it does not any more."""
+        """Say what the disk, or the store, refuses, once until it does not any more."""
         if what not in self._troubles:
             self._troubles.add(what)
             self._node.note(f"{what}: {error}", "warning")
@@ -343,3 +376,11 @@ class Member:
         if state.phase == "failed":
             raise RunFailed(state.reason)
         return state.phase == "finished"
+
+
+def _handed(found: Sequence[tuple[Key, bytes]]) -> Answer:
+    return Spills(found=tuple(key for key, _ in found)), [data for _, data in found]
+
+
+async def _when_read(found: Awaitable[Sequence[tuple[Key, bytes]]]) -> Answer:
+    return _handed(await found)

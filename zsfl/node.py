@@ -15,14 +15,15 @@ from weakref import WeakSet
 
 import zmq.asyncio
 
-from zsfl.errors import NO_DESCRIPTORS, RemoteProtocolError, SpillTooLarge, StorageError, lacks_descriptors
+from zsfl.errors import RemoteProtocolError, SpillTooLarge, StorageError
 from zsfl.hints import how_to_start, where_it_was
 from zsfl.ids import Cid, NodeCard, NodeId, Role
+from zsfl.keys.nodes import is_of
 from zsfl.lifetime import Lifetime
 from zsfl.metrics import Counters, added
 from zsfl.reports import AnyReport, Note
 from zsfl.settings import NodeSettings, WireLimits
-from zsfl.waits import LOOK_S, Overdue, Waits
+from zsfl.waits import LOOK_S, Overdue, Waits, lacking, stored
 from zsfl.wire.calling import Switchboard
 from zsfl.wire.connection import Connection, Dialer
 from zsfl.wire.door import Door
@@ -226,6 +227,11 @@ class Node:
         trust = self._door.trust
         return trust is None or role in trust.roles_of(key)
 
+    def is_trusted_as(self, node: NodeId, role: Role) -> bool:
+        """Whether the id is one of a machine whose nodes may have that role; where no keys are used all may."""
+        trust = self._door.trust
+        return trust is None or any(role in one.roles and is_of(node, one.key) for one in trust.known.values())
+
     def peers(self, role: Role) -> list[NodeCard]:
         """Live peers of one role, by name."""
         return sorted((card for card in self._peers.values() if card.role is role), key=lambda card: card.name)
@@ -283,16 +289,16 @@ class Node:
     async def until_written(self, write: Callable[[], Awaitable[_Result]]) -> _Result:
         """The same of what waits for others while it writes."""
         try:
-            return await _stored(write)
+            return await stored(write)
         except StorageError as error:
             refusal = error
         ends_s = time.monotonic() + self.settings.patience_s
         then = f"it is tried again for {self.settings.patience_s:g} s in all; after that, go on with --resume"
-        with self.waiting(lambda: _lacking(refusal), lambda: (then,)):
+        with self.waiting(lambda: lacking(refusal), lambda: (then,)):
             while not isinstance(refusal, SpillTooLarge) and time.monotonic() <= ends_s:
                 await asyncio.sleep(self.settings.beat_s)
                 try:
-                    return await _stored(write)
+                    return await stored(write)
                 except StorageError as error:
                     refusal = error
         raise refusal
@@ -382,17 +388,3 @@ class Node:
         except Exception as error:
             if not self._failed.done():
                 self._failed.set_exception(error)
-
-
-async def _stored(write: Callable[[], Awaitable[_Result]]) -> _Result:
-    """What is written; StorageError also where no file can be opened, whatever it was for."""
-    try:
-        return await write()
-    except OSError as error:
-        if not lacks_descriptors(error):
-            raise
-        raise StorageError(str(error)) from error
-
-
-def _lacking(refusal: StorageError) -> str:
-    return f"a file descriptor, as {NO_DESCRIPTORS}" if lacks_descriptors(refusal) else f"a disk: {refusal}"

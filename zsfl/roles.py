@@ -9,7 +9,7 @@ import platform
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +41,7 @@ from zsfl.outputs import drop_unread
 from zsfl.ranges import parse_shards
 from zsfl.reports import LOGGED, AnyReport, Note, Ready, to_line
 from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings
+from zsfl.spill.objects import store_for
 from zsfl.split_server.role import SplitServerRole
 from zsfl.tensors.codec import SUPPORTED
 from zsfl.tensors.plan import CodecPlan
@@ -84,7 +85,8 @@ async def run_role(
         job = dataclasses.replace(job, shards=settings.clients)
     if settings.mode and settings.mode != mode_name(job.how):
         job = dataclasses.replace(job, mode=settings.mode)
-    CodecPlan.parse(settings.codec or job.codec)  # one that stands by would use it, and fail, only much later
+    CodecPlan.parse(settings.codec or job.codec)
+    store_for(settings, job.name)  # one that stands by would use either, and fail, only much later
     # Where all of torch runs: elsewhere it would disturb the random numbers of other nodes of this process.
     cuts = await compute(job.build_cuts)
     name = settings.name or default_name(role, settings)
@@ -96,7 +98,8 @@ async def run_role(
 
     door = door_for(settings, name, warn)
     spills = settings.runs / "spills" / (settings.cluster or settings.run or job.name) / name
-    with _metered(settings, report) as (report, on_beat), _own_folder(spills), kept(context, door):
+    own = nullcontext() if settings.spill else _own_folder(spills)
+    with _metered(settings, report) as (report, on_beat), own, kept(context, door):
         front = partial(
             Front,
             name=name,

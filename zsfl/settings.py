@@ -100,6 +100,15 @@ class NodeSettings:
     spill_mib: int = field(
         default=0, metadata=_doc("MiB that this node's spills may take on the disk; 0: as much as there is")
     )
+    spill: str = field(
+        default="",
+        metadata=_doc(
+            "store that spills go to, a bucket or a folder of a shared file system, such as s3://bucket/zsfl or "
+            "file:///mnt/shared/zsfl; default: this node's own disk. An aggregator reads there what nodes left that "
+            "are gone",
+            metavar="URL",
+        ),
+    )
     shards: str = field(
         default="",
         metadata=_doc("shards a client holds: 3, or 0-19, or 1,4-6", "--shards", "--shard"),
@@ -178,13 +187,13 @@ _COMMON = (
     "io_threads", "mdns", "name", "runs", "run", "threads", "join_s", "patience_s", "request_s", "metrics", "service",
 )  # fmt: skip
 NODE_FLAGS: dict[Role, tuple[str, ...]] = {
-    Role.CLIENT: ("shards", "device", "spill_mib", "connections", *_COMMON),
-    Role.SPLIT_SERVER: ("device", "slots", "spill_mib", *_COMMON),
+    Role.CLIENT: ("shards", "device", "spill", "spill_mib", "connections", *_COMMON),
+    Role.SPLIT_SERVER: ("device", "slots", "spill", "spill_mib", *_COMMON),
     Role.AGGREGATOR: (
-        "rounds", "start_with", "resume", "hold", "durability", "keep_mib", "takeover", "clients_per_key", "reassign",
-        "tensorboard", *_COMMON,
+        "rounds", "start_with", "resume", "hold", "durability", "spill", "keep_mib", "takeover", "clients_per_key",
+        "reassign", "tensorboard", *_COMMON,
     ),
-    Role.STANDBY: ("rounds", "durability", "keep_mib", "takeover", "clients_per_key", "tensorboard", *_COMMON),
+    Role.STANDBY: ("rounds", "durability", "spill", "keep_mib", "takeover", "clients_per_key", "tensorboard", *_COMMON),
 }  # fmt: skip
 """Settings that make sense for a role on the command line."""
 

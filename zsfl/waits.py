@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
+from zsfl.errors import NO_DESCRIPTORS, StorageError, StoreAway, lacks_descriptors
+
+_Result = TypeVar("_Result")
 FIRST_WORD_S = 3.0
 """A wait shorter than this is not worth a word: on a busy machine a normal start takes as long."""
 LOOK_S = 0.5
@@ -77,3 +81,20 @@ class Waits:
 
 def _said(wait: _Wait) -> str:
     return wait.what if isinstance(wait.what, str) else wait.what()
+
+
+async def stored(write: Callable[[], Awaitable[_Result]]) -> _Result:
+    """What is written; StorageError also where no file can be opened, whatever it was for."""
+    try:
+        return await write()
+    except OSError as error:
+        if not lacks_descriptors(error):
+            raise
+        raise StorageError(str(error)) from error
+
+
+def lacking(refusal: StorageError) -> str:
+    """What a node waits for that cannot write, for people."""
+    if lacks_descriptors(refusal):
+        return f"a file descriptor, as {NO_DESCRIPTORS}"
+    return f"{'the store' if isinstance(refusal, StoreAway) else 'a disk'}: {refusal}"

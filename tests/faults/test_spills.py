@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
-from helpers.exact import Case, assert_equal, in_process, spills_left
+from helpers.exact import Case, Ran, assert_equal, in_process, spills_left
 from helpers.ledger import ledger
+from helpers.nodes import Nodes
+from helpers.waiting import eventually, until
 
 import zsfl
 from zsfl import member
 from zsfl.aggregator.audit import audit
-from zsfl.ids import parse_cid
+from zsfl.ids import Role, parse_cid
+from zsfl.member import Member
 from zsfl.reports import AnyReport, Note, Waiting
 from zsfl.spill import store
 from zsfl.spill.layout import SpillMeta
 from zsfl.spill.store import SpillStore
+from zsfl.spill.stored import StoredSpills
 from zsfl.wire.messages import SpillOffer
 
 CASE = Case(optimizer="adam", dropout=0.2, rounds=2)
@@ -117,3 +123,44 @@ async def test_a_disk_that_stays_full_ends_the_run_and_says_so(tmp_path: Path, m
     monkeypatch.setattr(os, "pwritev", full)
     with pytest.raises(zsfl.RunFailed, match=r"no room for another spill .*free some space"):
         await in_process(CASE, tmp_path, run="full", patience_s=3.0, beat_s=0.1)
+
+
+async def test_what_a_lost_server_acknowledged_and_told_nobody_of_is_taken_from_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = await in_process(CASE, tmp_path, run="straight")
+    nodes = Nodes(CASE.job(), tmp_path)
+    withheld: list[SpillOffer] = []
+    say, offers = Member._say_new, StoredSpills.offers
+
+    def withhold(self: Member) -> None:
+        """From the fourth version on, nobody hears of what the first server has."""
+        if self._node.name == "server-0" and any(offer.version >= 3 for offer in self._new):
+            withheld.extend(self._new)
+            self._new.clear()
+        else:
+            say(self)
+
+    monkeypatch.setattr(Member, "_say_new", withhold)
+    monkeypatch.setattr(StoredSpills, "offers", lambda self, run: [o for o in offers(self, run) if o not in withheld])
+    store = {"spill": "memory://lab/spills", "patience_s": 30.0}
+    try:
+        address = await nodes.start("aggregator", Role.AGGREGATOR, **store)
+        await nodes.start("server-0", Role.SPLIT_SERVER, peers=(address,), **store)
+        await nodes.start("server-1", Role.SPLIT_SERVER, peers=(address,), **store)
+        for shard in range(CASE.clients):
+            await nodes.start(f"client-{shard}", Role.CLIENT, shards=str(shard), peers=(address,), **store)
+        await eventually(lambda: withheld)
+        nodes.tasks["server-0"].cancel()
+        await until(asyncio.wait([nodes.tasks["aggregator"]]))
+    finally:
+        await nodes.close()
+    assert sum(peers["aggregator"].get("spills_adopted", 0) for peers in (one.peers for one in nodes.rounds)) > 0
+    assert [note for note in nodes.notes if note.startswith("driving")] == []
+    ran = Ran(tmp_path / "nodes", nodes.rounds)
+    assert_equal(ran.weights, straight.weights)
+    assert len(ledger(ran.folder)) == len(ledger(straight.folder))
+    found = audit(ran.folder)
+    assert (found.faults, found.pending, found.dropped, found.counted) == ([], 0, 0, 20)
+    assert fsspec.filesystem("memory").find("/lab") == []
+    assert spills_left(tmp_path) == []

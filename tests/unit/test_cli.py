@@ -26,8 +26,9 @@ COMMON = {
 CLUSTER = {
     "--client-processes", "--clients", "--cluster", "--codec", "--device", "--durability", "--host", "--in-process",
     "--keep-mib", "--mdns", "--mode", "--no-mdns", "--no-resume", "--patience-s", "--resume", "--rounds", "--run",
-    "--runs", "--slots", "--spill-mib", "--split-servers", "--standbys", "--threads", "--insecure", "--no-insecure",
-    "--io-threads", "--keys", "--dash", "--dash-port", "--metrics", "--tensorboard", "--no-tensorboard",
+    "--runs", "--slots", "--spill", "--spill-mib", "--split-servers", "--standbys", "--threads", "--insecure",
+    "--no-insecure", "--io-threads", "--keys", "--dash", "--dash-port", "--metrics", "--tensorboard",
+    "--no-tensorboard",
 }  # fmt: skip
 LOOKING = {
     "--host", "--peer", "--dns", "--meet", "--keys", "--insecure", "--no-insecure", "--mdns", "--no-mdns", "--runs",
@@ -99,8 +100,8 @@ FLAGS = {
         "--threads",
     },
     "node": set[str](),
-    "node client": {*COMMON, "JOB", "--connections", "--device", "--shard", "--shards", "--spill-mib"},
-    "node split-server": {*COMMON, "JOB", "--device", "--slots", "--spill-mib"},
+    "node client": {*COMMON, "JOB", "--connections", "--device", "--shard", "--shards", "--spill", "--spill-mib"},
+    "node split-server": {*COMMON, "JOB", "--device", "--slots", "--spill", "--spill-mib"},
     "node aggregator": {
         *COMMON,
         "JOB",
@@ -110,6 +111,7 @@ FLAGS = {
         "--keep-mib",
         "--no-hold",
         "--reassign",
+        "--spill",
         *RESUMING,
         "--start-with",
         "--takeover",
@@ -123,6 +125,7 @@ FLAGS = {
         "--durability",
         "--keep-mib",
         "--rounds",
+        "--spill",
         "--takeover",
         "--tensorboard",
         "--no-tensorboard",

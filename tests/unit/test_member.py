@@ -17,6 +17,7 @@ from zsfl.metrics import Counters
 from zsfl.reports import AnyReport, Following, Note
 from zsfl.settings import NodeSettings
 from zsfl.spill.layout import SpillMeta
+from zsfl.spill.store import SpillStore
 from zsfl.wire.fields import MAX_CARRIED_BYTES, MAX_OFFERS
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Announcement, Offers, RunState, SpillOffer
@@ -68,7 +69,9 @@ async def test_spills_of_one_turn_are_offered_together_with_their_bytes(tmp_path
     member, offers, node = await offered(tmp_path, [10, 1000, MAX_CARRIED_BYTES // 4, 3])
     [(digest, parts)] = node.digests
     assert list(digest.offers) == offers
-    stored = [member.spills.read((offer.cid, "body")) for offer in offers]
+    store = member.spills
+    assert isinstance(store, SpillStore)
+    stored = [store.read((offer.cid, "body")) for offer in offers]
     assert parts == [stored[0], stored[1], b"", stored[3]]
     assert digest.counters == {"steps": 1.0}
 
@@ -109,7 +112,7 @@ async def test_at_the_end_of_a_run_nothing_of_it_is_left(tmp_path: Path) -> None
     assert member.spills.holds(offers[0].cid)
     member.heard(Announcement(node=card.id, state=msgspec.structs.replace(state, serial=2, phase="finished")))
     assert not any(member.spills.holds(offer.cid) for offer in offers)
-    member.close()
+    await member.aclose()
     assert not list(tmp_path.rglob("*.spills"))
 
 

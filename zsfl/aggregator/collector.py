@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 import msgspec
 
+from zsfl.aggregator.adoption import Adoption
 from zsfl.aggregator.faults import Faults
 from zsfl.aggregator.gathering import Gathering, Key
+from zsfl.aggregator.holder import Holder, batch_of, parts_of
+from zsfl.aggregator.holders import Holders
 from zsfl.aggregator.journal import Journal
 from zsfl.aggregator.refusals import Refusals
 from zsfl.aggregator.roster import Roster
+from zsfl.aggregator.stage import Stage
 from zsfl.errors import (
     BadShape,
     DeadlineExceeded,
@@ -32,41 +36,17 @@ from zsfl.latest import Latest
 from zsfl.learning.averaging import Contribution
 from zsfl.node import Node
 from zsfl.spill.layout import decode_contribution
-from zsfl.wire.connection import Connection
+from zsfl.spill.objects import ObjectStore
 from zsfl.wire.fields import MAX_CARRIED_BYTES, MAX_OFFERS
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import CheckNeed, FetchSpills, Recheck, ReleaseSpills, Remake, SpillOffer, Spills
 
-FETCH_BYTES = 4 << 20
-"""Asked for in one request, unless a single spill is larger: bounds the memory of a reply."""
-
-
 REFUSALS = 3
 """So often a contribution that cannot be counted may come before its step is given up."""
+MOST_GONE = 1024
+"""Former holders whose names are remembered."""
 MOST_REFUSED = 4096
 """Remembered, until those are forgotten that cannot count any more."""
-
-
-class _Holder:
-    """One peer that holds spills."""
-
-    def __init__(self, card: NodeCard, connection: Connection) -> None:
-        self.card = card
-        self.name = card.name
-        self.connection = connection
-        self.fetch: dict[Key, int] = {}
-        self.members: dict[Key, tuple[Cid, ...]] = {}
-        """Of merged spills that are to be fetched, and of no others: a holder may offer what it likes."""
-        self.release: set[Cid] = set()
-        """As many as one request tells; what is still held beyond these is offered again by the next heartbeat."""
-        self.complained: set[Key] = set()
-        """Of the version that is gathered: it was said why they do not come."""
-        self.todo = asyncio.Event()
-        self.task: asyncio.Task[None]
-
-    def let_go(self, cids: Iterable[Cid]) -> None:
-        """Have it told that these are settled."""
-        self.release.update(itertools.islice(cids, MAX_OFFERS - len(self.release)))
 
 
 class Collector:
@@ -93,7 +73,10 @@ class Collector:
         self._judge = refusals
         self._refusals: Counter[Key] = Counter()
         """Of what may still count, how often it came and could not be counted."""
-        self._holders: dict[NodeId, _Holder] = {}
+        self._holders: dict[NodeId, Holder] = {}
+        self._gone: dict[NodeId, Holder] = {}
+        """Who left what is in the store."""
+        self._store: Adoption | None = None
         self._lost: set[tuple[Cid, PartName]] = set()
         """Acknowledged and lost: asked for until they come, or do not count any more."""
         self._remaking: asyncio.Task[None] | None = None
@@ -101,22 +84,49 @@ class Collector:
         self._is_full = False
         self._faults = Faults()
 
+    def look_into(self, store: ObjectStore, stage: Stage, holders: Holders) -> None:
+        """Have spills read from this store, and what nodes that are gone left there."""
+        of = self._gathering, self._roster, holders, self._judge
+        self._store = Adoption(self._node, store, stage, *of, self._adopt)
+
     def joined(self, card: NodeCard) -> None:
         """A peer that may hold spills is there."""
         if not card.data_port:
             return
-        holder = _Holder(card, self._node.connect(card, card.data_port))
-        self._holders[card.id] = holder
+        self._gone.pop(card.id, None)
+        holder = self._holders[card.id] = Holder(card)
+        holder.connection = self._node.connect(card, card.data_port)
         holder.task = self._node.start(self._serve(card, holder), f"collect from {card.name}")
         if self._minding is None:
             self._minding = self._node.start(self._mind_halves(), "mind steps that are not whole")
+            if self._store is not None:
+                self._node.start(self._store.run(), "look for what nodes left")
 
     def lost(self, card: NodeCard) -> None:
-        """A holder is gone, and with it whatever was only offered."""
+        """A holder is gone, and with it whatever was only offered, unless that is in a store."""
         if holder := self._holders.pop(card.id, None):
             holder.task.cancel()
             holder.connection.close("is gone")
+            if self._store is not None:
+                self._gone[card.id] = holder
+                while len(self._gone) > MOST_GONE:
+                    del self._gone[next(iter(self._gone))]
+                self._store.lost()
         self._gathering.not_delivered(card.id)
+
+    def _adopt(self, node: NodeId, name: str, offer: SpillOffer, data: Buffer) -> bool:
+        """Take what a node left in the store, or has just put there."""
+        holder = self._holders.get(node) or self._gone.get(node)
+        if holder is None:
+            role = Role.CLIENT if offer.part == "client" else Role.SPLIT_SERVER
+            name = re.sub(r"[^\w.-]", "?", name) or node
+            holder = Holder(NodeCard(id=node, name=name, role=role, host="0.0.0.0", control_port=0))  # noqa: S104  # none
+        return self._take(holder, (offer.cid, offer.kind), data, offer)
+
+    async def over(self) -> None:
+        """The run is over, and nobody else is there: nothing that is left in the store is of use."""
+        if self._store is not None:
+            await self._store.clear()
 
     def offered(self, node: NodeId, offers: Sequence[SpillOffer], carried: Sequence[Buffer] = ()) -> None:
         """A holder offers spills; those in `carried` (in the order of the offers, empty where not) came along."""
@@ -142,6 +152,7 @@ class Collector:
         except BadShape as error:
             raise RemoteProtocolError(f"{node} offers what is no spill: {error}") from error
         holder.fetch.update({key: sizes[key] for key in verdict.fetch})
+        holder.at |= {key: offer.at for offer in left if offer.at and (key := (offer.cid, offer.kind)) in holder.fetch}
         of = {(offer.cid, offer.kind): offer.members for offer in left if offer.members}
         holder.members.update({key: of[key] for key in verdict.fetch if key in of})
         if (judge := self._judge) is not None:
@@ -154,53 +165,66 @@ class Collector:
         if holder.fetch or holder.release:
             holder.todo.set()
 
-    def _may_hold(self, holder: _Holder, offer: SpillOffer) -> bool:
+    def _may_hold(self, holder: Holder, offer: SpillOffer) -> bool:
         """Client parts are with whoever holds the shard, body parts with split servers, and nobody's shard has any."""
         nodes = [self._roster.value.node_of(parse_cid(cid).shard) for cid in offer.members or (offer.cid,)]
         if offer.part == "client":
             return not offer.members and nodes == [holder.card.id]
         return holder.card.role is Role.SPLIT_SERVER and None not in nodes
 
-    async def _serve(self, card: NodeCard, holder: _Holder) -> None:
+    async def _serve(self, card: NodeCard, holder: Holder) -> None:
         while True:
             await holder.todo.wait()
             holder.todo.clear()
             while holder.fetch:
-                await self._fetch(card, holder, _batch(holder.fetch))
+                await self._fetch(card, holder, batch_of(holder.fetch))
             if holder.release:
                 cids = tuple(sorted(holder.release))
                 holder.release.clear()
                 await self._release(card, holder, ReleaseSpills(cids=cids))
 
-    async def _fetch(self, card: NodeCard, holder: _Holder, keys: list[Key]) -> None:
-        request = FetchSpills(wanted=tuple(keys))
+    async def _fetch(self, card: NodeCard, holder: Holder, keys: list[Key]) -> None:
         try:
-            answer = await holder.connection.request(request, deadline_s=self._node.settings.request_s)
-            whole = {
-                key
-                for key, data in zip(answer.expect(Spills).found, answer.parts, strict=False)
-                if key in keys and self._take(holder, key, data)  # what was not offered may be anybody's
-            }
+            whole = {key for key, data in await self._stored(holder, keys) if self._take(holder, key, data)}
+            if rest := tuple(key for key in keys if key not in whole):
+                request, deadline_s = FetchSpills(wanted=rest), self._node.settings.request_s
+                answer = await holder.connection.request(request, deadline_s=deadline_s)
+                whole |= {
+                    key
+                    for key, data in zip(answer.expect(Spills).found, answer.parts, strict=False)
+                    if key in rest and self._take(holder, key, data)  # what was not offered may be anybody's
+                }
             await self._remake(holder, [key for key in keys if key not in whole])
         except NoPeer:
             pass  # presence decides whether it is gone; if not, it will offer again
         except ZsflError as error:
             self._complain(card, holder, keys, error)
             if isinstance(error, DeadlineExceeded) and card.role is not Role.CLIENT:
-                self._remake_soon(_parts(holder, keys))
+                self._remake_soon(parts_of(holder, keys))
         self._gathering.not_delivered(card.id, keys)
         for key in keys:
             if key not in holder.fetch:
                 holder.members.pop(key, None)
+                holder.at.pop(key, None)
 
-    async def _remake(self, holder: _Holder, keys: list[Key]) -> None:
+    async def _stored(self, holder: Holder, keys: Sequence[Key]) -> list[tuple[Key, Buffer]]:
+        """Those of these that are in the store; what is not there, the holder may have all the same."""
+        if self._store is None or not (wanted := {key: holder.at[key] for key in keys if key in holder.at}):
+            return []
+        try:
+            return await self._store.fetch(holder.card.id, wanted)
+        except StorageError as error:
+            self._complain(holder.card, holder, list(wanted), error)
+            return []
+
+    async def _remake(self, holder: Holder, keys: list[Key]) -> None:
         """What a holder offered and cannot hand over is made again, if it may still count."""
         keys = [key for key in keys if self._gathering.expects(key[0])]
         if not keys:
             return
         deadline_s = self._node.settings.request_s
         answer = await holder.connection.request(Recheck(wanted=tuple(keys)), deadline_s=deadline_s)
-        if lost := _parts(holder, answer.expect(Spills).found):
+        if lost := parts_of(holder, answer.expect(Spills).found):
             others = f" and {len(lost) - 1} others" if len(lost) > 1 else ""
             self._node.note(f"{holder.name} lost its spill of {lost[0][0]}{others}: made again", "warning")
         self._remake_soon(lost)
@@ -227,8 +251,10 @@ class Collector:
         """Whether something that may still count was acknowledged and lost."""
         return any(self._gathering.is_missing(*one) for one in self._lost)
 
-    def answer(self, request: CheckNeed) -> Spills:
-        """Those that are not here and may still count."""
+    async def answer(self, request: CheckNeed) -> Spills:
+        """Those that are not here and may still count, nor in the store."""
+        if self._store is not None and any(self._gathering.may_need(*one) for one in request.parts):
+            await self._store.looked()
         return Spills(found=tuple(one for one in request.parts if self._gathering.may_need(*one)))
 
     async def _have_remade(self) -> None:
@@ -248,7 +274,7 @@ class Collector:
                 deadline_s = 2 * self._node.settings.lost_after_s
                 await client.connection.request(Remake(lost=tuple(lost[:MAX_OFFERS])), deadline_s=deadline_s)
 
-    def _complain(self, card: NodeCard, holder: _Holder, keys: list[Key], error: ZsflError) -> None:
+    def _complain(self, card: NodeCard, holder: Holder, keys: list[Key], error: ZsflError) -> None:
         """Say why spills do not come: once each, since they are asked for again as often as they are offered."""
         holder.complained = {key for key in holder.complained if self._gathering.expects(key[0])}
         if holder.complained.issuperset(keys):
@@ -257,7 +283,7 @@ class Collector:
         others = f" and {len(keys) - 1} others" if len(keys) > 1 else ""
         self._node.note(f"{card.name} does not hand over {keys[0][1]} of {keys[0][0]}{others}: {error}", "warning")
 
-    async def _release(self, card: NodeCard, holder: _Holder, request: ReleaseSpills) -> None:
+    async def _release(self, card: NodeCard, holder: Holder, request: ReleaseSpills) -> None:
         try:
             await holder.connection.request(request, deadline_s=self._node.settings.request_s)
         except Unavailable:
@@ -265,7 +291,7 @@ class Collector:
         except ZsflError as error:
             self._node.note(f"{card.name} does not let go of its spills: {error}", "warning")
 
-    def _take(self, holder: _Holder, key: Key, data: Buffer, offer: SpillOffer | None = None) -> bool:
+    def _take(self, holder: Holder, key: Key, data: Buffer, offer: SpillOffer | None = None) -> bool:
         """Take a spill, unless it is corrupt, or another than was offered; whether it is whole."""
         try:
             found = decode_contribution(data, None if self._judge is None else self._judge.most_bytes)
@@ -300,7 +326,7 @@ class Collector:
             self._took(found)
         return True
 
-    def _named(self, one: Contribution, holder: _Holder) -> Contribution:
+    def _named(self, one: Contribution, holder: Holder) -> Contribution:
         """With the names of who handed it over and who holds the shard, whatever it says: people are told of them."""
         of = [self._roster.value.client_of(parse_cid(cid).shard) for cid in (one.cid, *(m.cid for m in one.members))]
         members = [
@@ -309,7 +335,7 @@ class Collector:
         return replace(one, node=holder.name, client=of[0], members=tuple(members))
 
     def _refuse(
-        self, holder: _Holder, key: Key, part: PartName, members: Sequence[Cid], why: str, judge: Refusals
+        self, holder: Holder, key: Key, part: PartName, members: Sequence[Cid], why: str, judge: Refusals
     ) -> None:
         """What cannot be counted is made again, by another server if it is a body part; in vain, it is given up."""
         cids = members or [key[0]]
@@ -327,24 +353,3 @@ class Collector:
             self._remake_soon([(cid, "body") for cid in cids])
         if len(self._refusals) > MOST_REFUSED:
             self._refusals = Counter({one: n for one, n in self._refusals.items() if self._gathering.expects(one[0])})
-
-
-def _parts(holder: _Holder, keys: Sequence[Key]) -> list[tuple[Cid, PartName]]:
-    """What these spills are parts of."""
-    return [
-        (member, "client" if kind == "client" else "body")
-        for cid, kind in keys
-        for member in holder.members.get((cid, kind), (cid,))
-    ]
-
-
-def _batch(wanted: dict[Key, int]) -> list[Key]:
-    """Take keys out of `wanted` until their bytes fill one request."""
-    keys: list[Key] = []
-    room = FETCH_BYTES
-    for key, size in list(wanted.items()):
-        if keys and (size > room or len(keys) == MAX_OFFERS):
-            break
-        keys.append(key)
-        room -= wanted.pop(key)
-    return keys

@@ -15,6 +15,7 @@ from zsfl.learning.averaging import Contribution, StepShare, is_loss
 from zsfl.learning.job import Job
 from zsfl.learning.master import Master
 from zsfl.spill.layout import MOST_BEFORE_DATA
+from zsfl.spill.segments import MAX_SEGMENT_BYTES
 from zsfl.wire.messages import SpillOffer
 from zsfl.words import number_of
 
@@ -51,6 +52,11 @@ class Refusals:
     def most_bytes(self) -> int:
         """What the tensors of one contribution may take, unpacked or not."""
         return self._master.most_bytes
+
+    @property
+    def most_object_bytes(self) -> int:
+        """What an object of a store may take: one contribution, or many small ones."""
+        return self.most_bytes + MOST_BEFORE_DATA + 2 * MAX_SEGMENT_BYTES
 
     def too_long(self, offer: SpillOffer) -> str:
         """Why a spill that is offered is not even fetched; empty where it may be of this model, by its length."""

@@ -31,6 +31,7 @@ from zsfl.learning.modes import Exact, max_staleness
 from zsfl.node import OFFERS_TOPIC, BeatExtras, Node
 from zsfl.ranges import clients_for
 from zsfl.reports import Assembled, Failed, RoundReport
+from zsfl.spill.objects import store_for
 from zsfl.tensors.plan import CodecPlan
 from zsfl.weights.shelf import Shelf
 from zsfl.wire.fields import fit_to_say
@@ -80,6 +81,8 @@ class AggregatorRole:
         # Versions that depend on who was quick may have been others where they were not handed on.
         self._forks = elected and not isinstance(job.how, Exact) and node.settings.durability != "replica"
         self._training = Training(node, job, folder, self._stage, master, self._roster, self._shelf, self._reign)
+        if (store := store_for(node.settings, job.name)) is not None:
+            self._training.collector.look_into(store, self._stage, self._reign.holders)
         syncs = node.settings.durability == "power"
         self._progress = Progress(folder, job, cuts, master, self._training.journal, syncs=syncs)
         self._held_out = HeldOut(node, self._stage, self._shelf, self._roster, job)
@@ -156,7 +159,7 @@ class AggregatorRole:
             case Evaluated():
                 self._held_out.heard(request)
             case CheckNeed():
-                return self._training.collector.answer(request)
+                return await self._training.collector.answer(request)
             case WhoHolds():
                 return Holder(key=self._reign.holders.key_of(request.shard))
             case Train():
@@ -260,6 +263,7 @@ class AggregatorRole:
         if not self._node.settings.hold:
             await self._train(self._rounds_left())
             await self._farewell("finished")
+            await self._training.collector.over()
             return
         self._stage.enter(phase="idle")
         while True:

@@ -13,7 +13,7 @@ import torch
 
 from zsfl.client.local import ClientWeights, LocalParts, StepInHand
 from zsfl.client.remote import RemoteBody
-from zsfl.errors import StaleWeights, ZsflError
+from zsfl.errors import StaleWeights, StorageError, ZsflError
 from zsfl.ids import Cid, NodeId, PartName, Version
 from zsfl.member import Member
 from zsfl.node import Node
@@ -46,6 +46,7 @@ class StepDriver:
         self._held: dict[Cid, tuple[StepInHand, NodeId]] = {}
         """Steps that no version has settled, and who spilled their body part."""
         self._driven_again: dict[Cid, asyncio.Task[None]] = {}
+        self._put_again: dict[Cid, asyncio.Task[None]] = {}
 
     async def make(
         self,
@@ -72,7 +73,7 @@ class StepDriver:
         with timing("back_s"):
             self.local.finish(weights, step, grad)
         with timing("spill_s"):
-            await self._node.persistently(lambda: self._put(step))
+            await self._node.until_written(lambda: self._until_put(step))
         self._node.counters.add("steps")
         self._node.counters.add("step_s", time.perf_counter() - start_s)
         if not merged:  # of a merged batch no single step can be driven again: all of them are asked for anew
@@ -130,8 +131,13 @@ class StepDriver:
             "merged": merged,
         }
 
-    def _put(self, step: StepInHand) -> None:
-        """Spill what head and tail contribute."""
+    async def _until_put(self, step: StepInHand) -> None:
+        """Spill what head and tail contribute; returns once that is in place."""
+        if (placing := self._put(step)) is not None:
+            await asyncio.shield(placing)
+
+    def _put(self, step: StepInHand) -> asyncio.Future[None] | None:
+        """The same; what to wait for until it is in place, None where it is."""
         meta = SpillMeta(
             cid=step.cid,
             part="client",
@@ -144,7 +150,7 @@ class StepDriver:
         )
         tensors = {f"grad/{name}": tensor for name, tensor in step.grads.items()}
         tensors |= {f"buffer/{name}": tensor for name, tensor in step.buffers.items()}
-        self._member.offer(self._member.spills.put(meta, tensors))
+        return self._member.offer(self._member.spills.put(meta, tensors))
 
     def lost(self, server: NodeId) -> None:
         """A server is gone, and with it what it spilled and the aggregator has not got: drive those steps again."""
@@ -171,10 +177,18 @@ class StepDriver:
             return
         step, server = held
         if part == "client":
-            self._put(step)
+            if cid not in self._put_again:
+                self._put_again[cid] = self._node.start(self._put_once_more(step), f"spill {cid} again")
         elif cid not in self._driven_again:
             self._remote.avoid(server)
             self._begin_again(step, "its spill is lost")
+
+    async def _put_once_more(self, step: StepInHand) -> None:
+        try:
+            with suppress(StorageError):  # it is asked for again
+                await self._until_put(step)
+        finally:
+            del self._put_again[step.cid]
 
     def _begin_again(self, step: StepInHand, why: str) -> None:
         if step.cid not in self._driven_again:

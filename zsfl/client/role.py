@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import closing, suppress
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from zsfl.learning.dryrun import check_shapes
 from zsfl.learning.job import Job
 from zsfl.learning.modes import Async, max_staleness
 from zsfl.learning.skew import logit_shift
-from zsfl.member import Member
+from zsfl.member import Answer, Member
 from zsfl.node import BeatExtras, Node
 from zsfl.spill.coded import SpillCoder
 from zsfl.tensors.plan import CodecPlan
@@ -115,7 +115,7 @@ class ClientRole:
 
     async def run(self) -> None:
         """Take part until the run is finished."""
-        with closing(self._member):
+        async with aclosing(self._member):
             await self._take_part()
 
     async def _take_part(self) -> None:
@@ -164,7 +164,7 @@ class ClientRole:
         """Heartbeats repeat what is still offered."""
         return BeatExtras(offers=self._member.pending())
 
-    def _answer(self, request: Request, _parts: Sequence[Buffer]) -> tuple[Reply, Sequence[Buffer]]:
+    def _answer(self, request: Request, _parts: Sequence[Buffer]) -> Answer | Awaitable[Answer]:
         if not isinstance(request, Remake):
             return self._member.answer(request)
         for cid, part in request.lost:

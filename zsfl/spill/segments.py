@@ -35,6 +35,29 @@ def frames(file: int, size_bytes: int) -> Iterator[tuple[int, int]]:
         yield place, size
 
 
+def joined(records: Sequence[bytes]) -> tuple[bytes, list[int]]:
+    """The bytes of a segment of these records, and where each begins."""
+    places: list[int] = []
+    pieces: list[bytes] = []
+    end = 0
+    for record in records:
+        pieces += [_MAGIC + len(record).to_bytes(8, "little"), record]
+        places.append(end + _FRAME_BYTES)
+        end = places[-1] + len(record)
+    return b"".join(pieces), places
+
+
+def parted(data: bytes) -> Iterator[tuple[int, memoryview]]:
+    """The records of such bytes, and where each begins; SpillCorrupt where they are no segment."""
+    end = 0
+    while end < len(data):
+        place = end + _FRAME_BYTES
+        end = place + int.from_bytes(data[place - 8 : place], "little")
+        if end > len(data) or not data.startswith(_MAGIC, place - _FRAME_BYTES):
+            raise SpillCorrupt(f"no spill begins at byte {place} of {len(data)}")
+        yield place, memoryview(data)[place:end]
+
+
 class Segment:
     """One such file. Every call may raise OSError."""
 
@@ -43,7 +66,7 @@ class Segment:
         self.path = path
         self.sealed = sealed
         self.held = 0
-        """Records that are not released."""
+        """Records that are not released, as far as somebody counts them."""
         flags = os.O_RDWR if sealed else os.O_RDWR | os.O_CREAT | os.O_EXCL
         self._file = os.open(path, flags | os.O_CLOEXEC, 0o666)
         self._closing = weakref.finalize(self, os.close, self._file)
@@ -73,7 +96,6 @@ class Segment:
                 self.sealed = False
             raise
         self.size_bytes = end
-        self.held += len(records)
         return places
 
     def _write(self, queue: list[Buffer], size: int) -> None:

@@ -21,18 +21,16 @@ from zsfl.errors import (
     StorageError,
     lacks_descriptors,
 )
-from zsfl.ids import Cid, RunId, SpillKind, parse_cid
+from zsfl.ids import Cid, RunId, parse_cid
 from zsfl.spill.coded import SpillCoder
+from zsfl.spill.index import Index, Key, offer_of
 from zsfl.spill.layout import Buffer, SpillMeta, decode_contribution, decode_meta, header_bytes, pieces
 from zsfl.spill.segments import SUFFIX as SEGMENT_SUFFIX
 from zsfl.spill.segments import Segment
 from zsfl.wire.messages import SpillOffer
 
-Key = tuple[Cid, SpillKind]
 LARGE_BYTES = 256 << 10
 """A longer spill has a file of its own."""
-FRESH_BYTES = 4 << 20
-"""Kept in memory of those that were put last, until they are offered."""
 MOST_DAMAGED = 4
 """Files of what was set aside, the newest: enough to see what a disk does to files, and few enough where it does so to
 all of them."""
@@ -40,15 +38,12 @@ _SUFFIX, _DAMAGED = ".safetensors", ".damaged"
 
 
 @dataclass(slots=True)
-class _Held:
-    """One spill."""
+class _File:
+    """Of one large spill."""
 
-    offer: SpillOffer
-    segment: Segment | None
-    """None: it has a file of its own."""
-    place: int
-    unsettled: set[Cid]
-    """Cids that no commit has named yet."""
+    path: Path
+    size_bytes: int
+    held: int = 0
 
 
 class SpillStore:
@@ -66,12 +61,8 @@ class SpillStore:
         self._limit_bytes = limit_bytes
         self._coder = coder
         self._lock = threading.Lock()
-        self._held: dict[Key, _Held] = {}
-        self._keys: dict[Cid, list[Key]] = {}
-        """By cid, the spills that have to do with it."""
+        self._index: Index[Segment | _File] = Index()
         self._live: Segment | None = None
-        self._fresh: dict[Key, bytes] = {}
-        self._fresh_bytes = 0
         self._segments = 0
         """The number of the newest."""
         self._left: set[Path] = set()
@@ -103,7 +94,7 @@ class SpillStore:
                 tensors = self._coder.coded(meta, tensors)
             found = pieces(meta, tensors)
             size = sum(memoryview(piece).nbytes for piece in found)
-            offers.append(_offer(meta, size))
+            offers.append(offer_of(meta, size))
             if size <= LARGE_BYTES:
                 small.append((offers[-1], found))
             else:
@@ -120,9 +111,7 @@ class SpillStore:
                 f"a spill of {more_bytes} bytes never has room in {self.folder}, which may take "
                 f"{self._limit_bytes >> 20} MiB: allow more with --spill-mib"
             )
-        segments = {id(held.segment): held.segment for held in self._held.values() if held.segment is not None}
-        used = sum(segment.size_bytes for segment in segments.values())
-        used += sum(held.offer.size_bytes for held in self._held.values() if held.segment is None)
+        used = sum(home.size_bytes for home in self._index.homes())
         if used + more_bytes > self._limit_bytes:
             raise SpillFull(
                 f"no room for another spill in {self.folder}: the {self._limit_bytes >> 20} MiB that it may take are "
@@ -140,8 +129,8 @@ class SpillStore:
                 segment = self._live
                 places = segment.append([[data] for data in joined])
                 for (offer, _), data, place in zip(small, joined, places, strict=True):
-                    self._hold(_Held(offer, segment, place, set(_cids(offer))))
-                    self._keep_fresh((offer.cid, offer.kind), data)
+                    self._drop(self._index.hold(offer, segment, place))
+                    self._index.keep_fresh((offer.cid, offer.kind), data)
             except OSError as error:
                 if self._live is not None and not self._live.held:
                     self._live.close()
@@ -161,54 +150,63 @@ class SpillStore:
             with self._lock:
                 aside.rename(path)
                 self._left.discard(path)
-                self._hold(_Held(offer, None, 0, set(_cids(offer))))
+                self._drop(self._index.hold(offer, self._file(offer)))
         except OSError as error:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
             raise _storage_error(error, self.folder) from error
 
-    def _hold(self, held: _Held) -> None:
-        """Hold a spill that is in place; one of the same key makes room."""
-        key = held.offer.cid, held.offer.kind
-        if before := self._forget(key):
-            self._remove(before, renamed=held.segment is None)
-        self._held[key] = held
-        for cid in held.unsettled:
-            self._keys.setdefault(cid, []).append(key)
-
-    def _keep_fresh(self, key: Key, data: bytes) -> None:
-        self._fresh[key] = data
-        self._fresh_bytes += len(data)
-        while self._fresh_bytes > FRESH_BYTES:
-            self._fresh_bytes -= len(self._fresh.pop(next(iter(self._fresh))))
+    def _file(self, offer: SpillOffer) -> _File:
+        """The file of a large spill, which one of the same key may have been in before."""
+        key = offer.cid, offer.kind
+        before = self._index.get(key)
+        file = before.home if before and isinstance(before.home, _File) else _File(self._path(key), 0)
+        file.size_bytes = offer.size_bytes
+        return file
 
     def fresh(self, key: Key) -> bytes | None:
         """The bytes of a small spill that was just put, the first time that they are asked for; never blocks."""
         with self._lock:
-            if data := self._fresh.pop(key, None):
-                self._fresh_bytes -= len(data)
-            return data
+            return self._index.fresh(key)
+
+    def placing(self, offer: SpillOffer) -> None:
+        """What to wait for until a spill that was put is in place: it is."""
+
+    def as_held(self, offer: SpillOffer) -> SpillOffer:
+        """What a spill that was put is to be offered as."""
+        return offer
+
+    def is_behind(self) -> None:
+        """What to wait for before more is put: nothing."""
 
     def holds(self, cid: Cid) -> bool:
         """Whether anything of this step is held."""
-        return cid in self._keys
+        return self._index.holds(cid)
 
     def read(self, key: Key) -> bytes | None:
         """The stored bytes; None when no such spill is held."""
         try:
             with self._lock:
-                held = self._held.get(key)
+                held = self._index.get(key)
                 if held is None:
                     return None
-                if held.segment is not None:
-                    return held.segment.read(held.place, held.offer.size_bytes)
+                if isinstance(held.home, Segment):
+                    return held.home.read(held.place, held.offer.size_bytes)
             return self._path(key).read_bytes()
         except FileNotFoundError:
             with self._lock:
-                self._forget(key)
+                self._drop(self._index.forget(key))
             return None
         except OSError as error:
             raise StorageError(f"cannot read {self._path(key)}: {error.strerror}; check that disk") from error
+
+    def read_all(self, keys: Sequence[Key]) -> list[tuple[Key, bytes]]:
+        """The same of those of several that are held."""
+        return [(key, data) for key in keys if (data := self.read(key)) is not None]
+
+    def set_aside_all(self, keys: Sequence[Key]) -> list[Key]:
+        """The same of several; which these are."""
+        return [key for key in keys if self.set_aside(key)]
 
     def set_aside(self, key: Key) -> bool:
         """Hold a spill no more that is not there, or not as it was written; whether it is held no more.
@@ -226,8 +224,7 @@ class SpillStore:
                 return False
         try:
             with self._lock:
-                if held := self._forget(key):
-                    self._remove(held)
+                self._drop(self._index.forget(key))
         except OSError as error:
             raise _storage_error(error, self.folder) from error
         return True
@@ -245,52 +242,19 @@ class SpillStore:
         """
         try:
             with self._lock:
-                for cid in cids:
-                    for key in list(self._keys.get(cid, ())):
-                        self._settle(key, cid)
+                self._drop(self._index.release(cids))
                 self._sweep()
         except OSError as error:
             raise _storage_error(error, self.folder) from error
 
-    def _settle(self, key: Key, cid: Cid) -> None:
-        held = self._held[key]
-        held.unsettled.discard(cid)
-        if held.unsettled:
-            self._unlist(cid, key)
-        else:
-            held.unsettled.add(cid)
-            self._forget(key)
-            self._remove(held)
-
-    def _forget(self, key: Key) -> _Held | None:
-        """Hold a spill no more; its file is as it was."""
-        held = self._held.pop(key, None)
-        if data := self._fresh.pop(key, None):
-            self._fresh_bytes -= len(data)
-        if held is not None:
-            for cid in held.unsettled:
-                self._unlist(cid, key)
-        return held
-
-    def _unlist(self, cid: Cid, key: Key) -> None:
-        keys = self._keys[cid]
-        keys.remove(key)
-        if not keys:
-            del self._keys[cid]
-
-    def _remove(self, held: _Held, *, renamed: bool = False) -> None:
-        """Delete what a spill takes on the disk, as far as it is alone there."""
-        segment = held.segment
-        if segment is None:
-            if not renamed:
-                self._delete(self._path((held.offer.cid, held.offer.kind)))
-            return
-        segment.held -= 1
-        if not segment.held:
-            if segment is self._live:
-                self._live = None
-            segment.close()
-            self._delete(segment.path)
+    def _drop(self, homes: Iterable[Segment | _File]) -> None:
+        """Delete what nothing is held in."""
+        for home in homes:
+            if isinstance(home, Segment):
+                if home is self._live:
+                    self._live = None
+                home.close()
+            self._delete(home.path)
 
     def _delete(self, path: Path) -> None:
         """Delete a file, now or as soon as the disk lets go of it."""
@@ -306,24 +270,27 @@ class SpillStore:
     def keep_only(self, run: RunId) -> int:
         """Delete the spills of every other run; how many there were."""
         with self._lock:
-            others = {key: held for key, held in self._held.items() if parse_cid(key[0]).run != run}
-            cids = {cid for held in others.values() for cid in held.unsettled}
+            count, cids = self._index.of_others(run)
         self.release(cids)
-        return len(others)
+        return count
 
     def offers(self, run: RunId) -> list[SpillOffer]:
         """What is held of one run, oldest version first."""
         # Without the lock, which is held while the disk is written to: heartbeats ask, and must not wait for that.
-        held = [held.offer for held in list(self._held.values()) if held.offer.cid.startswith(f"{run}-")]
-        return sorted(held, key=lambda offer: (offer.version, offer.cid))
+        return self._index.offers(run)
+
+    async def aclose(self) -> None:
+        """The same as `close`."""
+        self.close()
 
     def close(self) -> None:
         """Let go of the folder; what is held stays there."""
         with self._lock:
-            for segment in {id(held.segment): held.segment for held in self._held.values()}.values():
-                if segment is not None:
-                    segment.close()
-            self._held, self._keys, self._fresh, self._live = {}, {}, {}, None
+            for home in self._index.homes():
+                if isinstance(home, Segment):
+                    home.close()
+            self._index.clear()
+            self._live = None
 
     def _path(self, key: Key) -> Path:
         cid, kind = key
@@ -346,8 +313,8 @@ class SpillStore:
             except (BadShape, SpillCorrupt):
                 return
         if (meta.cid, meta.kind) == (cid, kind):
-            offer = _offer(meta, os.stat(path).st_size)
-            self._hold(_Held(offer, None, 0, set(_cids(offer))))
+            offer = offer_of(meta, os.stat(path).st_size)
+            self._drop(self._index.hold(offer, self._file(offer)))
 
     def _adopt_segment(self, path: Path) -> None:
         if not (path.stem.isdecimal() and path.stem.isascii() and path.is_file()):
@@ -356,22 +323,10 @@ class SpillStore:
         segment = Segment(path, sealed=True)
         segment.held = 1  # while it is looked through
         for meta, place, size in segment.records():
-            segment.held += 1
-            offer = _offer(meta, size)
-            self._hold(_Held(offer, segment, place, set(_cids(offer))))
+            self._drop(self._index.hold(offer_of(meta, size), segment, place))
         segment.held -= 1
         if not segment.held:
             segment.delete()
-
-
-def _offer(meta: SpillMeta, size_bytes: int) -> SpillOffer:
-    members = tuple(member.cid for member in meta.members)
-    return SpillOffer(cid=meta.cid, part=meta.part, version=meta.version, size_bytes=size_bytes, members=members)
-
-
-def _cids(offer: SpillOffer) -> Sequence[Cid]:
-    """The steps that it stands for."""
-    return offer.members or (offer.cid,)
 
 
 def _storage_error(error: OSError, folder: Path) -> StorageError:

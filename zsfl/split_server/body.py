@@ -19,7 +19,7 @@ from zsfl.learning.job import Job
 from zsfl.learning.part import Backward, Forward, Part, PartWeights, loss_sum
 from zsfl.learning.skew import shifted_loss
 from zsfl.spill.layout import SpillMeta
-from zsfl.spill.store import SpillStore
+from zsfl.spill.stored import Spills
 from zsfl.split_server.meeting import Group, Misfit, group_of
 from zsfl.wire import messages
 from zsfl.wire.messages import SpillOffer
@@ -71,7 +71,7 @@ class _Pass:
 class BodyWorker:
     """Runs the body at given weights and spills its contributions."""
 
-    def __init__(self, job: Job, part: Part, spills: SpillStore, *, node: str, slots: int) -> None:
+    def __init__(self, job: Job, part: Part, spills: Spills, *, node: str, slots: int) -> None:
         self._job = job
         self._part = part
         self._spills = spills

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from zsfl.errors import BadShape, Unavailable, ZsflError
 from zsfl.ids import Cid, Version, parse_cid
@@ -76,9 +77,11 @@ class WorkQueue:
         pays: Callable[[str, int], bool],
         went_with: Callable[[str, Cid], Collection[Cid]] = lambda *_: (),
         left: Callable[[], None],
+        placing: Callable[[], asyncio.Future[None] | None] = lambda: None,
+        is_behind: Callable[[], asyncio.Future[None] | None] = lambda: None,
         same_k: bool,
     ) -> None:
-        """`work` does one turn.
+        """`work` does one turn. `placing` gives what its answers wait for, and `is_behind` what the next one does.
 
         `may_merge` says of a cut whether its requests may be taken together, `pays` of a kind of request whether so
         many of them had better be, `went_with` of a cut and a step which steps went forward with it and wait here for
@@ -93,6 +96,8 @@ class WorkQueue:
         self._pays = pays
         self._went_with = went_with
         self._ended = left
+        self._placing = placing
+        self._is_behind = is_behind
         self._same_k = same_k
         self._waiting: dict[Waiting, None] = {}
         """In the order in which they came."""
@@ -168,6 +173,9 @@ class WorkQueue:
     def _turn(self) -> None:
         """Work on what was begun here, else on what waits longest, and on what can go along with it."""
         self._turn_is_due = False
+        if (behind := self._is_behind()) is not None:
+            behind.add_done_callback(lambda _: self._call_for_turn())
+            return
         chosen = self._chosen()
         if not chosen:
             return
@@ -183,13 +191,10 @@ class WorkQueue:
                 _let_go(error)
                 chosen[0].answer.set_exception(error)
         else:
-            for one, answer in zip(chosen, answers, strict=True):
-                if one.answer.done():
-                    continue
-                if isinstance(answer, ZsflError):
-                    one.answer.set_exception(answer)
-                else:
-                    one.answer.set_result(answer)
+            if (placing := self._placing()) is None:
+                _give(chosen, answers)
+            else:
+                placing.add_done_callback(lambda placed: _give(chosen, answers, placed))
         self._call_for_turn()
 
     def _chosen(self) -> list[Waiting]:
@@ -232,6 +237,22 @@ class WorkQueue:
             return found
         mates = {_cid(first), *self._pass_of(first)}
         return [one for one in found if _cid(one) in mates]
+
+
+def _give(
+    chosen: Sequence[Waiting], answers: Sequence[Answer | ZsflError], placed: asyncio.Future[None] | None = None
+) -> None:
+    """Answer a turn; where what it spilled could not be `placed`, with that instead."""
+    if placed is not None and placed.cancelled():  # the node ends: nobody knows whether it is in place
+        return
+    failed = None if placed is None else placed.exception()
+    for one, answer in zip(chosen, answers, strict=True):
+        if one.answer.done():
+            continue
+        if failed is not None or isinstance(answer, ZsflError):
+            one.answer.set_exception(failed or cast(ZsflError, answer))
+        else:
+            one.answer.set_result(answer)
 
 
 def _let_go(error: BaseException) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import assert_never
 
@@ -37,6 +37,7 @@ from zsfl.split_server.body import BodyWorker, Done
 from zsfl.split_server.holders import Holders
 from zsfl.split_server.meeting import RETRY_AFTER_S, Meetings
 from zsfl.split_server.merging import MergePolicy
+from zsfl.split_server.placing import Placing
 from zsfl.split_server.queue import Answer, Waiting, Weights, WorkQueue, unpacked_size
 from zsfl.tensors.codec import SPELLINGS, unpack
 from zsfl.tensors.plan import CodecPlan
@@ -81,6 +82,7 @@ class SplitServerRole:
             for cut, part in parts.items()
         }
         self._policy = MergePolicy()
+        self._placing = Placing(self._member)
         self._queue = WorkQueue(
             cuts,
             self._weights,
@@ -90,6 +92,8 @@ class SplitServerRole:
             pays=self._policy.pays,
             went_with=lambda cut, cid: self._workers[cut].went_with(cid),
             left=self._touched,
+            placing=self._placing.of_turn,
+            is_behind=self._member.spills.is_behind,
             same_k=job.local_lr is not None,
         )
         self._merges, self._shards = job.batch_norm == "merged", job.shards
@@ -118,13 +122,12 @@ class SplitServerRole:
 
     async def run(self) -> None:
         """Serve until the run is finished."""
-        with closing(self._member):
-            async with asyncio.TaskGroup() as tasks:
-                serving = tasks.create_task(self._server.run(), name="data")
-                present = tasks.create_task(self._mind_the_aggregator(), name="aggregator")
-                await self._member.state.wait_for(lambda now: now is not None and self._member.check(now))
-                serving.cancel()
-                present.cancel()
+        async with aclosing(self._member), asyncio.TaskGroup() as tasks:
+            serving = tasks.create_task(self._server.run(), name="data")
+            present = tasks.create_task(self._mind_the_aggregator(), name="aggregator")
+            await self._member.state.wait_for(lambda now: now is not None and self._member.check(now))
+            serving.cancel()
+            present.cancel()
 
     async def drain(self, timeout_s: float) -> None:
         """Finish what is in hand, and stay until the aggregator has got what was spilled."""
@@ -269,9 +272,9 @@ class SplitServerRole:
         ]
 
     def _acknowledged(self, done: Done, reply_codec: str) -> Answer:
-        """The answer to a step whose spill is in place, and not before it is."""
+        """The answer to a step, for when its spill is in place."""
         if done.offer is not None:
-            self._member.offer(done.offer)
+            self._placing.offer(done.offer)
         self._node.counters.add("steps")
         spec, parts = None, list[Buffer]()
         if done.grad is not None:
@@ -370,12 +373,14 @@ class SplitServerRole:
         whole = all(x is not None for _, _, x in given.values())
         weights = (await self._weights_of(first))[0] if whole else None
         with self._computing():
-            return worker.backward_merged(weights, given)
+            done = worker.backward_merged(weights, given)
+        return await self._placing.placed(done)
 
     async def _merge_steps(self, given: Mapping[Cid, tuple[Step, torch.Tensor, torch.Tensor]]) -> dict[Cid, Done]:
         weights, worker = await self._weights_of(parse_cid(next(iter(given))))
         with self._computing():
-            return worker.step_merged(weights, given)
+            done = worker.step_merged(weights, given)
+        return await self._placing.placed(done)
 
 
 def _given(weights: PartWeights | None) -> PartWeights:

@@ -87,6 +87,28 @@ Parts = Annotated[tuple[tuple[CidText, PartName], ...], Meta(max_length=MAX_OFFE
 """Parts of steps."""
 
 
+STORED_PATTERN = r"[0-9]{8}-[0-9]{1,13}-[0-9a-f]{32}"
+"""What an object in a store is called: its number, how many bytes it has, and the begin of their SHA-256."""
+
+
+class SpillOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, order=True):
+    """One spill that a node holds."""
+
+    cid: CidText
+    part: PartName
+    version: VersionNumber
+    size_bytes: Count
+    members: Annotated[tuple[CidText, ...], Meta(max_length=MAX_MEMBERS)] = ()
+    """Of a merged spill, all steps whose body parts it sums up, its own cid first."""
+    at: Annotated[str, Meta(pattern=rf"^\Z|^{STORED_PATTERN}\Z")] = ""
+    """Which of its own objects the node put it in, where its spills go to a store."""
+
+    @property
+    def kind(self) -> SpillKind:
+        """What it is to be asked for as."""
+        return "merged" if self.members else self.part
+
+
 class PeerHint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where a verified peer of the sender listens; to whoever reads it, no more than a hint."""
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from zsfl.ids import NodeCard, PartName, Role, RunId, SpillKind
+from zsfl.ids import NodeCard, Role, RunId
 from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.calling import CallBack
 from zsfl.wire.enrolment import Enrol, Enrolled
@@ -19,7 +19,6 @@ from zsfl.wire.examining import Condition, Examine
 from zsfl.wire.fields import (
     MAX_CLASSES,
     MAX_JOINED,
-    MAX_MEMBERS,
     MAX_OFFERS,
     MAX_PEERS_EXCHANGED,
     MAX_SETTLED,
@@ -40,6 +39,7 @@ from zsfl.wire.fields import (
     Seconds,
     ShardInfo,
     ShortText,
+    SpillOffer,
     VersionNumber,
     Weight,
 )  # fmt: skip
@@ -222,22 +222,6 @@ class Spilled(Message, frozen=True, kw_only=True, tag="spilled"):
 
 
 # --- data: spills and weights -----------------------------------------------------------------------------
-
-
-class SpillOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, order=True):
-    """One spill that a node holds."""
-
-    cid: CidText
-    part: PartName
-    version: VersionNumber
-    size_bytes: Count
-    members: Annotated[tuple[CidText, ...], Meta(max_length=MAX_MEMBERS)] = ()
-    """Of a merged spill, all steps whose body parts it sums up, its own cid first."""
-
-    @property
-    def kind(self) -> SpillKind:
-        """What it is to be asked for as."""
-        return "merged" if self.members else self.part
 
 
 class FetchSpills(Message, frozen=True, kw_only=True, tag="fetch-spills"):

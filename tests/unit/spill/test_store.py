@@ -21,9 +21,10 @@ from helpers.waiting import HANG_S
 from zsfl.errors import BadShape, SpillFull, StorageError
 from zsfl.ids import Cid, PartName, RunId, Version, parse_cid, step_cid
 from zsfl.learning.averaging import StepShare
+from zsfl.spill.index import FRESH_BYTES
 from zsfl.spill.layout import SpillMeta, decode
 from zsfl.spill.segments import MAX_SEGMENT_BYTES, SUFFIX
-from zsfl.spill.store import FRESH_BYTES, MOST_DAMAGED, SpillStore
+from zsfl.spill.store import MOST_DAMAGED, SpillStore
 
 RUN = RunId("3fa9c1")
 SMALL = {"grad/a": torch.arange(6.0)}
