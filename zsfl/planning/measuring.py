@@ -61,7 +61,8 @@ def job_figures(job: Job, settings: NodeSettings, seconds: float) -> dict[str, A
     few, many = (asyncio.run(_trial(_tiny(job, steps), settings, seconds / 2)) for steps in (FEW, MANY))
     per_version = 1 / (CLIENTS * FEW) - 1 / (CLIENTS * MANY)
     version_s = max(0.0, few.rest_s - many.rest_s) / per_version
-    rest_s = max(0.0, many.rest_s - version_s / (CLIENTS * MANY))
+    # Of what many steps share, a version is the smaller part, whatever a moment's noise in the few makes of it.
+    rest_s = max(many.rest_s / 2, many.rest_s - version_s / (CLIENTS * MANY))
     messages = MESSAGES[sizes["u_shaped"]]
     message_s = rest_s / sum(messages)
     seconds_of = Counter(many.counted)
