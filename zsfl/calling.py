@@ -36,7 +36,7 @@ class Calling:
         self._card = card
         self._publisher = publisher
         self._dial = dial
-        self._called = Called()
+        self._called = Called(card)
         self.board = Switchboard(card.host, card.behind_nat, lambda peer: soon(lambda: self._tell(peer)))
 
     def tell_all(self) -> None:

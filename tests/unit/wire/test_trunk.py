@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -16,6 +17,7 @@ from zsfl.settings import WireLimits
 from zsfl.wire import connection, trunk
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Ok, ReleaseSpills, Reply, Request
+from zsfl.wire.sockets import round_trip_s
 from zsfl.wire.trunk import MOST, MUCH_BYTES, Trunk
 
 ASKING = ReleaseSpills(cids=())
@@ -65,6 +67,14 @@ async def test_a_long_link_that_is_busy_gets_further_connections(monkeypatch: py
             for answer in await until(asyncio.gather(*short)):
                 assert [bytes(part) for part in answer.parts] == [LARGE]
             assert set(asking._under_way.values()) == {0}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not say how long a round trip is")
+def test_a_connection_that_is_none_any_more_has_no_round_trip_and_leaves_nothing_open() -> None:
+    with open(os.devnull) as file:
+        before = os.listdir("/proc/self/fd")
+        assert round_trip_s(file.fileno()) is None
+        assert os.listdir("/proc/self/fd") == before
 
 
 async def test_as_many_as_are_asked_for_are_there_from_the_beginning() -> None:
