@@ -48,9 +48,11 @@ class Calling:
         with suppress(zmq.ZMQError):  # this node is leaving
             self._publisher.publish(topic_of(peer), self.board.call_back(peer))
 
-    def lost(self, card: NodeCard, *, unheard: bool) -> None:
+    def lost(self, card: NodeCard, *, unheard: bool = False, left: bool = False) -> None:
         """A peer is gone; one that said HELLO and was never heard may not know that it cannot be dialled."""
         self._on(card, CallBack(node=self._card.id, calls=()))
+        if left:
+            self.board.left(card.id)
         if unheard and card.role is not Role.OBSERVER:
             self._tell(card.id)
 

@@ -94,6 +94,8 @@ class Switchboard:
     def changed(self, node: NodeId, call: Call, *, there: bool) -> None:
         """A line is open, or is not any more."""
         with self._lock:
+            if not there and node not in self._calls:
+                return
             calls = self._calls.setdefault(node, set())
             (calls.add if there else calls.discard)(call)
             lost = [one for one, left in self._calls.items() if not left]
@@ -106,6 +108,11 @@ class Switchboard:
         with self._lock:
             if not self._calls.get(card.id, True):
                 del self._calls[card.id]
+
+    def left(self, node: NodeId) -> None:
+        """It said goodbye, and is not told any more."""
+        with self._lock:
+            self._calls.pop(node, None)
 
     def call_back(self, node: NodeId) -> CallBack:
         """What to tell a node."""
