@@ -144,7 +144,7 @@ class Peers:
 
     def hints(self) -> tuple[PeerHint, ...]:
         """Live peers, for peer exchange: those that serve first."""
-        cards = [card for card in self.table.to_tell(MAX_PEERS_EXCHANGED) if not card.behind_nat]
+        cards = [card for card in self.table.to_tell(MAX_PEERS) if not card.behind_nat][:MAX_PEERS_EXCHANGED]
         return tuple(PeerHint(id=card.id, role=card.role, address=card.address, key=card.key) for card in cards)
 
     def advice(self) -> tuple[str, ...]:

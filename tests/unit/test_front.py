@@ -14,6 +14,7 @@ from helpers.doors import Machine, machines
 
 from zsfl import front
 from zsfl import peers as peers_module
+from zsfl.discovery.events import Welcomed
 from zsfl.errors import Rejected
 from zsfl.front import Front
 from zsfl.ids import PROTOCOL, NodeCard, NodeId, Role
@@ -98,3 +99,17 @@ async def test_however_many_ask_to_be_greeted_few_are_at_once(tmp_path: Path, mo
             peers.greet(msgspec.structs.replace(CARD, control_port=4))
             assert len(begun) == 4
             await asyncio.gather(*begun)
+
+
+async def test_who_cannot_be_dialled_takes_nobody_elses_place_in_what_others_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers_module, "MAX_PEERS_EXCHANGED", 1)
+    async with machines(tmp_path, "anna") as (anna,):
+        with node(anna, []) as one:
+            peers = Peers(one, one.card, one.settings, one.facts, (), one.start)
+            hidden = msgspec.structs.replace(CARD, id=NodeId("h"), name="hidden", behind_nat=True)
+            other = msgspec.structs.replace(CARD, control_port=2)
+            for card in (hidden, other):
+                peers.table.on(Welcomed(card=card, address=card.address, by="them"), 0.0)
+            assert [hint.id for hint in peers.hints()] == [other.id]
