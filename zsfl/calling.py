@@ -36,7 +36,7 @@ class Calling:
         self._card = card
         self._publisher = publisher
         self._dial = dial
-        self._called = Called()
+        self._called = Called(card)
         self.board = Switchboard(card.host, card.behind_nat, lambda peer: soon(lambda: self._tell(peer)))
 
     def tell_all(self) -> None:
@@ -48,9 +48,11 @@ class Calling:
         with suppress(zmq.ZMQError):  # this node is leaving
             self._publisher.publish(topic_of(peer), self.board.call_back(peer))
 
-    def lost(self, card: NodeCard, *, unheard: bool) -> None:
+    def lost(self, card: NodeCard, *, unheard: bool = False, left: bool = False) -> None:
         """A peer is gone; one that said HELLO and was never heard may not know that it cannot be dialled."""
         self._on(card, CallBack(node=self._card.id, calls=()))
+        if left:
+            self.board.left(card.id)
         if unheard and card.role is not Role.OBSERVER:
             self._tell(card.id)
 

@@ -331,7 +331,7 @@ class Front:
 
     def peer_lost(self, card: NodeCard, reason: str) -> None:
         """A peer is gone."""
-        self._calling.lost(card, unheard=reason == UNHEARD)
+        self._calling.lost(card, unheard=reason == UNHEARD, left=reason.endswith(SAID_GOODBYE))
         soon_in_lane(lambda: self._node.peer_lost(card, reason))
 
     def _dial(self, port: int, endpoint: str, there: bool) -> None:

@@ -28,7 +28,7 @@ from zsfl.discovery.expected import ExpectedKeys
 from zsfl.discovery.facts import objection
 from zsfl.discovery.mdns import Mdns
 from zsfl.discovery.sources import sources
-from zsfl.discovery.table import MAX_PEERS, PeerTable, PresenceTiming, wants_of
+from zsfl.discovery.table import MAX_DIALS, MAX_PEERS, PeerTable, PresenceTiming, wants_of
 from zsfl.errors import (
     Busy,
     ConfigError,
@@ -124,7 +124,7 @@ class Peers:
         self._refusers: set[Address] = set()
         """Those of the addresses we were given that will not have us: an end of it only where all of them will not."""
         self._ears: dict[NodeId, asyncio.Task[None]] = {}
-        self._greeting: dict[NodeId, asyncio.Task[None]] = {}
+        self._greeting: set[Address] = set()
         self._distrusted: dict[NodeId, NodeCard] = {}
         """Peers that were let go of for their keys; they are looked for should these be trusted again."""
         self._mdns: Mdns | None = None
@@ -144,7 +144,7 @@ class Peers:
 
     def hints(self) -> tuple[PeerHint, ...]:
         """Live peers, for peer exchange: those that serve first."""
-        cards = [card for card in self.table.to_tell(MAX_PEERS_EXCHANGED) if not card.behind_nat]
+        cards = [card for card in self.table.to_tell(MAX_PEERS) if not card.behind_nat][:MAX_PEERS_EXCHANGED]
         return tuple(PeerHint(id=card.id, role=card.role, address=card.address, key=card.key) for card in cards)
 
     def advice(self) -> tuple[str, ...]:
@@ -228,7 +228,6 @@ class Peers:
         if ear := self._ears.pop(card.id, None):
             ear.cancel()
         self._said_codecs.pop(card.id, None)
-        self._greeting.pop(card.id, None)
         self._user.peer_lost(card, reason)
 
     def _heard(self, node_id: NodeId, broadcast: Broadcast) -> None:
@@ -260,8 +259,9 @@ class Peers:
 
     def greet(self, card: NodeCard) -> None:
         """Say HELLO again to a peer that does not hear this node any more, and cannot dial it."""
-        if card.id not in self._greeting or self._greeting[card.id].done():
-            self._greeting[card.id] = self._start(self._dial(card.address), f"greet {card.name}")
+        if (at := card.address) not in self._greeting and len(self._greeting) < MAX_DIALS:  # it is asked for again
+            self._greeting.add(at)
+            self._start(self._dial(at), f"greet {at}").add_done_callback(lambda _: self._greeting.discard(at))
 
     # --- handshake --------------------------------------------------------------------------------------
 

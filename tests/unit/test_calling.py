@@ -83,3 +83,14 @@ def test_what_was_said_is_said_again_with_each_heartbeat() -> None:
     asker.calling.board.changed(HIDDEN.id, Call(3, 40), there=True)
     asker.calling.tell_all()
     assert asker.said == [(topic_of(HIDDEN.id), CallBack(node=HIDDEN.id, calls=(Call(3, 40),)))] * 2
+
+
+def test_who_said_goodbye_is_not_told_any_more_and_who_did_not_is() -> None:
+    asker, other = Node(ASKER), structs.replace(HIDDEN, id=NodeId("o"))
+    for card in (HIDDEN, other):
+        asker.calling.board.changed(card.id, Call(3, 40), there=True)
+    asker.calling.lost(HIDDEN, left=True)
+    asker.calling.lost(other)
+    for card in (HIDDEN, other):
+        asker.calling.board.changed(card.id, Call(3, 40), there=False)  # its lines are closed after that
+    assert asker.calling.board.nodes() == [other.id]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from helpers.doors import Machine, machines
 
 from zsfl import front
+from zsfl import peers as peers_module
+from zsfl.discovery.events import Welcomed
 from zsfl.errors import Rejected
 from zsfl.front import Front
 from zsfl.ids import PROTOCOL, NodeCard, NodeId, Role
@@ -74,3 +77,39 @@ async def test_why_somebody_is_no_peer_is_said_so_often_whatever_they_call_thems
                     with pytest.raises(Rejected, match="another job"):
                         peers.answer(hello)
     assert len({report.message for report in said if isinstance(report, Note)}) == len(said) == MAX_NOTED
+
+
+async def test_however_many_ask_to_be_greeted_few_are_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[asyncio.Task[None]] = []
+    monkeypatch.setattr(peers_module, "MAX_DIALS", 3)
+
+    def start(work: Coroutine[Any, Any, None], _name: str) -> asyncio.Task[None]:
+        begun.append(asyncio.ensure_future(work))
+        return begun[-1]
+
+    async with machines(tmp_path, "anna") as (anna,):
+        with node(anna, []) as one:
+            peers = Peers(one, one.card, one.settings, one.facts, (), start)
+            monkeypatch.setattr(peers, "_dial", lambda _: asyncio.sleep(0))
+            for port in (1, 1, 2, 3, 4):
+                peers.greet(msgspec.structs.replace(CARD, control_port=port))
+            assert len(begun) == 3
+            await asyncio.gather(*begun)
+            await asyncio.sleep(0)
+            peers.greet(msgspec.structs.replace(CARD, control_port=4))
+            assert len(begun) == 4
+            await asyncio.gather(*begun)
+
+
+async def test_who_cannot_be_dialled_takes_nobody_elses_place_in_what_others_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers_module, "MAX_PEERS_EXCHANGED", 1)
+    async with machines(tmp_path, "anna") as (anna,):
+        with node(anna, []) as one:
+            peers = Peers(one, one.card, one.settings, one.facts, (), one.start)
+            hidden = msgspec.structs.replace(CARD, id=NodeId("h"), name="hidden", behind_nat=True)
+            other = msgspec.structs.replace(CARD, control_port=2)
+            for card in (hidden, other):
+                peers.table.on(Welcomed(card=card, address=card.address, by="them"), 0.0)
+            assert [hint.id for hint in peers.hints()] == [other.id]

@@ -367,7 +367,8 @@ class PeerTable:
         limit_s = self._timing.lost_after_s
         silent = [node_id for node_id, peer in self._peers.items() if peer.heard_s + limit_s <= now_s]
         said = f"silent for {limit_s:g} s"
-        return [self._lose(one, said if self._peers[one].proven else UNHEARD, now_s, redial=True) for one in silent]
+        known = {one for one in silent if self._peers[one].proven or self._peers[one].card.behind_nat}
+        return [self._lose(one, said if one in known else UNHEARD, now_s, redial=True) for one in silent]
 
     def _greet_again(self) -> list[Action]:
         """HELLO to everybody after an absence: those who gave this node up do not listen to it any more."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -42,6 +43,31 @@ def group_of(cid: Cid) -> Group:
     """The group that a step belongs to."""
     step = parse_cid(cid)
     return Group(step.run, step.version, step.k)
+
+
+class Places:
+    """What waits to be merged, in all and of each shard: those that come to nothing leave places to others."""
+
+    def __init__(self, most_bytes: int, steps: int) -> None:
+        """`steps`: those of one shard that are merged at one version."""
+        self._most_bytes, self._most = most_bytes, MAX_COPIES * steps
+        self._bytes = 0
+        self._waiting = Counter[int]()
+
+    @contextmanager
+    def taken(self, shard: int, size_bytes: int) -> Generator[None, None, None]:
+        """For as long as it waits; Busy where there is no room for it."""
+        if self._bytes and self._bytes + size_bytes > self._most_bytes:
+            raise Busy(f"{self._bytes} bytes of merged batches wait here, no room for more", RETRY_AFTER_S)
+        if self._waiting[shard] >= self._most:
+            raise Busy(f"{self._most} requests of shard {shard} wait here already", RETRY_AFTER_S)
+        self._bytes += size_bytes
+        self._waiting[shard] += 1
+        try:
+            yield
+        finally:
+            self._bytes -= size_bytes
+            self._waiting[shard] -= 1
 
 
 class Misfit(Exception):

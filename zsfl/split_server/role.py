@@ -13,7 +13,6 @@ import torch
 
 from zsfl.errors import (
     BadShape,
-    Busy,
     ConfigError,
     Rejected,
     RemoteProtocolError,
@@ -35,7 +34,7 @@ from zsfl.spill.coded import SpillCoder
 from zsfl.split_server.admission import Admission
 from zsfl.split_server.body import BodyWorker, Done
 from zsfl.split_server.holders import Holders
-from zsfl.split_server.meeting import RETRY_AFTER_S, Meetings
+from zsfl.split_server.meeting import Meetings, Places
 from zsfl.split_server.merging import MergePolicy
 from zsfl.split_server.placing import Placing
 from zsfl.split_server.queue import Answer, Waiting, Weights, WorkQueue, unpacked_size
@@ -98,8 +97,7 @@ class SplitServerRole:
         )
         self._merges, self._shards = job.batch_norm == "merged", job.shards
         self._batches, self._width = job.steps, steps_of(job) * attempts_of(job)
-        self._met_bytes = 0
-        """Of requests that wait for others to be merged with."""
+        self._places = Places(MAX_MET_BYTES, job.steps)
         self._forwards = Meetings(self._merge_forwards)
         self._backwards = Meetings(self._merge_backwards)
         self._steps = Meetings(self._merge_steps)
@@ -304,27 +302,24 @@ class SplitServerRole:
 
     async def _answer_merged(self, request: Forward | Backward | Step, parts: Sequence[Buffer]) -> Answer:
         """Wait for the other steps of the merged batch, without a slot; see `Meetings`."""
-        if parse_cid(request.cid).version != request.version:
+        step = parse_cid(request.cid)
+        if step.version != request.version:
             raise RemoteProtocolError(f"step {request.cid} cannot be of version {request.version}")
         if not self._merges or request.merged > self._shards:
             raise Rejected(f"{request.merged} steps are to be merged, and this job merges none, or has fewer clients")
-        size_bytes = unpacked_size(request, parts)
-        if self._met_bytes and self._met_bytes + size_bytes > MAX_MET_BYTES:
-            raise Busy(f"{self._met_bytes} bytes of merged batches wait here, no room for more", RETRY_AFTER_S)
-        self._met_bytes += size_bytes
         try:
-            await self._until_asked_for(parse_cid(request.cid), request.merged)
-            match request:
-                case Forward():
-                    return await self._attend_forward(request, parts)
-                case Backward():
-                    return await self._attend_backward(request, parts)
-                case Step():
-                    return await self._attend_step(request, parts)
-                case _:
-                    assert_never(request)
+            with self._places.taken(step.shard, unpacked_size(request, parts)):
+                await self._until_asked_for(step, request.merged)
+                match request:
+                    case Forward():
+                        return await self._attend_forward(request, parts)
+                    case Backward():
+                        return await self._attend_backward(request, parts)
+                    case Step():
+                        return await self._attend_step(request, parts)
+                    case _:
+                        assert_never(request)
         finally:
-            self._met_bytes -= size_bytes
             self._news.touch()
 
     async def _until_asked_for(self, step: StepId, merged: int) -> None:

@@ -6,7 +6,7 @@ CURVE: who asks is still the client of a handshake, and talks to nobody but the 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from threading import Lock
 from typing import Annotated, NamedTuple, cast
@@ -44,6 +44,13 @@ class CallBack(Message, frozen=True, kw_only=True, tag="call-back"):
 def topic_of(node: NodeId) -> bytes:
     """What only that node listens to."""
     return f"call/{node}/".encode()
+
+
+class _Way(NamedTuple):
+    """What the socket at that port dials."""
+
+    port: int
+    endpoint: str
 
 
 class Line:
@@ -87,6 +94,8 @@ class Switchboard:
     def changed(self, node: NodeId, call: Call, *, there: bool) -> None:
         """A line is open, or is not any more."""
         with self._lock:
+            if not there and node not in self._calls:
+                return
             calls = self._calls.setdefault(node, set())
             (calls.add if there else calls.discard)(call)
             lost = [one for one, left in self._calls.items() if not left]
@@ -100,6 +109,11 @@ class Switchboard:
             if not self._calls.get(card.id, True):
                 del self._calls[card.id]
 
+    def left(self, node: NodeId) -> None:
+        """It said goodbye, and is not told any more."""
+        with self._lock:
+            self._calls.pop(node, None)
+
     def call_back(self, node: NodeId) -> CallBack:
         """What to tell a node."""
         with self._lock:
@@ -112,16 +126,29 @@ class Switchboard:
 
 
 class Called:
-    """What the sockets of a node behind NAT dial, for all who wait for it: decisions, without sockets."""
+    """What the sockets of a node behind NAT dial, for all who wait for it: decisions, without sockets.
 
-    def __init__(self) -> None:
-        self._calls: dict[NodeId, frozenset[Call]] = {}
+    What several say is dialled once, until none of them says it: nobody ends another one's line by claiming it.
+    """
+
+    def __init__(self, own: NodeCard) -> None:
+        self._own = own
+        self._ways: dict[NodeId, frozenset[_Way]] = {}
+        self._said: Counter[_Way] = Counter()
+        """By how many."""
 
     def by(self, card: NodeCard, calls: tuple[Call, ...]) -> Iterator[tuple[int, str, bool]]:
         """Which of its ports are to dial which endpoints, or not any more, now that a peer waits there."""
-        wanted = frozenset(calls)
-        before = self._calls.pop(card.id, frozenset[Call]())
+        ways = (_Way(call.port, card.endpoint(call.at)) for call in calls)
+        # To hang up on its own address would end the socket that listens there.
+        wanted = frozenset(way for way in ways if way.endpoint != self._own.endpoint(way.port))
+        before = self._ways.pop(card.id, frozenset[_Way]())
         if wanted:
-            self._calls[card.id] = wanted
-        for call in sorted(before ^ wanted):
-            yield call.port, card.endpoint(call.at), call in wanted
+            self._ways[card.id] = wanted
+        for way in sorted(before ^ wanted):
+            there = way in wanted
+            self._said[way] += 1 if there else -1
+            if self._said[way] == there:
+                yield way.port, way.endpoint, there
+            if not self._said[way]:
+                del self._said[way]

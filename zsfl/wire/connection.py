@@ -266,6 +266,11 @@ class Connection:
             self._waiting.append((frames, asyncio.get_running_loop().create_future()))
             self._pump.wants_room()
 
+    @property
+    def was_heard(self) -> bool:
+        """Whether anything ever came by it."""
+        return self._descriptor is not None
+
     def round_trip_s(self) -> float | None:
         """Of a small packet there and back, as the system measures it; None where it does not say."""
         return None if self._descriptor is None else round_trip_s(self._descriptor)

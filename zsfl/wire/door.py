@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import socket as sockets
 import threading
 from collections.abc import Callable, Hashable
@@ -21,6 +20,7 @@ from zsfl.keys.trusted import TRUSTED, TrustFile
 from zsfl.metrics import Counters
 from zsfl.settings import NodeSettings
 from zsfl.wire.guard import Guard
+from zsfl.wire.sockets import connection_of
 
 CURVE_BYTES = 64
 """By which an encrypted frame is longer than what is in it, at most."""
@@ -185,8 +185,6 @@ def cut(frame: zmq.Frame, port: int) -> None:
     ZeroMQ cannot do it. Should it have closed the descriptor by now and used it for another connection to this port,
     that one is torn, and made again by whoever is let in.
     """
-    with suppress(zmq.ZMQError, OSError):
-        descriptor = os.dup(cast(int, cast(Any, frame).get(zmq.SRCFD)))
-        with sockets.socket(fileno=descriptor) as connection:
-            if connection.family == sockets.AF_INET and connection.getsockname()[1] == port:
-                connection.shutdown(sockets.SHUT_RDWR)
+    with suppress(zmq.ZMQError, OSError), connection_of(cast(int, cast(Any, frame).get(zmq.SRCFD))) as connection:
+        if connection.family == sockets.AF_INET and connection.getsockname()[1] == port:
+            connection.shutdown(sockets.SHUT_RDWR)

@@ -79,6 +79,7 @@ class Publisher:
             door.lock(self._socket)
             self._watch = HandshakeWatch(context, self._socket, door.failed, counters)
         self._host = host
+        self._dialled: set[str] = set()
         self.port = bind(self._socket, host, 0)
 
     def publish(self, topic: bytes, body: Broadcast, parts: Sequence[Buffer] = ()) -> None:
@@ -104,9 +105,13 @@ class Publisher:
             with suppress(zmq.ZMQError):  # it may be unbound for the moment already
                 self._socket.unbind(f"tcp://{self._host}:{self.port}")
             self._bind_again()
+            for endpoint in self._dialled:
+                for there in (False, True):
+                    dial(self._socket, endpoint, there=there)
 
     def dial(self, endpoint: str, *, there: bool) -> None:
         """Say it also to somebody who waits for this node there, or not any more."""
+        (self._dialled.add if there else self._dialled.discard)(endpoint)
         dial(self._socket, endpoint, there=there)
 
     def _bind_again(self) -> None:

@@ -8,8 +8,8 @@ import resource
 import socket
 import struct
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -134,6 +134,19 @@ def descriptor_of(frame: zmq.Frame) -> int | None:
         return None
 
 
+@contextmanager
+def connection_of(descriptor: int) -> Generator[socket.socket, None, None]:
+    """A connection that ZeroMQ owns; OSError where it has closed it, and the number may be that of something else."""
+    copy = os.dup(descriptor)
+    try:
+        connection = socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        raise
+    with connection:
+        yield connection
+
+
 def round_trip_s(descriptor: int) -> float | None:
     """The shortest round trip of a connection in the last minutes, which no queue of its own makes longer (Linux).
 
@@ -141,7 +154,7 @@ def round_trip_s(descriptor: int) -> float | None:
     """
     if sys.platform != "linux":
         return None
-    with suppress(OSError, struct.error), socket.socket(fileno=os.dup(descriptor)) as connection:
+    with suppress(OSError, struct.error), connection_of(descriptor) as connection:
         told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MIN_RTT + 4)
         found: int = struct.unpack_from("=I", told, _MIN_RTT)[0]
         return None if found in (0, 0xFFFFFFFF) else found / 1e6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from zsfl.errors import DeadlineExceeded
 from zsfl.wire.connection import Answer, Connection
 from zsfl.wire.framing import Buffer, nbytes
 from zsfl.wire.messages import Request
@@ -26,6 +27,8 @@ class Trunk:
         self._under_way = {connect(): 0 for _ in range(connections or 1)}
         """Bytes of the requests on each."""
         self._first = next(iter(self._under_way))
+        self._further: set[Connection] = set()
+        """Those that were opened by themselves."""
 
     @property
     def peer(self) -> str:
@@ -44,8 +47,13 @@ class Trunk:
         self._under_way[connection] += size
         try:
             return await connection.request(body, parts, deadline_s=deadline_s)
+        except DeadlineExceeded:
+            if connection in self._further and not connection.was_heard:
+                self._give_up(connection)
+            raise
         finally:
-            self._under_way[connection] -= size
+            if connection in self._under_way:
+                self._under_way[connection] -= size
 
     def _chosen(self) -> Connection:
         idlest = min(self._under_way, key=self._under_way.__getitem__)
@@ -56,7 +64,15 @@ class Trunk:
             another.close()
             return idlest
         self._under_way[another] = 0
+        self._further.add(another)
         return another
+
+    def _give_up(self, connection: Connection) -> None:
+        """It never came about, as where the peer has no descriptor left, and would take all requests, as the idlest."""
+        self._further.discard(connection)
+        del self._under_way[connection]
+        self._most = self.connections
+        connection.close("has no room for another connection")
 
     def _is_long(self) -> bool:
         round_trip_s = self._first.round_trip_s()

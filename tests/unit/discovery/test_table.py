@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Literal
 
 import pytest
+from msgspec import structs
 
 from zsfl.discovery import table as limits
 from zsfl.discovery.events import (
@@ -189,6 +190,14 @@ def test_a_silent_peer_is_lost_and_its_address_tried_again() -> None:
     assert table.on(Tick(), 2.0) == [Lost(S2, "silent for 2 s")]
     assert table.peers() == (S1,)
     assert table.on(Tick(), 2.25) == [Dial(S2.address)]
+
+
+def test_who_said_that_it_is_behind_nat_is_not_told_to_say_so() -> None:
+    hidden = structs.replace(S2, behind_nat=True)
+    table = joined(hidden)
+    for beat in range(1, 4):
+        table.on(Tick(), beat * 0.5)
+    assert table.on(Tick(), 2.0) == [Lost(hidden, "silent for 2 s")]
 
 
 def test_a_node_that_lagged_itself_accuses_nobody() -> None:

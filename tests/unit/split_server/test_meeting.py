@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import pytest
 from helpers.waiting import until
 
 from zsfl.errors import Busy, DeadlineExceeded, Rejected, StaleWeights, Unavailable
 from zsfl.ids import Cid, RunId, Version, step_cid
-from zsfl.split_server.meeting import KEPT_VERSIONS, MAX_COPIES, MAX_MEETINGS, MAX_SIZE, Meetings, Misfit
+from zsfl.split_server.meeting import KEPT_VERSIONS, MAX_COPIES, MAX_MEETINGS, MAX_SIZE, Meetings, Misfit, Places
 
 
 def cid(shard: int, version: int = 7, k: int = 0, run: str = "abcdef") -> Cid:
@@ -248,6 +249,20 @@ async def test_copies_of_one_step_are_bounded(room: Room) -> None:
     with pytest.raises(Busy, match="requests wait for"):
         await until(room.attend(0))
     assert len(set(await until(asyncio.gather(*copies, room.attend(1), room.attend(2))))) == 3
+
+
+def test_what_waits_is_bounded_in_all_and_for_each_shard() -> None:
+    places = Places(100, steps=2)
+    with ExitStack() as taken:
+        for _ in range(2 * MAX_COPIES):
+            taken.enter_context(places.taken(3, 1))
+        with pytest.raises(Busy, match="requests of shard 3 wait here already"):
+            taken.enter_context(places.taken(3, 1))
+        taken.enter_context(places.taken(4, 100 - 2 * MAX_COPIES))
+        with pytest.raises(Busy, match="100 bytes of merged batches wait here"):
+            taken.enter_context(places.taken(5, 1))
+    with places.taken(3, 101):  # one alone may be as long as it is
+        pass
 
 
 async def test_who_is_there_is_told_of_the_fullest_meeting_of_a_version(room: Room) -> None:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.doors import Machine, machines
@@ -46,7 +47,7 @@ def dialler(machine: Machine, own: Switchboard) -> Dialer:
 
 def called(own: Switchboard, server: Server | Publisher) -> str:
     """What somebody says who waits for the node, heard by it, which dials."""
-    ((_port, endpoint, there),) = Called().by(
+    ((_port, endpoint, there),) = Called(HIDDEN).by(
         NodeCard(id=NodeId("a"), name="asker", role=Role.AGGREGATOR, host=HOST, control_port=1),
         own.call_back(HIDDEN.id).calls,
     )
@@ -171,7 +172,7 @@ def test_who_waits_where_is_told_and_who_was_lost_is_told_until_it_is_back(monke
 
 
 def test_what_is_dialled_is_what_was_said_last() -> None:
-    ours, card = Called(), NodeCard(id=NodeId("a"), name="a", role=Role.AGGREGATOR, host=HOST, control_port=1)
+    ours, card = Called(HIDDEN), NodeCard(id=NodeId("a"), name="a", role=Role.AGGREGATOR, host=HOST, control_port=1)
     assert list(ours.by(card, ())) == []
     assert list(ours.by(card, (Call(1, 10), Call(2, 20)))) == [
         (1, f"tcp://{HOST}:10", True),
@@ -186,6 +187,48 @@ def test_what_is_dialled_is_what_was_said_last() -> None:
         f"tcp://{HOST}:20",
         f"tcp://{HOST}:21",
     }
+
+
+def test_a_line_that_somebody_else_claims_too_is_ended_by_nobody_but_all_of_them() -> None:
+    ours, card = Called(HIDDEN), NodeCard(id=NodeId("a"), name="a", role=Role.AGGREGATOR, host=HOST, control_port=1)
+    liar = NodeCard(**{**_fields(card), "id": NodeId("l"), "control_port": 2})
+    line = (1, f"tcp://{HOST}:10")
+    assert list(ours.by(card, (Call(1, 10),))) == [(*line, True)]
+    assert list(ours.by(liar, (Call(1, 10),))) == list(ours.by(liar, ())) == []
+    assert list(ours.by(liar, (Call(1, 10),))) == list(ours.by(card, ())) == []
+    assert list(ours.by(liar, ())) == [(*line, False)]
+
+
+def test_no_socket_dials_itself_as_to_hang_up_would_be_to_listen_no_more() -> None:
+    liar = NodeCard(**{**_fields(HIDDEN), "id": NodeId("l"), "behind_nat": False})
+    assert list(Called(HIDDEN).by(liar, (Call(2, 2), Call(2, 3)))) == [(2, HIDDEN.endpoint(3), True)]
+
+
+async def test_who_waits_with_a_revoked_key_is_not_told_any_more_though_another_claims_its_line(tmp_path: Path) -> None:
+    async with machines(tmp_path, "anna", "bob") as (anna, bob):
+        anna.trusts(bob)
+        bob.trusts(anna)
+        publisher = Publisher(bob.context, HOST, limits=WireLimits(), counters=Counters(), door=bob.door)
+        own = board()
+        wired: dict[str, Any] = {"limits": WireLimits(), "counters": anna.counters, "door": anna.door, "key": bob.key}
+        heard: list[Broadcast] = []
+        line = own.line(HIDDEN, publisher.port)
+        ear = Subscriber(anna.context, "", [TOPIC], lambda broadcast, _: heard.append(broadcast), line=line, **wired)
+        listening = asyncio.ensure_future(ear.run())
+        await eventually(lambda: own.nodes() != [])
+        called(own, publisher)
+
+        def says() -> list[Broadcast]:
+            publisher.publish(TOPIC, Goodbye(node=NodeId("n"), reason="x"))
+            return heard
+
+        await eventually(says)
+        bob.revokes(anna)
+        publisher.cut()
+        await eventually(lambda: bob.door.counters.snapshot().get("refused_keys", 0) > 0)
+        listening.cancel()
+        await asyncio.wait([listening])
+        publisher.close()
 
 
 def _fields(card: NodeCard) -> dict[str, object]:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 
 import pytest
 from helpers.waiting import HANG_S, eventually, until
-from helpers.wires import wires
+from helpers.wires import HOST, wires
 
-from zsfl.errors import NoPeer
+from zsfl.errors import DeadlineExceeded, NoPeer
 from zsfl.settings import WireLimits
 from zsfl.wire import connection, trunk
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Ok, ReleaseSpills, Reply, Request
+from zsfl.wire.sockets import round_trip_s
 from zsfl.wire.trunk import MOST, MUCH_BYTES, Trunk
 
 ASKING = ReleaseSpills(cids=())
@@ -67,6 +70,14 @@ async def test_a_long_link_that_is_busy_gets_further_connections(monkeypatch: py
             assert set(asking._under_way.values()) == {0}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not say how long a round trip is")
+def test_a_connection_that_is_none_any_more_has_no_round_trip_and_leaves_nothing_open() -> None:
+    with open(os.devnull) as file:
+        before = os.listdir("/proc/self/fd")
+        assert round_trip_s(file.fileno()) is None
+        assert os.listdir("/proc/self/fd") == before
+
+
 async def test_as_many_as_are_asked_for_are_there_from_the_beginning() -> None:
     async with wires(WireLimits()) as net:
         server = net.serve()
@@ -92,3 +103,25 @@ async def test_a_further_one_that_finds_no_descriptor_is_done_without(monkeypatc
             monkeypatch.setattr(connection, "open_socket", none_left)
             await until(asyncio.gather(*(asking.request(ASKING, [LARGE], deadline_s=HANG_S) for _ in range(4))))
             assert asking.connections == 1
+
+
+async def test_a_further_one_that_never_comes_about_takes_no_more_than_its_first_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with wires(WireLimits()) as net:
+        holding = Holding()
+        server = net.serve(holding.answer)
+        with closing(socket.create_server((HOST, 0))) as mute:
+            ports = iter((server.port, mute.getsockname()[1]))
+            with closing(Trunk(lambda: net.connect(next(ports)))) as asking:
+                monkeypatch.setattr(asking, "_is_long", lambda: True)
+                await asking.request(ASKING, deadline_s=HANG_S)
+                held = asyncio.ensure_future(asking.request(ASKING, [LARGE], deadline_s=HANG_S))
+                await eventually(lambda: holding.held == 1)
+                with pytest.raises(DeadlineExceeded):
+                    await asking.request(ASKING, deadline_s=0.05)
+                assert asking.connections == 1
+                holding.go.set()
+                more = (asking.request(ASKING, [LARGE], deadline_s=HANG_S) for _ in range(2))
+                await until(asyncio.gather(held, *more))
+                assert set(asking._under_way.values()) == {0}
