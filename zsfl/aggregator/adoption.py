@@ -56,18 +56,21 @@ class Adoption:
         self._take = take
         self._read: dict[Place, Mapping[Key, tuple[SpillOffer, str]]] = {}
         """Of objects that were read, what is in them, and by whom it says it was written."""
+        self._reading = asyncio.Semaphore(READ_AT_ONCE)
+        """Whole objects, of whomever: memory is bounded by these, not by how many holders there are."""
         self._looks = Latest(0)
         """How often it was looked."""
         self._is_looking = self._of_all = False
         """Whether it is just now, and whether the next look is at what nodes put that are there, too."""
-        self._until_s = 0.0
+        self._until_s = self._half_until_s = 0.0
+        """How long it is looked in any case, and how long what is half written may still become whole."""
         self._due = asyncio.Event()
         self._due.set()  # nobody knows who came before this process
         self._trouble = False
 
     def lost(self) -> None:
         """A node is gone that may have left something."""
-        self._until_s = time.monotonic() + LAG_S
+        self._until_s = self._half_until_s = time.monotonic() + LAG_S
         self._due.set()
 
     async def looked(self) -> None:
@@ -82,6 +85,7 @@ class Adoption:
     async def run(self) -> None:
         """Look whenever that is due, and again for as long as something is left."""
         pause_s = self._node.settings.beat_s
+        self._half_until_s = max(self._half_until_s, time.monotonic() + LAG_S)
         while True:
             await self._due.wait()
             self._due.clear()
@@ -96,12 +100,18 @@ class Adoption:
         self._is_looking, of_all, self._of_all = True, self._of_all, False
         try:
             there = await self._store.found(self._stage.run)
-            self._read = {at: read for at in there if (read := self._read.get(at)) is not None}
             live = {card.id for role in Role for card in self._node.peers(role)}
+            known = {at: read for at in there if (read := self._read.get(at)) is not None}
+            # One who is there may still be writing what makes no sense so far.
+            self._read = {at: read for at, read in known.items() if read or at.node not in live}
+            is_late = time.monotonic() >= self._half_until_s
             left = [at for at in there if at.node not in live]
             looked_at = there if of_all else left
             for first in range(0, len(looked_at), READ_AT_ONCE):
                 await asyncio.gather(*map(self._adopt, looked_at[first : first + READ_AT_ONCE]))
+            if is_late:  # what is half written by now stays so: it is not read again, nor waited for
+                for at in left:
+                    self._read.setdefault(at, {})
             settled = [at for at in left if self._is_settled(at)]
             await self._clear(settled)
         except StorageError as error:
@@ -112,7 +122,7 @@ class Adoption:
         finally:
             self._is_looking = False
         self._trouble = False
-        return len(left) > len(settled)
+        return any(self._read.get(at) != {} for at in set(left).difference(settled))
 
     async def _adopt(self, at: Place) -> None:
         """Take of an object what may still count and is not here."""
@@ -155,14 +165,21 @@ class Adoption:
 
     async def fetch(self, node: NodeId, wanted: Mapping[Key, str]) -> list[tuple[Key, Buffer]]:
         """Spills of a node, each from the object that it says; those that are not there are left out."""
-        names, found = sorted(set(wanted.values())), list[tuple[Key, Buffer]]()
+        keys_at: dict[str, list[Key]] = {}
+        for key, name in wanted.items():
+            keys_at.setdefault(name, []).append(key)
+        names, found = sorted(keys_at), list[tuple[Key, Buffer]]()
         for first in range(0, len(names), READ_AT_ONCE):
-            some = names[first : first + READ_AT_ONCE]
-            objects = await asyncio.gather(*(self._records_of(Place(self._stage.run, node, name)) for name in some))
-            for name, records in zip(some, objects, strict=True):
-                keys = [key for key, at in wanted.items() if at == name and key in records]
-                found += [(key, bytes(records[key][2])) for key in keys]  # of the object no more than that is kept
+            some = [(Place(self._stage.run, node, at), keys_at[at]) for at in names[first : first + READ_AT_ONCE]]
+            for read in await asyncio.gather(*(self._read_of(*one) for one in some)):
+                found += read
         return found
+
+    async def _read_of(self, at: Place, keys: Sequence[Key]) -> list[tuple[Key, Buffer]]:
+        async with self._reading:
+            records = await self._records_of(at)
+            # Of the object no more than that is kept.
+            return [(key, bytes(records[key][2])) for key in keys if key in records]
 
     async def _records_of(self, at: Place) -> Mapping[Key, tuple[SpillOffer, str, Buffer]]:
         if self._judge is not None and at.size_bytes > self._judge.most_object_bytes:

@@ -87,6 +87,8 @@ class Gathering:
         self._held: dict[Cid, _Step] = {}
         self._settled = StepSet(steps_per_version)
         self._dropped: dict[Cid, str] = {}
+        self._taken: frozenset[Cid] = frozenset()
+        """For the version that is made of them: before it is recorded, nobody may let go of these."""
         self._answers: dict[Cid, bool] = {}
         """What `expects` said since the last change, since it is asked several times of each step."""
 
@@ -96,6 +98,7 @@ class Gathering:
         Steps that are too late for it are dropped. The whole late steps that still count, oldest first.
         """
         self._version, self._open, self._begun = version, True, True
+        self.recorded()
         self._answers.clear()
         self._expected = None if expected is None else frozenset(expected)
         late = {cid: step for cid, step in self._held.items() if self._is_too_late(parse_cid(cid))}
@@ -124,6 +127,10 @@ class Gathering:
         self._open = False
         self._answers.clear()
 
+    def recorded(self) -> None:
+        """What was taken is in a record that stays: whoever holds it may let go of it."""
+        self._taken = frozenset()
+
     def stop(self) -> None:
         """Nothing that comes from now on may count."""
         self._begun = False
@@ -142,6 +149,8 @@ class Gathering:
                 key: Key = offer.cid, offer.kind
                 self._asked[key] = node
                 verdict.fetch.append(key)
+        if self._taken:
+            return Verdict(fetch=verdict.fetch, release=[cid for cid in verdict.release if cid not in self._taken])
         return verdict
 
     def _may_still_count(self, cid: Cid, verdict: Verdict) -> bool:
@@ -348,7 +357,9 @@ class Gathering:
     def take(self) -> tuple[Sequence[Contribution], Mapping[Cid, str]]:
         """All whole steps, in cid order, as counted from now on; and what was dropped since, with the reason."""
         window: list[Contribution] = []
-        for cid in sorted(cid for cid, step in self._held.items() if step.is_whole):
+        whole = sorted(cid for cid, step in self._held.items() if step.is_whole)
+        self._taken = frozenset((*whole, *self._dropped))
+        for cid in whole:
             step = self._held.pop(cid)
             self._settled.add(parse_cid(cid))
             if step.merged is None or not step.is_merged:

@@ -378,6 +378,7 @@ class Training:
         await self._reign.record(lambda: self.ledger.commit(record))
         self._take_state(Version(self.version + 1))
         await self._reign.recorded(self.newest[0])
+        self._gathering.recorded()
         self._tally.counted(window, self.version, dropped, sifted.refused)
         self.version = Version(self.version + 1)
         self.publish_weights()

@@ -24,6 +24,8 @@ from zsfl.wire.fields import STORED_PATTERN
 
 AT_ONCE = 8
 """Calls of one node that a store may be busy with; others wait."""
+DELETED_AT_ONCE = 64
+"""By one call, one after the other."""
 MOST_LISTED = 1 << 16
 """Objects of one run that are looked at; whatever is beyond them is, once these are gone."""
 _NODE = r"[0-9a-f]{12}(?:-[0-9a-f]{16})?"
@@ -51,7 +53,7 @@ def name_of(serial: int, data: bytes) -> str:
 
 
 class ObjectStore:
-    """The objects of one job. Every call takes `deadline_s` at most, off the loop; StoreAway where it fails."""
+    """The objects of one job. A call of it takes `deadline_s` at most, off the loop; StoreAway where it fails."""
 
     def __init__(self, files: Any, root: str, url: str, job: str, deadline_s: float) -> None:
         """`files` is a file system of fsspec, `root` what it calls the place that `url` names."""
@@ -66,8 +68,8 @@ class ObjectStore:
         self._has_folders = not files.async_impl
 
     async def named(self, serial: int, data: bytes) -> str:
-        """As `name_of`: of much data, a digest takes long."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, name_of, serial, data)
+        """As `name_of`: of much data, a digest takes long. Not in the threads that a store may keep for itself."""
+        return await asyncio.to_thread(name_of, serial, data)
 
     async def put(self, at: Place, data: bytes) -> None:
         """Returns when the object is in place."""
@@ -82,7 +84,9 @@ class ObjectStore:
 
     async def delete(self, places: Iterable[Place]) -> None:
         """Returns when none of these is there."""
-        await self._call("delete", self._delete, [self._path(at) for at in places])
+        paths = [self._path(at) for at in places]
+        for first in range(0, len(paths), DELETED_AT_ONCE):  # each of them takes its time
+            await self._call("delete", self._delete, paths[first : first + DELETED_AT_ONCE])
 
     async def tidy(self, run: RunId, node: NodeId) -> None:
         """Where there are folders, take away those of a node that puts nothing more, as far as they are empty."""

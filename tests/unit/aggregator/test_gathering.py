@@ -164,6 +164,9 @@ def test_a_settled_step_is_released_whenever_it_is_offered_again() -> None:
     fill(gathering, expected(0))
     gathering.take()
     gathering.end()
+    at_once = gathering.offered(NODES[1], [offer((cid(0), "body"))], lambda _: False)
+    assert (at_once.fetch, at_once.release) == ([], [])  # who knows whether it is ever recorded
+    gathering.recorded()
     for version in range(1, 50):
         verdict = gathering.offered(NODES[1], [offer((cid(0), "body"))])
         assert (verdict.fetch, verdict.release) == ([], [cid(0)])
@@ -195,6 +198,7 @@ def test_a_step_that_never_came_whole_is_dropped_when_it_is_too_late() -> None:
         gathering.end()
         gathering.begin(Version(version), expected(version))
     assert gathering.take()[1] == {cid(4, 1): "its client part never came"}
+    gathering.recorded()
     assert gathering.offered(NODES[0], [offer((cid(4, 1), "client"))]).release == [cid(4, 1)]
 
 
@@ -287,6 +291,7 @@ class Collecting(RuleBasedStateMachine):
     @rule()
     def commits(self) -> None:
         window, dropped = self.gathering.take()
+        self.gathering.recorded()
         whole = self.whole()
         assert [(one.cid, one.part) for one in window] == keys(whole)
         assert dropped.keys() == self.doomed

@@ -84,6 +84,7 @@ def test_it_counts_with_all_its_steps_once_all_are_here() -> None:
         (B, "client", 0),
     ]
     assert dropped == {}
+    gathering.recorded()
     assert gathering.offered(NODE, [offer(B, A)]).release == [B, A]
 
 
@@ -110,6 +111,7 @@ def test_a_step_that_is_whole_by_itself_does_not_wait_for_the_others() -> None:
     assert late.completed(A) == [parse_cid(A)]
     window, _ = late.take()
     assert [(one.cid, one.part) for one in window] == [(A, "body"), (A, "client")]
+    late.recorded()
     assert late.offered(NODE, [offer(A, B)]).release == [A]  # of no use to B any more
     assert late.offered(NODE, [offer(B)]).fetch == [(B, "body")]
     assert not late.arrived(merged(A, B))
@@ -195,6 +197,7 @@ class Merging(RuleBasedStateMachine):
             self.gathering.void("it fell apart")
         whole = {one for one in self.known if self.gathering.is_whole(one)}
         window, dropped = self.gathering.take()
+        self.gathering.recorded()
         assert window == sorted(window, key=lambda one: (one.cid, one.part))
         clients = [one.cid for one in window if one.part == "client"]
         assert sorted(bodies(list(window))) == sorted(clients)

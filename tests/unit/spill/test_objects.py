@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.waiting import HANG_S
 
 from zsfl.errors import ConfigError, SpillCorrupt, StoreAway
 from zsfl.ids import NodeId, RunId
 from zsfl.settings import NodeSettings
-from zsfl.spill.objects import ObjectStore, Place, name_of, store_for
+from zsfl.spill.objects import AT_ONCE, DELETED_AT_ONCE, ObjectStore, Place, name_of, store_for
 
 RUN = RunId("3fa9c1")
 NODE = NodeId("00112233aabb")
@@ -125,3 +126,24 @@ async def test_the_loop_goes_on_while_a_store_takes_its_time() -> None:
     putting.cancel()
     files.let_go.set()
     store.close()
+
+
+async def test_digests_do_not_wait_for_a_store_that_answers_nobody() -> None:
+    files = Refusing(None)
+    store = ObjectStore(files, "/x", "slow://x", "job", 0.01)
+    for _ in range(AT_ONCE):
+        with pytest.raises(StoreAway):
+            await store.put(at(), DATA)
+    async with asyncio.timeout(HANG_S):
+        assert await store.named(1, DATA) == at().name
+    files.let_go.set()
+    store.close()
+
+
+async def test_much_is_deleted_in_calls_that_each_have_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, calls = opened(str(tmp_path)), list[int]()
+    monkeypatch.setattr(store, "_delete", lambda paths: calls.append(len(paths)))
+    await store.delete(at(serial=number) for number in range(DELETED_AT_ONCE + 1))
+    assert calls == [DELETED_AT_ONCE, 1]
