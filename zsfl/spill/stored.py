@@ -51,6 +51,8 @@ class _Object:
     size_bytes: int = 0
     held: int = 0
     at: Place | None = None
+    tried: list[Place] = field(default_factory=list[Place])
+    """Where it could not be put; a call that was given up may still write there."""
 
 
 class StoredSpills:
@@ -156,9 +158,8 @@ class StoredSpills:
         self._runs.add(one.run)
         one.at = Place(one.run, self._node.card.id, await self.store.named(self._serial, data))
         try:
-            await self._put(one.at, data)
+            await self._put(one, one.at, data)
         except StorageError as error:
-            self._drop([one])  # it may be there all the same
             one.placing.set_exception(error)
         else:
             for offer, record, place in zip(one.offers, one.records, places, strict=True):
@@ -167,6 +168,7 @@ class StoredSpills:
                     self._index.keep_fresh((offer.cid, offer.kind), record)
             one.placing.set_result(None)
         finally:
+            self._delete(one.tried)  # it may be there all the same
             for offer in one.offers:
                 if self._placing.get((offer.cid, offer.kind)) is one:
                     del self._placing[offer.cid, offer.kind]
@@ -175,8 +177,11 @@ class StoredSpills:
             self._under_way.discard(one)
             self._begin()
 
-    async def _put(self, at: Place, data: bytes) -> None:
-        """Again and again, for as long as somebody may wait for it: a store may be away for a moment."""
+    async def _put(self, one: _Object, at: Place, data: bytes) -> None:
+        """Again and again, for as long as somebody may wait for it: a store may be away for a moment.
+
+        Each time under another number: what is in place, no call that was given up writes to.
+        """
         settings, refusal = self._node.settings, await self._refusal(at, data)
         if refusal is None:
             return
@@ -184,8 +189,12 @@ class StoredSpills:
         with self._node.waiting(lambda: f"the store: {refusal}", lambda: (NOT_LOST,)):
             while time.monotonic() < ends_s:
                 await asyncio.sleep(settings.beat_s)
+                one.tried.append(at)
+                self._serial += 1
+                one.at = at = at._replace(name=f"{self._serial:08d}{at.name[8:]}")
                 if (refusal := await self._refusal(at, data)) is None:
                     return
+        one.tried.append(at)
         raise refusal
 
     async def _refusal(self, at: Place, data: bytes) -> StorageError | None:
@@ -235,11 +244,14 @@ class StoredSpills:
     async def set_aside_all(self, keys: Sequence[Key]) -> list[Key]:
         """Hold those no more that are not there, or not as they were written; which these are."""
         whole: set[Key] = set()
+        before = {key: self._index.get(key) for key in keys}
         for key, data in await self.read_all(keys):
             with suppress(SpillCorrupt):
                 decode_contribution(data)
                 whole.add(key)
-        lost = [key for key in keys if key not in whole and key not in self._placing]
+        # What was put meanwhile, in place by now or not, is another.
+        same = [key for key in keys if key not in self._placing and self._index.get(key) is before[key]]
+        lost = [key for key in same if key not in whole]
         for key in lost:
             self._drop(self._index.forget(key))
         return lost
@@ -257,7 +269,10 @@ class StoredSpills:
         return count
 
     def _drop(self, objects: Iterable[_Object]) -> None:
-        self._left |= {one.at for one in objects if one.at is not None}
+        self._delete(one.at for one in objects if one.at is not None)
+
+    def _delete(self, places: Iterable[Place]) -> None:
+        self._left |= set(places)
         if self._left and (self._sweeping is None or self._sweeping.done()):
             self._sweeping = self._node.start(self._sweep(), "delete from the store")
 
