@@ -229,16 +229,17 @@ class StoredSpills:
 
     async def read_all(self, keys: Sequence[Key]) -> list[tuple[Key, bytes]]:
         """The stored bytes of those that are held, and whose objects are what they were."""
-        homes = {id(held.home): held.home for key in keys if (held := self._index.get(key))}
-        objects: dict[int, bytes] = {}
-        for number, home in homes.items():
+        homes: dict[int, tuple[_Object, list[Key]]] = {}
+        for key in keys:
+            if held := self._index.get(key):
+                homes.setdefault(id(held.home), (held.home, []))[1].append(key)
+        found: list[tuple[Key, bytes]] = []
+        for home, inside in homes.values():  # one after the other: of each no more is kept than was asked for
             with suppress(SpillCorrupt):
                 if home.at is not None and (data := await self.store.get(home.at)) is not None:
-                    objects[number] = data
-        found: list[tuple[Key, bytes]] = []
-        for key in keys:
-            if (held := self._index.get(key)) and (data := objects.get(id(held.home))) is not None:
-                found.append((key, data[held.place : held.place + held.offer.size_bytes]))
+                    for key in inside:
+                        if (held := self._index.get(key)) and held.home is home:
+                            found.append((key, data[held.place : held.place + held.offer.size_bytes]))
         return found
 
     async def set_aside_all(self, keys: Sequence[Key]) -> list[Key]:
