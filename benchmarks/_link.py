@@ -206,11 +206,12 @@ def stepper(context: zmq.Context[Any], codec: str, port: int, shards: int, width
 
 
 @contextmanager
-def program(*arguments: str) -> Iterator[int]:
-    """This file as a program, see above; the port on which it listens."""
+def program(*arguments: str, inside: Sequence[str] = (), host: str = HOST) -> Iterator[int]:
+    """This file as a program, see above, begun by what is `inside` and at `host`; the port on which it listens."""
     process = subprocess.Popen(
-        [sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        [*inside, sys.executable, __file__, *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "ZSFL_LINK_HOST": host},
+    )  # fmt: skip
     assert process.stdin is not None
     assert process.stdout is not None
     try:

@@ -17,12 +17,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import zmq.asyncio
 from _figures import Figure, add_json_flag, hand_over, shown
-from _link import stepper
+from _link import program, stepper
 from _record import circumstances, table, write
 from _wide import HOSTS, Wire, joined
 
@@ -37,31 +36,15 @@ TARGETS = {50.0: 1.3, 100.0: 1.5}
 """Of one connection, for what opens by itself."""
 WARM_S = 3.0
 """Until windows are open."""
-
-
-@contextmanager
-def server(inside: tuple[str, ...]) -> Iterator[int]:
-    """A split server at the far end; its port."""
-    process = subprocess.Popen(
-        [*inside, sys.executable, str(Path(__file__).with_name("_link.py")), "serve", str(WIDTH)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "ZSFL_LINK_HOST": HOSTS[1]},
-    )  # fmt: skip
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        yield int(process.stdout.readline())
-    finally:
-        process.stdin.close()
-        process.wait()
-        process.stdout.close()
+HANG_S = 300.0
+"""No client takes longer."""
 
 
 def asked(inside: tuple[str, ...], *words: object) -> tuple[float, int]:
     """Steps a second of a client at the near end, and how many connections it had."""
     command = [*inside, sys.executable, __file__, "--ask", *map(str, words)]
-    done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "ZSFL_LINK_HOST": HOSTS[1]}
-    )
+    env = {**os.environ, "ZSFL_LINK_HOST": HOSTS[1]}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env, timeout=HANG_S)
     steps_per_s, connections = done.stdout.split()
     return float(steps_per_s), int(connections)
 
@@ -86,7 +69,7 @@ def measure(args: argparse.Namespace) -> Found:
     found: Found = {}
     for round_trip_ms in args.round_trips:
         wire = Wire(mbit_s=args.mbit_s, round_trip_ms=round_trip_ms, loss=args.loss)
-        with joined(wire) as (here, there), server(there) as port:
+        with joined(wire) as (here, there), program("serve", str(WIDTH), inside=there, host=HOSTS[1]) as port:
             for turn in range(args.repeat):
                 ways = list(CONNECTIONS)
                 for way in (*ways[turn % len(ways) :], *ways[: turn % len(ways)]):
