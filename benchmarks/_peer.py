@@ -1,4 +1,6 @@
-"""Starts the HTTP baseline (peers/http_json.py) once; between its bounded loads it waits and costs nothing."""
+"""The baselines: the one over HTTP (peers/http_json.py) is started once, waits between its bounded loads and costs
+nothing meanwhile; the step alone (peers/plain_zmq.py) is a program that ends each time.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,14 @@ from typing import Any
 
 import psutil
 
-PROGRAM = Path(__file__).parent / "peers" / "http_json.py"
+PEERS = Path(__file__).parent / "peers"
 NEEDS = ("fastapi", "uvicorn", "httpx")
 START_S, LOAD_S, STOP_S = 60.0, 120.0, 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerLoad:
-    """One bounded load of the baseline."""
+    """One bounded load of a baseline."""
 
     steps: int
     seconds: float
@@ -72,9 +74,10 @@ async def http_peer(*, clients: int, processes: int) -> AsyncIterator[HttpPeer]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = ("--clients", str(clients), "--port", str(port))
+    program = "http_json.py"
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(_program("server", *common))
-        driver = await stack.enter_async_context(_program("clients", "--processes", str(processes), *common))
+        server = await stack.enter_async_context(_program(program, "server", *common))
+        driver = await stack.enter_async_context(_program(program, "clients", "--processes", str(processes), *common))
         await _line(driver, START_S)
         async with asyncio.timeout(START_S):
             while not await _answers(port):
@@ -84,10 +87,18 @@ async def http_peer(*, clients: int, processes: int) -> AsyncIterator[HttpPeer]:
         yield HttpPeer(server, driver)
 
 
+async def step_alone(*, clients: int, processes: int, split_servers: int, seconds: float) -> PeerLoad:
+    """What the step alone does for so long, with so many clients, which share so many processes."""
+    numbers = {"clients": clients, "processes": processes, "split-servers": split_servers, "seconds": seconds}
+    flags = [word for name, number in numbers.items() for word in (f"--{name}", str(number))]
+    async with _program("plain_zmq.py", *flags) as process:
+        return PeerLoad(**await _line(process, LOAD_S))
+
+
 @asynccontextmanager
-async def _program(*args: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def _program(name: str, *args: str) -> AsyncIterator[asyncio.subprocess.Process]:
     pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(sys.executable, str(PROGRAM), *args, stdin=pipe, stdout=pipe)
+    process = await asyncio.create_subprocess_exec(sys.executable, str(PEERS / name), *args, stdin=pipe, stdout=pipe)
     try:
         yield process
     finally:
@@ -106,7 +117,7 @@ async def _line(process: asyncio.subprocess.Process, seconds: float) -> dict[str
     async with asyncio.timeout(seconds):
         line = await process.stdout.readline()
     if not line:
-        raise RuntimeError(f"the HTTP baseline's clients ended with code {await process.wait()}")
+        raise RuntimeError(f"a baseline ended with code {await process.wait()}")
     return json.loads(line)
 
 

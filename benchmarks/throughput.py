@@ -1,4 +1,4 @@
-"""Steps a second on MicroSFL's workload, what a step costs and where, beside HTTP with JSON; time to 90 % accuracy.
+"""Steps a second on MicroSFL's workload, beside HTTP with JSON and beside the step alone; time to 90 % accuracy.
 
     ZSFL_DATA=... python benchmarks/throughput.py
 
@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from _cluster import Load, load
 from _figures import Figure, add_json_flag, hand_over
 from _jobs import JOBS, wrapped
-from _peer import HttpPeer, PeerLoad, http_peer, missing
+from _peer import HttpPeer, PeerLoad, http_peer, missing, step_alone
 from _profile import costs, shares
 from _record import circumstances, in_short, table, write
 
@@ -47,6 +47,7 @@ MOST_ROUNDS = 20
 PEER = {"windows": 1, "steps": 5}
 """One load of the baseline: 100 steps, and like MicroSFL it synchronises once."""
 ROLES = ("client", "split-server", "aggregator")
+WAYS = (("process each", CLIENTS), ("one process", 1))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -121,21 +122,30 @@ class Found:
 
     arms: list[Arm]
     peer: list[PeerLoad] = field(default_factory=list[PeerLoad])
+    alone: dict[int, list[PeerLoad]] = field(default_factory=dict[int, list[PeerLoad]])
+    """By the number of client processes."""
     accurate: list[tuple[float | None, float]] = field(default_factory=list[tuple[float | None, float]])
     arithmetic_us: float = 0.0
 
+    def baselines(self) -> Iterator[tuple[str, list[PeerLoad]]]:
+        """Names and loads of what was measured beside zsfl."""
+        if self.peer:
+            yield "HTTP and JSON", self.peer
+        for label, processes in WAYS:
+            if processes in self.alone:
+                yield f"the step alone, {label}", self.alone[processes]
+
 
 def _arms(steps: Sequence[int], at_once: int) -> list[Arm]:
-    ways = (("process each", CLIENTS), ("one process", 1))
     arms = [
         Arm(name=f"{label}, {count} a version", steps=count, client_processes=processes)
         for count in steps
-        for label, processes in ways
+        for label, processes in WAYS
     ]
     if at_once > 1:
         arms += [
             Arm(name=f"{label}, {at_once} at once", steps=1, client_processes=processes, batches=at_once)
-            for label, processes in ways
+            for label, processes in WAYS
         ]
     return arms
 
@@ -166,6 +176,13 @@ async def _turns(found: Found, args: argparse.Namespace, peer: HttpPeer | None) 
         if peer is not None:
             found.peer.append(await peer.load(**PEER))
             print(f"{turn + 1}/{args.repeat} HTTP and JSON: {found.peer[-1].steps_per_s:,.0f} steps/s", flush=True)
+            for label, processes in WAYS:
+                load = await step_alone(
+                    clients=CLIENTS, processes=processes, split_servers=args.split_servers, seconds=args.seconds
+                )
+                found.alone.setdefault(processes, []).append(load)
+                said = f"the step alone, {label}: {load.steps_per_s:,.0f} steps/s"
+                print(f"{turn + 1}/{args.repeat} {said}", flush=True)
         if args.accuracy:
             found.accurate.append(await until_accurate(turn, CLIENTS))
 
@@ -195,31 +212,32 @@ def page(found: Found, args: argparse.Namespace) -> str:
 
 def _speeds(found: Found) -> str:
     best = statistics.median([one.steps_per_s for one in found.peer]) if found.peer else None
-    head = ["", "steps/s", "of the target", "times HTTP and JSON", "kB a step", "s to start"]
+    head = ["", "steps/s", "of the target", "times HTTP and JSON", "times the step alone", "kB a step", "s to start"]
     rows = [
         [
             arm.name,
             in_short([one.steps_per_s for one in arm.loads]),
             f"{statistics.median([one.steps_per_s for one in arm.loads]) / TARGET:.0%}",
             f"{statistics.median([one.steps_per_s for one in arm.loads]) / best:.1f}" if best else "",
+            in_short(times, "{:.2f}") if (times := _times_alone(found, arm)) else "",
             in_short([sum(one.bytes_sent.values()) / one.steps / 1e3 for one in arm.loads], "{:.1f}"),
             in_short([one.ready_s for one in arm.loads], "{:.1f}"),
         ]
         for arm in found.arms
     ]
-    if found.peer:
-        speeds, sent = [one.steps_per_s for one in found.peer], [one.bytes / one.steps / 1e3 for one in found.peer]
-        rows.append(
-            [
-                "HTTP and JSON",
-                in_short(speeds),
-                f"{statistics.median(speeds) / TARGET:.0%}",
-                "1.0",
-                in_short(sent, "{:.1f}"),
-                "",
-            ]
+    for name, loads in found.baselines():
+        speeds, sent = [one.steps_per_s for one in loads], [one.bytes / one.steps / 1e3 for one in loads]
+        aim, over = (
+            f"{statistics.median(speeds) / TARGET:.0%}",
+            f"{statistics.median(speeds) / best:.1f}" if best else "",
         )
+        rows.append([name, in_short(speeds), aim, over, "", in_short(sent, "{:.1f}"), ""])
     return table(head, rows)
+
+
+def _times_alone(found: Found, arm: Arm) -> list[float]:
+    alone = found.alone.get(arm.client_processes, [])
+    return [ours.steps_per_s / plain.steps_per_s for ours, plain in zip(arm.loads, alone, strict=False)]
 
 
 def _processes(found: Found) -> str:
@@ -237,12 +255,12 @@ def _processes(found: Found) -> str:
         ]
         for arm in found.arms
     ]
-    if found.peer:
+    for name, loads in found.baselines():
         cpu = [
-            statistics.median([1e6 * of / one.steps for one, of in zip(found.peer, values, strict=True)])
-            for values in ([one.client_cpu_s for one in found.peer], [one.server_cpu_s for one in found.peer])
+            statistics.median([1e6 * of / one.steps for one, of in zip(loads, values, strict=True)])
+            for values in ([one.client_cpu_s for one in loads], [one.server_cpu_s for one in loads])
         ]
-        rows.append(["HTTP and JSON", *(f"{one:,.0f}" for one in cpu), "", f"{sum(cpu):,.0f}", "", "", "", ""])
+        rows.append([name, *(f"{one:,.0f}" for one in cpu), "", f"{sum(cpu):,.0f}", "", "", "", ""])
     return table(head, rows)
 
 
@@ -289,6 +307,10 @@ def figures(found: Found) -> list[Figure]:
         if found.peer:
             times = [ours / theirs.steps_per_s for ours, theirs in zip(speeds, found.peer, strict=True)]
             handed.append(Figure(name=f"{arm.name}, over HTTP and JSON", unit="times", values=tuple(times)))
+        if over := _times_alone(found, arm):
+            handed.append(
+                Figure(name=f"{arm.name}, over the step alone", unit="times", values=tuple(over), headline=False)
+            )
         sent = [sum(one.bytes_sent.values()) / one.steps / 1e3 for one in arm.loads]
         cpu_us = [sum(one.cpu_us(role) for role in ROLES) for one in arm.loads]
         for what, unit, values, target in (
@@ -312,15 +334,18 @@ def details(found: Found) -> dict[str, Any]:
         "target_steps_per_s": TARGET,
         "arithmetic_us": found.arithmetic_us,
         "arms": {arm.name: _arm_details(arm) for arm in found.arms},
-        "http_json": [
-            {
-                "steps_per_s": one.steps_per_s,
-                "bytes": one.bytes / one.steps,
-                "client_cpu_us": 1e6 * one.client_cpu_s / one.steps,
-                "server_cpu_us": 1e6 * one.server_cpu_s / one.steps,
-            }
-            for one in found.peer
-        ],
+        "baselines": {
+            name: [
+                {
+                    "steps_per_s": one.steps_per_s,
+                    "bytes": one.bytes / one.steps,
+                    "client_cpu_us": 1e6 * one.client_cpu_s / one.steps,
+                    "server_cpu_us": 1e6 * one.server_cpu_s / one.steps,
+                }
+                for one in loads
+            ]
+            for name, loads in found.baselines()
+        },
         "accurate_s": [seconds for seconds, _ in found.accurate],
     }
 
@@ -351,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seconds", type=float, default=1.5, metavar="S", help="about how long to measure each time (default: 1.5)")
     add("--split-servers", type=int, default=2, metavar="N", help="default: 2")
     add("--profile-seconds", type=float, default=3.0, metavar="S", help="look so long at where time goes (0: not)")
-    add("--peer", action=argparse.BooleanOptionalAction, default=True, help="run the HTTP baseline too")
+    add("--peer", action=argparse.BooleanOptionalAction, default=True, help="run the baselines too")
     add("--accuracy", action=argparse.BooleanOptionalAction, default=True, help="measure time to 90 %% accuracy too")
     add_json_flag(parser)
     args = parser.parse_args(argv)
