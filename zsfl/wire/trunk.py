@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 
 from zsfl.errors import DeadlineExceeded
@@ -11,6 +13,8 @@ from zsfl.wire.messages import Request
 
 LONG_S = 0.01
 """A link with a longer round trip is not filled by one connection for certain; no LAN has one."""
+LOOK_S = 1.0
+"""How often a busy one asks the system for it, at most."""
 MUCH_BYTES = 1 << 20
 """Of requests under way on a connection: with less a further one does not pay."""
 MOST = 4
@@ -29,6 +33,7 @@ class Trunk:
         self._first = next(iter(self._under_way))
         self._further: set[Connection] = set()
         """Those that were opened by themselves."""
+        self._is_long, self._looked_s = False, -math.inf
 
     @property
     def peer(self) -> str:
@@ -57,7 +62,7 @@ class Trunk:
 
     def _chosen(self) -> Connection:
         idlest = min(self._under_way, key=self._under_way.__getitem__)
-        if self._under_way[idlest] < MUCH_BYTES or self.connections >= self._most or not self._is_long():
+        if self._under_way[idlest] < MUCH_BYTES or self.connections >= self._most or not self._reaches_far():
             return idlest
         another = self._connect()
         if not another.is_open:  # there are no descriptors left
@@ -74,9 +79,12 @@ class Trunk:
         self._most = self.connections
         connection.close("has no room for another connection")
 
-    def _is_long(self) -> bool:
-        round_trip_s = self._first.round_trip_s()
-        return round_trip_s is not None and round_trip_s >= LONG_S
+    def _reaches_far(self) -> bool:
+        now_s = time.monotonic()
+        if now_s >= self._looked_s + LOOK_S:
+            round_trip_s = self._first.round_trip_s()
+            self._is_long, self._looked_s = round_trip_s is not None and round_trip_s >= LONG_S, now_s
+        return self._is_long
 
     def close(self, reason: str = "was closed") -> None:
         """Close them all."""

@@ -57,6 +57,7 @@ async def test_a_long_link_that_is_busy_gets_further_connections(monkeypatch: py
             short = [asyncio.ensure_future(asking.request(ASKING, [LARGE], deadline_s=HANG_S)) for _ in range(2)]
             await eventually(lambda: holding.held == 2)
             assert asking.connections == 1  # as long as the link is a short one
+            monkeypatch.setattr(trunk, "LOOK_S", 0.0)
             monkeypatch.setattr(trunk, "LONG_S", round_trip_s / 1e6)
             held = [asyncio.ensure_future(asking.request(ASKING, [LARGE], deadline_s=HANG_S)) for _ in range(2 * MOST)]
             await eventually(lambda: holding.held == 2 + 2 * MOST)
@@ -94,7 +95,7 @@ async def test_a_further_one_that_finds_no_descriptor_is_done_without(monkeypatc
     async with wires(WireLimits()) as net:
         server = net.serve()
         with closing(Trunk(lambda: net.connect(server))) as asking:
-            monkeypatch.setattr(asking, "_is_long", lambda: True)
+            monkeypatch.setattr(asking, "_reaches_far", lambda: True)
             await asking.request(ASKING, deadline_s=HANG_S)
 
             def none_left(*_: object) -> None:
@@ -114,7 +115,7 @@ async def test_a_further_one_that_never_comes_about_takes_no_more_than_its_first
         with closing(socket.create_server((HOST, 0))) as mute:
             ports = iter((server.port, mute.getsockname()[1]))
             with closing(Trunk(lambda: net.connect(next(ports)))) as asking:
-                monkeypatch.setattr(asking, "_is_long", lambda: True)
+                monkeypatch.setattr(asking, "_reaches_far", lambda: True)
                 await asking.request(ASKING, deadline_s=HANG_S)
                 held = asyncio.ensure_future(asking.request(ASKING, [LARGE], deadline_s=HANG_S))
                 await eventually(lambda: holding.held == 1)
