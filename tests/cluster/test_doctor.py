@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from helpers.disks import small
-from helpers.jobs import write_job
+from helpers.jobs import unhurried, write_job
 from helpers.namespaces import Machine, dropped, machines_without_multicast
 from helpers.nodes import Nodes
 from helpers.processes import command, finished
@@ -138,7 +138,7 @@ async def test_no_multicast_another_job_a_wrong_clock_and_firewalled_ports(
 
 
 async def test_a_run_without_split_server_is_told_from_one_in_which_all_is_well(tmp_path: Path) -> None:
-    job = write_job(tmp_path, rounds=100_000)
+    job = unhurried(write_job(tmp_path, rounds=100_000))
     nodes = Nodes(zsfl.load_job(job), tmp_path / "runs")
     strange = Nodes(zsfl.load_job(write_job(tmp_path, name="tinny")), tmp_path / "strange")
     try:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from helpers.exact import Case, assert_equal, in_process, spills_left
+from helpers.jobs import unhurried
 from helpers.ledger import ledger, shards
 from helpers.processes import Command, command
 from helpers.rounds import Rounds
@@ -60,7 +61,7 @@ async def test_clients_that_are_stopped_or_killed_are_done_without_until_they_ar
     mode: zsfl.Elastic | zsfl.Async | zsfl.Exact, tmp_path: Path
 ) -> None:
     watch = Watch()
-    job = replace(CASE, mode=mode).job_file(tmp_path)
+    job = unhurried(replace(CASE, mode=mode).job_file(tmp_path))
     async with zsfl.LocalCluster(job, runs=tmp_path, on_report=watch.on, **QUICK) as cluster:
         rounds = Rounds(cluster)
         await rounds.until_with("client-1")

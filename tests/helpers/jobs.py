@@ -30,6 +30,18 @@ job = zsfl.Job(
     batch_size=10, rounds={rounds}, shards={shards},
 )
 """
+UNHURRIED = """
+import dataclasses, functools, time
+
+
+@functools.wraps(job.loss)
+def unhurried(*args, _loss=job.loss):
+    time.sleep(0.05)
+    return _loss(*args)
+
+
+job = dataclasses.replace(job, loss=unhurried)
+"""
 
 
 def write_job(
@@ -40,6 +52,13 @@ def write_job(
     text = EXACT.format(name=name, rounds=rounds, shards=shards, lr=lr, body=body)
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def unhurried(job: Path) -> Path:
+    """The same job, whose steps leave the processor to others: of a run that goes on for as long as a test looks at it."""
+    with job.open("a") as file:
+        file.write(UNHURRIED)
+    return job
 
 
 def patch_nodes(job: Path, code: str, **names: Path) -> None:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from helpers.jobs import write_job
-from helpers.waiting import HANG_S
+from helpers.waiting import HANG_S, eventually
 
 from zsfl.cluster.leaving import drain
-from zsfl.errors import NoPeer
 from zsfl.ids import Address
+from zsfl.wire.sockets import is_free
 
 COMMANDS = {
     "keys": ("keys", "show", "--keys", "keys"),
@@ -72,11 +71,8 @@ async def test_a_node_goes_on_when_nobody_watches_any_more(tmp_path: Path) -> No
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with started("node", "split-server", "tiny.py", "--port", str(port), "--no-mdns", cwd=tmp_path) as node:
-        async with asyncio.timeout(HANG_S):
-            name = ""
-            while not name and node.poll() is None:
-                with suppress(NoPeer):  # it does not listen yet
-                    name = await drain(Address(f"127.0.0.1:{port}"), HANG_S)
+        await eventually(lambda: node.poll() is not None or not is_free("127.0.0.1", port))
+        name = await drain(Address(f"127.0.0.1:{port}"), HANG_S)
         _, err = node.communicate(timeout=HANG_S)
     assert name.startswith("split-server"), err
     assert (node.returncode, err) == (0, b"")
