@@ -55,7 +55,7 @@ def write_job(
 
 
 def unhurried(job: Path) -> Path:
-    """The same job, whose steps leave the processor to others: of a run that goes on for as long as a test looks at it."""
+    """The same job, whose steps leave the processor to others: for runs that go on while a test looks at them."""
     with job.open("a") as file:
         file.write(UNHURRIED)
     return job

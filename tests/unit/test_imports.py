@@ -36,7 +36,7 @@ for name in sys.argv[2:]:
     os._exit(0)
 """
 
-OTHERS = "msgspec,zmq.asyncio,zeroconf.asyncio,ifaddr,lz4.block,tomllib,argparse,statistics,secrets,http,ssl,urllib.request"
+OTHERS = "msgspec,zmq.asyncio,zeroconf.asyncio,ifaddr,lz4.block,tomllib,argparse,statistics,secrets,ssl"
 """What many modules need that is not ours, loaded once."""
 LIGHT = (
     "cli",

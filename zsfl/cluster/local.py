@@ -12,6 +12,7 @@ from zsfl.cluster.chaos import Chaos
 from zsfl.cluster.cluster import Cluster
 from zsfl.cluster.nodes import NodeInfo, check_counts, command_line
 from zsfl.cluster.plan import Plan, client_flags
+from zsfl.cluster.processes import ProcessSpawner
 from zsfl.cluster.spawner import Spawner
 from zsfl.cluster.spawners import loaded, spawner_for
 from zsfl.errors import ConfigError
@@ -79,6 +80,11 @@ class LocalCluster(Cluster):
 
     def _make_spawner(self) -> Spawner:
         return spawner_for(self._job, self._logs, in_process=self._in_process)
+
+    async def _start_all(self) -> None:
+        if not self._shards and isinstance(self._spawner, ProcessSpawner):
+            self._shards = await self._spawner.shards()
+        await super()._start_all()
 
     def _plan(self) -> Plan:
         shards = self._shards or loaded(self._job).shards

@@ -12,9 +12,9 @@ import msgspec
 
 from zsfl.cluster.forkserver import GRACE_S
 from zsfl.cluster.spawner import NodeCommand
-from zsfl.cluster.talk import MAX_LINE_BYTES, Kill, Order, Spawn
+from zsfl.cluster.talk import MAX_LINE_BYTES, Describe, Described, Introduced, Kill, Order, Printed, Spawn, read_told
 from zsfl.errors import ConfigError, RunFailed
-from zsfl.reports import AnyReport, Failed, from_line
+from zsfl.reports import AnyReport, Failed
 
 
 class ProcessSpawner:
@@ -26,6 +26,7 @@ class ProcessSpawner:
         self._closing = False
         self._server: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
+        self._description: asyncio.Future[Described] | None = None
         self.reports: asyncio.Queue[AnyReport] = asyncio.Queue()
 
     async def open(self) -> None:
@@ -56,6 +57,15 @@ class ProcessSpawner:
     def _log(self, name: str) -> str:
         """The file that takes what a node prints."""
         return str(self._logs / f"{name}.log")
+
+    async def shards(self) -> int:
+        """How many the job has, which is loaded there anyway; ConfigError when it cannot be."""
+        self._description = asyncio.get_running_loop().create_future()
+        await self._order(Describe())
+        told = await self._description
+        if told.error:
+            raise ConfigError(told.error)
+        return told.shards
 
     async def start(self, command: NodeCommand) -> None:
         """Have a node forked."""
@@ -112,8 +122,17 @@ class ProcessSpawner:
                 await self._died(server)
 
     def _heard(self, line: bytes) -> None:
-        self.reports.put_nowait(from_line(line))
+        match told := read_told(line):
+            case Described():
+                if self._description is not None and not self._description.done():
+                    self._description.set_result(told)
+            case Introduced() | Printed():
+                pass  # nobody asked
+            case _:
+                self.reports.put_nowait(told)
 
     async def _died(self, server: asyncio.subprocess.Process) -> None:
         message = f"the process that starts nodes ended; see {self._logs}"
+        if self._description is not None and not self._description.done():
+            self._description.set_exception(RunFailed(message))
         self.reports.put_nowait(Failed(node="cluster", kind="ZsflError", message=message))

@@ -21,7 +21,7 @@ from zsfl.cluster.forkserver import GRACE_S
 from zsfl.cluster.lan import Lan, Machine
 from zsfl.cluster.processes import ProcessSpawner
 from zsfl.cluster.spawner import NodeCommand
-from zsfl.cluster.talk import Files, Introduce, Introduced, Printed, Trust, read_told
+from zsfl.cluster.talk import Described, Files, Introduce, Introduced, Printed, Trust, read_told
 from zsfl.errors import ConfigError, Unavailable, ZsflError
 from zsfl.ids import AGGREGATING, PROTOCOL, Role
 from zsfl.keys.secret import keys_folder, own_keys
@@ -114,6 +114,8 @@ class MachineSpawner(ProcessSpawner):
         match told:
             case Printed():
                 self._write(told.node or self._name, told.line)
+            case Described():
+                pass  # nobody asked
             case Introduced():
                 if self._introduction is not None and not self._introduction.done():
                     self._introduction.set_result(told)

@@ -55,6 +55,10 @@ class Trust(Order, frozen=True, tag="trust"):
     """Key, name, and what its nodes may be."""
 
 
+class Describe(Order, frozen=True, tag="describe"):
+    """Say what the job has: answered by Described."""
+
+
 class Introduced(Report, frozen=True, kw_only=True, tag="introduced"):
     """Who a machine is."""
 
@@ -64,22 +68,31 @@ class Introduced(Report, frozen=True, kw_only=True, tag="introduced"):
     key: str = ""
 
 
+class Described(Report, frozen=True, kw_only=True, tag="described"):
+    """What the job has, or why it cannot be loaded."""
+
+    shards: int = 0
+    error: str = ""
+
+
 class Printed(Report, frozen=True, kw_only=True, tag="printed"):
     """What a node printed, one line or the beginning of a long one."""
 
     line: str
 
 
-_orders = msgspec.json.Decoder(Spawn | Kill | Files | Introduce | Trust)
-_own = msgspec.json.Decoder(Introduced | Printed)
+AnyOrder = Spawn | Kill | Files | Introduce | Trust | Describe
+
+_orders = msgspec.json.Decoder(AnyOrder)
+_own = msgspec.json.Decoder(Introduced | Described | Printed)
 
 
-def read_order(line: bytes) -> Spawn | Kill | Files | Introduce | Trust:
+def read_order(line: bytes) -> AnyOrder:
     """The order in one line."""
     return _orders.decode(line)
 
 
-def read_told(line: bytes) -> AnyReport | Introduced | Printed:
+def read_told(line: bytes) -> AnyReport | Introduced | Described | Printed:
     """What one line tells; `msgspec.MsgspecError` when it tells nothing."""
     try:
         return _own.decode(line)

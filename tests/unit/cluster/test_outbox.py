@@ -10,10 +10,10 @@ import pytest
 
 from zsfl.cluster import outbox
 from zsfl.cluster.outbox import Outbox
-from zsfl.cluster.talk import Introduced, Printed, read_told
+from zsfl.cluster.talk import Described, Introduced, Printed, read_told
 from zsfl.reports import AnyReport, Exited, Note, RoundReport
 
-Told = AnyReport | Introduced | Printed
+Told = AnyReport | Introduced | Described | Printed
 
 
 @pytest.fixture
