@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.jobs import write_job
+from helpers.jobs import unhurried, write_job
 from helpers.nodes import Nodes
 from helpers.processes import finished
 from helpers.waiting import eventually, until
@@ -29,7 +29,7 @@ async def listed(folder: Path, *flags: str) -> tuple[int, dict[str, Any], str]:
 
 
 async def test_ls_finds_all_nodes_of_the_newest_run_or_of_one_that_is_named(tmp_path: Path) -> None:
-    nodes = Nodes(zsfl.load_job(write_job(tmp_path, rounds=100_000)), tmp_path / "runs")
+    nodes = Nodes(zsfl.load_job(unhurried(write_job(tmp_path, rounds=100_000))), tmp_path / "runs")
     try:
         seed = await nodes.start("aggregator", Role.AGGREGATOR)
         await nodes.start("server", Role.SPLIT_SERVER, peers=(seed,))
