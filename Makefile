@@ -12,7 +12,7 @@ bench_stamp := $(VENV)/.installed-bench
 
 help:
 	@echo "make demo    train the handwritten digits: 5 clients, 2 split servers, 1 aggregator, on this machine"
-	@echo "make test    all checks, then all tests"
+	@echo "make test    all checks and all tests"
 	@echo "make test-engines"
 	@echo "             what needs Ray or an S3 server, which it installs, or a name server, SLURM or Helm, where they are installed"
 	@echo "make docs    a site of the documents, in build/site"

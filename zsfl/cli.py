@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -277,19 +278,15 @@ def _up(args: argparse.Namespace) -> int:
 def _node(args: argparse.Namespace) -> int:
     if sys.stdout is not None and sys.stdout.isatty():
         print(f"loading PyTorch and {args.job.name}", flush=True)
-    import gc
+    from zsfl.lifetime import staying
 
-    gc.disable()  # none of it goes again, and to look through it all for what does takes a tenth of the time
-    from zsfl.roles import run_node
-
-    gc.freeze()
-    gc.enable()
+    with staying():
+        from zsfl.roles import run_node
     return run_node(args.role, args.job, vars(args))
 
 
 def _baseline(args: argparse.Namespace) -> int:
     import dataclasses
-    import os
 
     import torch
 
@@ -316,8 +313,6 @@ def _baseline(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    import os
-
     from zsfl.aggregator.pages import print_audit
     from zsfl.dashboard.runs import find_run
     from zsfl.settings import load_settings
@@ -327,8 +322,6 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 def _drain(args: argparse.Namespace) -> int:
-    import os
-
     from zsfl.cluster.leaving import print_drain
     from zsfl.settings import load_settings
 
@@ -336,8 +329,6 @@ def _drain(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    import os
-
     from zsfl.settings import load_settings
 
     settings = load_settings(vars(args), os.environ)

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from helpers import jobs
 from helpers.waiting import HANG_S, POLL_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,19 +34,7 @@ KEEPS_ON = (
 """Commands that do not end by themselves, and what they say once they are of use to the next one."""
 MANY = "100000"
 """Rounds of nodes that go on until somebody ends them."""
-UNHURRIED = f"""
-
-import dataclasses, functools, os, time
-
-if os.environ.get("ZSFL_ROUNDS") == {MANY!r}:
-
-    @functools.wraps(job.loss)
-    def unhurried(*args, _loss=job.loss):
-        time.sleep(0.05)
-        return _loss(*args)
-
-    job = dataclasses.replace(job, loss=unhurried)
-"""
+UNHURRIED = f"\nimport os\nif os.environ.get('ZSFL_ROUNDS') == {MANY!r}:\n" + textwrap.indent(jobs.UNHURRIED, "    ")
 """Added to jobs, so that nodes which go on while the reader reads leave the processor to others."""
 
 

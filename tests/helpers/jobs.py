@@ -42,6 +42,7 @@ def unhurried(*args, _loss=job.loss):
 
 job = dataclasses.replace(job, loss=unhurried)
 """
+"""Added to jobs, so that they leave the processor to others."""
 
 
 def write_job(
@@ -55,7 +56,7 @@ def write_job(
 
 
 def unhurried(job: Path) -> Path:
-    """The same job, whose steps leave the processor to others: for runs that go on while a test looks at them."""
+    """The same job, for runs that go on while a test looks at them."""
     with job.open("a") as file:
         file.write(UNHURRIED)
     return job

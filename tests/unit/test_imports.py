@@ -70,7 +70,7 @@ def is_light(module: str) -> bool:
 def probe(preloaded: str, names: list[str]) -> dict[str, tuple[str, set[str]]]:
     """Of each module, imported alone: its error (empty when there is none) and what it loaded."""
     command = [sys.executable, "-c", PROBE, preloaded, *names]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3 * HANG_S, check=True)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     found = {name: (error, set(loaded)) for name, error, loaded in answers}
     assert found.keys() == set(names)

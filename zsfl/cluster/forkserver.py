@@ -337,21 +337,20 @@ def take_files(job: Path) -> bytes:
 
 def preload(job: Path) -> None:
     """Import what every node needs, once."""
-    gc.disable()  # none of it goes again, and to look through it all for what does takes a tenth of the time
-    import zsfl.roles
-    from zsfl.learning.job import load_job
+    from zsfl.lifetime import staying
 
-    del zsfl
-    # Torch imports this, and with it all of sympy, in the first backward of every process: 0.3 s each.
-    with contextlib.suppress(ImportError):
-        importlib.import_module("torch.fx.experimental.symbolic_shapes")
-    # A job that cannot be loaded is reported by the node that needs it, in its own words.
-    with contextlib.suppress(ZsflError):
-        load_job(job)
-    # Objects that are there before the fork are never collected, so that their pages stay shared.
-    gc.collect()
-    gc.freeze()
-    gc.enable()
+    with staying():  # which also keeps its pages shared after a fork
+        import zsfl.roles
+        from zsfl.learning.job import load_job
+
+        del zsfl
+        # Torch imports this, and with it all of sympy, in the first backward of every process: 0.3 s each.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("torch.fx.experimental.symbolic_shapes")
+        # A job that cannot be loaded is reported by the node that needs it, in its own words.
+        with contextlib.suppress(ZsflError):
+            load_job(job)
+        gc.collect()
 
 
 def main() -> None:
