@@ -269,9 +269,10 @@ def _summary(last: RoundReport) -> str:
 def _plot_losses(axes: Axes, rounds: list[RoundReport]) -> None:
     _curve(axes, [(r.round, r.train_loss) for r in rounds], "training", _TRAIN)
     _curve(axes, [(r.round, r.loss) for r in rounds if r.loss is not None], "test (held out)", _TEST)
-    axes.set_ylim(bottom=0)
+    losses = [loss for r in rounds for loss in (r.train_loss, r.loss) if loss is not None and math.isfinite(loss)]
+    axes.set_ylim(0, 1.06 * max(losses, default=0.0) or None)
     axes.legend(frameon=False)
-    _finish(axes, "Loss, mean over samples")
+    _finish(axes, "Loss, mean over samples", rounds)
 
 
 def _plot_accuracy(axes: Axes, rounds: list[RoundReport]) -> None:
@@ -282,7 +283,7 @@ def _plot_accuracy(axes: Axes, rounds: list[RoundReport]) -> None:
         axes.legend(frameon=False, loc="lower right")
     else:
         axes.text(0.5, 0.5, "not measured by this job", ha="center", transform=axes.transAxes)
-    _finish(axes, "Accuracy, % of test samples")
+    _finish(axes, "Accuracy, % of test samples", rounds)
 
 
 def _curve(axes: Axes, points: list[tuple[int, float]], label: str, color: str) -> None:
@@ -293,10 +294,11 @@ def _curve(axes: Axes, points: list[tuple[int, float]], label: str, color: str) 
     axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.8, color=color, label=label)
 
 
-def _finish(axes: Axes, title: str) -> None:
+def _finish(axes: Axes, title: str, rounds: list[RoundReport]) -> None:
     axes.set_title(title, loc="left", fontsize="medium")
     axes.set_xlabel("round")
-    axes.locator_params(axis="x", integer=True)
+    axes.set_xlim(rounds[0].round - 0.5, rounds[-1].round + 0.5)
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
