@@ -125,8 +125,8 @@ def mean_loss(loss_sum: float, weight: float) -> float | None:
 
 FAR = 1e6
 """A held-out loss so many times as far from 0 as half of the shards' (and 1) says nothing of the model."""
-
-
+FAR_UNTRUSTED = 1e3
+"""The same where clients are not trusted."""
 MOST_SUMMED = 1e300
 """A larger sum of losses is taken for infinite, so that those of all shards together are not."""
 
@@ -141,16 +141,19 @@ def outliers(evaluated: Mapping[int, Evaluated], trusting: bool = True) -> froze
         if one.samples
     }
     finite = [loss for loss in losses.values() if loss < math.inf]
-    most = FAR * max(1.0, median_low(finite)) if finite else 0.0
+    most = (FAR if trusting else FAR_UNTRUSTED) * max(1.0, median_low(finite)) if finite else 0.0
     strange = {shard for shard, loss in losses.items() if not loss <= most}
     return frozenset(strange) if not trusting or 2 * len(strange) <= len(losses) else frozenset()
 
 
-def pooled(evaluated: Mapping[int, Evaluated], trusting: bool = True) -> tuple[float | None, float | None]:
+def pooled(
+    evaluated: Mapping[int, Evaluated], trusting: bool = True, wrong: int = 0
+) -> tuple[float | None, float | None]:
     """Loss and accuracy over all held-out samples of all shards; None where there is nothing to pool.
 
     How many a shard has is for its client to say. Where clients are not trusted it counts for as many as the middle
-    one at most, so that nobody is all of the test.
+    one at most, so that nobody is all of the test; and of the `wrong` shards with the highest losses, and the lowest,
+    each counts with the loss of the next one: so many liars move the loss no further than honest ones say.
     """
     results = [result for result in evaluated.values() if result.samples]
     most = math.inf if trusting or not results else median_low(result.samples for result in results)
@@ -159,7 +162,12 @@ def pooled(evaluated: Mapping[int, Evaluated], trusting: bool = True) -> tuple[f
     weight = sum(share * result.weight for share, result in zip(shares, results, strict=True))
     if not samples or not weight:
         return None, None
-    loss = sum(share * result.loss_sum for share, result in zip(shares, results, strict=True)) / weight
+    sums = [result.loss_sum for result in results]
+    if wrong:
+        losses = [result.loss_sum / (result.weight or 1.0) for result in results]
+        usual = sorted(losses)[wrong : len(losses) - wrong]
+        sums = [min(max(loss, usual[0]), usual[-1]) * result.weight for loss, result in zip(losses, results, strict=True)]
+    loss = sum(share * loss_sum for share, loss_sum in zip(shares, sums, strict=True)) / weight
     right = [s * result.correct for s, result in zip(shares, results, strict=True) if result.correct is not None]
     return loss, sum(right) / samples if len(right) == len(results) else None
 
