@@ -97,7 +97,7 @@ class SplitServerRole:
         )
         self._merges, self._shards = job.batch_norm == "merged", job.shards
         self._batches, self._width = job.steps, steps_of(job) * attempts_of(job)
-        self._places = Places(MAX_MET_BYTES, job.steps)
+        self._places = Places(MAX_MET_BYTES, job.steps, job.shards)
         self._forwards = Meetings(self._merge_forwards)
         self._backwards = Meetings(self._merge_backwards)
         self._steps = Meetings(self._merge_steps)
