@@ -352,7 +352,8 @@ class Peers:
             for card in self.table.peers():
                 if card.role not in trust.roles_of(card.key):
                     self._on(Left(node_id=card.id, reason="its key is not trusted any more, or not for what it is"))
-                    self._distrusted[card.id] = card
+                    if not card.behind_nat:  # it says HELLO by itself; its address may be anybody's here
+                        self._distrusted[card.id] = card
             for card in [one for one in self._distrusted.values() if one.role in trust.roles_of(one.key)]:
                 # It may not have noticed, and not say HELLO again.
                 del self._distrusted[card.id]

@@ -15,6 +15,8 @@ from zsfl.wire.messages import Evaluated
 
 WINDOW_REPORT_S = 0.1
 """Progress inside a round is reported no more often."""
+MOST_COUNTED = 4096
+"""Nodes whose counters are remembered, also of such as are gone: between two rounds nobody is forgotten."""
 
 
 class Tally:
@@ -166,7 +168,9 @@ def pooled(
     if wrong:
         losses = [result.loss_sum / (result.weight or 1.0) for result in results]
         usual = sorted(losses)[wrong : len(losses) - wrong]
-        sums = [min(max(loss, usual[0]), usual[-1]) * result.weight for loss, result in zip(losses, results, strict=True)]
+        sums = [
+            min(max(loss, usual[0]), usual[-1]) * result.weight for loss, result in zip(losses, results, strict=True)
+        ]
     loss = sum(share * loss_sum for share, loss_sum in zip(shares, sums, strict=True)) / weight
     right = [s * result.correct for s, result in zip(shares, results, strict=True) if result.correct is not None]
     return loss, sum(right) / samples if len(right) == len(results) else None
@@ -188,7 +192,11 @@ class PeerCounters:
             self._unheard.discard(node)
             self._before[node] = counters
         self._names[node] = name
+        self._now.pop(node, None)
         self._now[node] = counters
+        while len(self._now) > MOST_COUNTED:
+            del self._now[longest_silent := next(iter(self._now))], self._names[longest_silent]
+            self._before.pop(longest_silent, None)
 
     def begin(self, present: Callable[[NodeId], bool], before: Collection[NodeId] = ()) -> None:
         """A round begins: nodes that are gone are forgotten, one that comes later counts from zero.

@@ -287,7 +287,7 @@ class SplitServerRole:
 
     @contextmanager
     def _computing(self, count: int = 1) -> Iterator[None]:
-        """Learn from how long so many steps took, and tell the client what is wrong with its batch or with the server."""
+        """Learn from how long so many steps took, and tell the client what is wrong with batch or server."""
         start_s = time.perf_counter()
         try:
             yield

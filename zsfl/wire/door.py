@@ -26,6 +26,8 @@ CURVE_BYTES = 64
 """By which an encrypted frame is longer than what is in it, at most."""
 MAX_NOTED = 256
 """Strangers that are told of one by one; all are counted."""
+MOST_REMEMBERED = 1024
+"""What was told of that is told no more; of more, the oldest may be told of again."""
 
 
 class Door:
@@ -50,7 +52,7 @@ class Door:
         """Of whom was turned away before anything could be heard of it; touched in the main loop alone."""
         self._keys = keys
         self._note = note
-        self._noted: set[Hashable] = set()
+        self._noted: dict[Hashable, None] = {}
         self._strangers = 0
         self._trusted = {key: entry.roles for key, entry in trust.known.items()} if trust else {}
         self._lock = threading.Lock()
@@ -94,6 +96,7 @@ class Door:
         known = {key: entry.roles for key, entry in self.trust.known.items()} if self.trust else {}
         lost = frozenset(key for key, roles in self._trusted.items() if not roles <= known.get(key, frozenset()))
         self._trusted = known
+        self.guard.forget(lost - known.keys())
         return lost
 
     def admits(self, raw_key: bytes, address: str, roles: frozenset[Role] = EVERY_ROLE) -> bool:
@@ -123,7 +126,9 @@ class Door:
         with self._lock:
             if what in self._noted or (of_stranger and self._strangers >= MAX_NOTED):
                 return
-            self._noted.add(what)
+            self._noted[what] = None
+            while len(self._noted) > MOST_REMEMBERED:
+                del self._noted[next(iter(self._noted))]
             self._strangers += of_stranger
         self._note(message)
 

@@ -65,8 +65,8 @@ class Publisher:
         door: Door | None = None,
         hearers: frozenset[Role] = EVERY_ROLE,
     ) -> None:
-        """`note` is told, once for each kind of broadcast, that one was over a limit. With a `door` only who it lets in,
-        as one of the `hearers`, hears anything.
+        """`note` is told, once for each kind of broadcast, that one was over a limit. With a `door` only who it lets
+        in, as one of the `hearers`, hears anything.
         """
         # No longer frames: who reads slowly keeps a whole queue of them in the publisher's memory.
         self._limits = replace(limits, frame_bytes=min(limits.frame_bytes, limits.piece_bytes))

@@ -401,7 +401,9 @@ async def test_where_clients_are_not_trusted_the_loss_is_always_a_number(strange
     assert len(tested.left_out) == len(strange)
 
 
-@pytest.mark.parametrize(("lie", "left_out"), [(-3999.0, ()), (3999.0, ()), (-5e3, ("client-2",)), (5e3, ("client-2",))])
+@pytest.mark.parametrize(
+    ("lie", "left_out"), [(-3999.0, ()), (3999.0, ()), (-5e3, ("client-2",)), (5e3, ("client-2",))]
+)
 async def test_where_clients_are_not_trusted_no_loss_makes_a_version_the_best_or_the_worst(
     lie: float, left_out: tuple[str, ...]
 ) -> None:

@@ -82,9 +82,7 @@ class Body:
         self.left += 1
 
     def work(self, chosen: Sequence[Waiting], _weights: object) -> list[Answer | ZsflError]:
-        shards = [
-            one.request.shard if isinstance(one.request, Infer) else shard_of(one.request.cid) for one in chosen
-        ]
+        shards = [one.request.shard if isinstance(one.request, Infer) else shard_of(one.request.cid) for one in chosen]
         self.turns.append(shards)
         if self.bad.intersection(shards):
             raise BadShape("a bad one")
