@@ -54,7 +54,6 @@ from zsfl.wire.sockets import room_for_peers
 
 HELLO_S = 2.0
 """Deadline of a handshake."""
-
 MAX_NOTED = 256
 """Reasons told why somebody is no peer: what a node is called, and what its job is, is for it to say."""
 MOST_OTHERS = 3
