@@ -407,8 +407,8 @@ async def test_a_shard_stays_with_the_machine_that_joined_with_it_also_when_the_
         await start("server", Role.SPLIT_SERVER, anna, peers=(seed,))
         await start("eve-1", Role.CLIENT, eve, peers=(seed,), shards="1")
         bobs, before = machine_id(bob.key), len(nodes.rounds)
-        awaited = f"a client for shard 0 (of machine {bobs}; to go on without, run here: zsfl keys revoke {bobs})"
-        await eventually(lambda: awaited in nodes.awaited)
+        what = f"a client for shard 0 (of machine {bobs}; to go on without, run here: zsfl keys revoke {bobs} --keys "
+        await eventually(lambda: any(what in awaited for awaited in nodes.awaited))
         anna.revokes(bob)
         await eventually(lambda: len(nodes.rounds) > before)
         assert any("going on without a client for shard 0: the key of whose" in note for note in nodes.notes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
+from collections.abc import Sequence
 from contextlib import suppress
 
 from zsfl.aggregator.holders import Holders
@@ -68,7 +70,17 @@ class Assembly:
     def _missing(self) -> str:
         """What the run cannot begin without, for people."""
         absent = self._roster.value.absent(self._left | self._revoked(), self._start_with)
-        how = self._holders.how_without(absent, but=self._node.card.key) if self._is_resumed else ""
-        wanted = [clients_for(absent) + how] if absent else []
+        wanted = [clients_for(absent) + self._how_without(absent)] if absent else []
+        if not absent and not self._roster.value.present():
+            wanted = ["a client"]  # where all are revoked, or had left
         wanted += [] if self._node.peers(Role.SPLIT_SERVER) else ["a split server"]
         return " and ".join(wanted)
+
+    def _how_without(self, shards: Sequence[int]) -> str:
+        """Of which other machines these are, and what to do where one will not come back; nothing where none is."""
+        machines = self._holders.machines_of(shards, but=self._node.card.key)
+        if not self._is_resumed or not machines:
+            return ""
+        of = f"machine {machines[0]}" if len(machines) == 1 else f"{len(machines)} machines, one of them {machines[0]}"
+        folder = f" --keys {shlex.quote(self._node.settings.keys)}" if self._node.settings.keys else ""
+        return f" (of {of}; to go on without, run here: zsfl keys revoke {machines[0]}{folder})"

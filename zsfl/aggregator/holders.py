@@ -71,14 +71,10 @@ class Holders:
         """Shards of machines whose keys are not trusted any more."""
         return frozenset(shard for shard, key in self._key_of.items() if self._keyed and not self._trusts(key))
 
-    def how_without(self, shards: Iterable[int], but: str) -> str:
-        """Of which machines these are, but for the one with that key, and how to go on without, in brackets."""
+    def machines_of(self, shards: Iterable[int], but: str) -> list[str]:
+        """The ids of the machines whose these are, but for the one with that key."""
         keys = dict.fromkeys(self._key_of[shard] for shard in shards if shard in self._key_of and self._keyed)
-        names = [machine_id(PublicKey(key)) for key in keys if key != but]
-        if not names:
-            return ""
-        of = f"machine {names[0]}" if len(names) == 1 else f"{len(names)} machines, one of them {names[0]}"
-        return f" (of {of}; to go on without, run here: zsfl keys revoke {names[0]})"
+        return [machine_id(PublicKey(key)) for key in keys if key != but]
 
     def largest(self) -> tuple[str, int]:
         """The machine that holds most shards, and how many; none and 0 where nothing is known."""
