@@ -275,8 +275,9 @@ class RemoteBody:
                 raise
             except (Unavailable, SpillFull) as error:
                 trouble = str(error)
-                if isinstance(error, Busy) and test:  # a server may have room for steps all the same
-                    await asyncio.sleep(min(error.retry_after_s, MAX_AGAIN_S))
+                if isinstance(error, Busy) and test:  # one that is there, and may have room for steps all the same
+                    await asyncio.sleep(min(error.retry_after_s, MAX_SHUN_S))
+                    deadline = time.monotonic() + self._node.settings.patience_s
             except (ConfigError, ProtocolError, Rejected) as error:
                 wrong.add(server)
                 if wrong.issuperset(self._connections) and not self._may_be_contradicted(wrong):

@@ -13,13 +13,14 @@ from typing import Protocol, TypeVar
 
 from zsfl.errors import Busy
 
-MAX_TESTS = 48
+MAX_TESTS = 96
 """Test batches that are taken at once, beside the steps; of a server with few slots half as many as those."""
 MAX_TEST_BYTES = 1 << 28
 """Of those test batches; a longer one is taken when no other is there."""
 STEPS_TO_TESTS = 2
 """For so many times as long as a test took no other begins, unless steps need the server less."""
 RETRY_AFTER_S = 0.05
+"""At least: each try brings its tensors along. Else as long as those that wait may take."""
 
 
 class _Test(Protocol):
@@ -51,11 +52,12 @@ class HeldOutShare:
         """Take a test batch of a peer; Busy where it, or all together, have as many here as they may."""
         taken, mine = self._taken.total(), self._taken[peer]
         if taken and (taken >= self._most or mine >= max(1, (self._most - taken + mine) // 2)):
-            raise Busy(f"{taken} test batches wait here, {mine} of them yours; ask another", RETRY_AFTER_S)
+            raise Busy(f"{taken} test batches wait here, {mine} of them yours; ask another", self._retry_after_s)
         held, my_bytes = self._bytes.total(), self._bytes[peer]
         room = MAX_TEST_BYTES - held + my_bytes
         if taken and my_bytes + size_bytes > (room // 2 if mine else room):
-            raise Busy(f"{held} bytes of test batches wait here, {my_bytes} of them yours; ask another", RETRY_AFTER_S)
+            said = f"{held} bytes of test batches wait here, {my_bytes} of them yours; ask another"
+            raise Busy(said, self._retry_after_s)
         self._taken[peer] += 1
         self._bytes[peer] += size_bytes
 
@@ -69,6 +71,10 @@ class HeldOutShare:
     def stepped(self) -> None:
         """A step is here."""
         self._stepped = True
+
+    @property
+    def _retry_after_s(self) -> float:
+        return max(RETRY_AFTER_S, self._took_s * self.count)
 
     @property
     def count(self) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from zsfl.errors import Busy
-from zsfl.split_server.trying import MAX_TEST_BYTES, MAX_TESTS, HeldOutShare
+from zsfl.split_server.trying import MAX_TEST_BYTES, MAX_TESTS, RETRY_AFTER_S, HeldOutShare
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,17 @@ def test_one_peer_leaves_places_and_room_to_others() -> None:
     tests.enter("anna", MAX_TEST_BYTES // 2)
     with pytest.raises(Busy, match="bytes of test batches wait here, 134217728 of them yours"):
         tests.enter("anna", 1)
-    for number in range(11):
+    for number in range(MAX_TESTS // 4 - 1):
         tests.enter(str(number), 1)
-    with pytest.raises(Busy, match="48 test batches wait here, 0 of them yours"):
+    with pytest.raises(Busy, match=f"{MAX_TESTS} test batches wait here, 0 of them yours") as caught:
         tests.enter("zoe", 1)
+    assert caught.value.retry_after_s == RETRY_AFTER_S
+    tests.ended("0", 0.01, 1.0)
     tests.leave("0", 1)
     tests.enter("zoe", 1)
+    with pytest.raises(Busy) as caught:
+        tests.enter("0", 1)
+    assert caught.value.retry_after_s == 0.01 * MAX_TESTS, "as long as those that wait may take"
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
