@@ -226,11 +226,16 @@ class Front:
         while trust is not None:
             await asyncio.sleep(self.settings.beat_s)
             if await asyncio.to_thread(trust.refresh):
-                self._peers.trust_changed()
-                if self._door.lost_trust():
-                    self._control.cut()
-                    self._publisher.cut()
-                    soon_in_lane(self._node.cut)  # whatever it computes: the next revocation does not wait for it
+                self._revoked()
+
+    def _revoked(self) -> None:
+        self._peers.trust_changed()
+        if lost := self._door.lost_trust():
+            for key, role in [met for met in self._met if met[0] in lost]:
+                del self._met[key, role]
+            self._control.cut()
+            self._publisher.cut()
+            soon_in_lane(lambda: self._node.cut())  # whatever it computes: the next revocation does not wait for it
 
     async def _beat(self) -> None:
         for turn in itertools.count():

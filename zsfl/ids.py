@@ -73,9 +73,9 @@ class NodeCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     All endpoints share `host`; a port of 0 means that the node has no such socket.
     """
 
-    id: Annotated[NodeId, msgspec.Meta(max_length=200)]
-    name: Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f\[\]]{1,200}\Z")]
-    """It is shown on terminals, so that it has no control characters, and no brackets."""
+    id: Annotated[NodeId, msgspec.Meta(max_length=200, pattern=rf"^[{SHOWN}]*\Z")]
+    name: Annotated[str, msgspec.Meta(pattern=rf"^(?=[{SHOWN}]*\Z)[^\[\]]{{1,200}}\Z")]
+    """It is shown on terminals; no brackets, which are something else there."""
     role: Role
     host: Annotated[str, msgspec.Meta(pattern=rf"^{HOST_PATTERN}\Z")]
     control_port: Port

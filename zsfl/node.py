@@ -30,6 +30,7 @@ from zsfl.wire.door import Door
 from zsfl.wire.fields import MAX_CARRIED_BYTES, MAX_OFFERS, Load
 from zsfl.wire.framing import Buffer
 from zsfl.wire.messages import Announcement, Broadcast, Committed, Offers, Reply, Request, RunState, SpillOffer
+from zsfl.wire.permits import hearers
 from zsfl.wire.pubsub import Heard, Publisher, Subscriber, in_pieces
 from zsfl.wire.server import Handler, Permit, Server
 from zsfl.wire.sockets import up_to
@@ -157,6 +158,7 @@ class Node:
             settings.host,
             **wired,
             note=lambda message: self.note(message, "warning"),
+            hearers=hearers(card.role),
         )
 
     # --- sockets ----------------------------------------------------------------------------------------

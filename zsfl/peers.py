@@ -54,7 +54,6 @@ from zsfl.wire.sockets import room_for_peers
 
 HELLO_S = 2.0
 """Deadline of a handshake."""
-
 MAX_NOTED = 256
 """Reasons told why somebody is no peer: what a node is called, and what its job is, is for it to say."""
 MOST_OTHERS = 3
@@ -352,7 +351,8 @@ class Peers:
             for card in self.table.peers():
                 if card.role not in trust.roles_of(card.key):
                     self._on(Left(node_id=card.id, reason="its key is not trusted any more, or not for what it is"))
-                    self._distrusted[card.id] = card
+                    if not card.behind_nat:  # it says HELLO by itself; its address may be anybody's here
+                        self._distrusted[card.id] = card
             for card in [one for one in self._distrusted.values() if one.role in trust.roles_of(one.key)]:
                 # It may not have noticed, and not say HELLO again.
                 del self._distrusted[card.id]

@@ -24,6 +24,7 @@ from helpers.waiting import HANG_S, eventually
 from safetensors.torch import load_file
 
 import zsfl
+from zsfl import waits
 from zsfl.errors import ConfigError, RemoteProtocolError, Unauthorised, Unavailable
 from zsfl.ids import PROTOCOL, NodeCard, Role, RunId, Version, step_cid
 from zsfl.keys.machine import machine_id
@@ -364,7 +365,11 @@ async def test_no_machine_keeps_nodes_of_another_out_by_their_names_or_addresses
             await machine.close()
 
 
-async def test_a_shard_stays_with_the_machine_that_joined_with_it_also_when_the_run_is_resumed(tmp_path: Path) -> None:
+async def test_a_shard_stays_with_the_machine_that_joined_with_it_also_when_the_run_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waits, "FIRST_WORD_S", 0.2)
+    monkeypatch.setattr("zsfl.node.LOOK_S", 0.1)
     anna, bob, eve = (Machine(tmp_path, name) for name in ("anna", "bob", "eve"))
     for one in (anna, bob, eve):
         for other in (anna, bob, eve):
@@ -399,7 +404,17 @@ async def test_a_shard_stays_with_the_machine_that_joined_with_it_also_when_the_
         await lost("bob-0", "aggregator", "server", "eve-1")
         seed = await start("aggregator", Role.AGGREGATOR, anna, resume=True)
         assert "shard 0 is of the machine" in await refused("eve-0", eve, "0")
-        await lost("aggregator")
+        await start("server", Role.SPLIT_SERVER, anna, peers=(seed,))
+        await start("eve-1", Role.CLIENT, eve, peers=(seed,), shards="1")
+        bobs, before = machine_id(bob.key), len(nodes.rounds)
+        what = f"a client for shard 0 (of machine {bobs}; to go on without, run here: zsfl keys revoke {bobs} --keys "
+        await eventually(lambda: any(what in awaited for awaited in nodes.awaited))
+        anna.revokes(bob)
+        await eventually(lambda: len(nodes.rounds) > before)
+        assert any("going on without a client for shard 0: the key of whose" in note for note in nodes.notes)
+        assert nodes.rounds[-1].without == ("shard 0 (no client yet)",)
+        anna.trusts(bob)
+        await lost("aggregator", "server", "eve-1")
         seed = await start("aggregator", Role.AGGREGATOR, anna, resume=True, reassign="0")
         before = len(nodes.rounds)
         await start("server", Role.SPLIT_SERVER, anna, peers=(seed,))

@@ -13,7 +13,7 @@ from helpers.waiting import until
 
 import zsfl
 from zsfl.ids import Role
-from zsfl.reports import AnyReport, Met, Note, Ready
+from zsfl.reports import AnyReport, Met, Note, Ready, Waiting
 from zsfl.roles import run_role
 from zsfl.settings import NodeSettings
 
@@ -32,6 +32,7 @@ class Nodes:
         """Of each node that is ready, by its own words."""
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.notes: list[str] = []
+        self.awaited: list[str] = []
         self.met: list[Met] = []
         self.rounds: list[zsfl.RoundReport] = []
         self.lost_after_round: int | None = None
@@ -64,6 +65,8 @@ class Nodes:
                 self.met.append(report)
             case Note():
                 self.notes.append(report.message)
+            case Waiting():
+                self.awaited.append(report.what)
             case zsfl.RoundReport():
                 self.rounds.append(report)
                 if report.round == self.lost_after_round:

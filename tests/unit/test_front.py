@@ -1,8 +1,10 @@
-"""What a node says of peers that come without end."""
+"""What a node says of peers that come without end, and what it keeps of them."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+from collections import Counter, deque
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,15 +13,17 @@ from typing import Any
 import msgspec
 import pytest
 from helpers.doors import Machine, machines
+from zmq.utils import z85
 
 from zsfl import front
 from zsfl import peers as peers_module
-from zsfl.discovery.events import Welcomed
-from zsfl.errors import Rejected
+from zsfl.discovery.events import Candidate, Event, Left, Welcomed
+from zsfl.errors import Rejected, Unauthorised
 from zsfl.front import Front
-from zsfl.ids import PROTOCOL, NodeCard, NodeId, Role
+from zsfl.ids import PROTOCOL, NodeCard, NodeId, PublicKey, Role
 from zsfl.keys.machine import machine_id
 from zsfl.keys.nodes import new_node_id
+from zsfl.keys.trusted import Trusted, TrustFile
 from zsfl.peers import MAX_NOTED, Peers
 from zsfl.reports import AnyReport, Met, Note
 from zsfl.settings import NodeSettings
@@ -113,3 +117,90 @@ async def test_who_cannot_be_dialled_takes_nobody_elses_place_in_what_others_are
             for card in (hidden, other):
                 peers.table.on(Welcomed(card=card, address=card.address, by="them"), 0.0)
             assert [hint.id for hint in peers.hints()] == [other.id]
+
+
+def entries(root: object) -> dict[str, int]:
+    """Entries of every container of zsfl's own objects that can be reached from this one, by where they are."""
+    found, seen, rest = Counter[str](), set[int](), [("", root)]
+    while rest:
+        where, one = rest.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, dict | list | set | frozenset | deque | tuple):
+            found[where] += len(one)
+            held = [*one.keys(), *one.values()] if isinstance(one, dict) else list(one)
+            rest += [(where, inner) for inner in held]
+        elif type(one).__module__.startswith("zsfl") and not isinstance(one, type):
+            names = [*getattr(one, "__dict__", ()), *getattr(type(one), "__slots__", ())]
+            rest += [(f"{type(one).__name__}.{name}", getattr(one, name, None)) for name in names]
+    return dict(found)
+
+
+async def test_nothing_grows_with_all_who_ever_came_and_went(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines are trusted, say HELLO, ask for what is not theirs, leave or do not, and are revoked."""
+    monkeypatch.setattr(front, "soon_in_lane", lambda _: None)
+    monkeypatch.setattr(peers_module, "MAX_PEERS", 100)
+    monkeypatch.setattr(peers_module, "objection", lambda *_: None)
+    said: list[AnyReport] = []
+
+    def come_and_go(one: Front, peers: Peers, trust: TrustFile, count: int) -> None:
+        for number in range(count):
+            raw = os.urandom(32)
+            key = PublicKey(z85.encode(raw).decode())
+            assert not one._door.admits(raw, "192.0.2.1")
+            trust._known = {**trust.known, key: Trusted(key=key, name="other", roles=frozenset({Role.CLIENT}))}
+            one._door.lost_trust()
+            assert one._door.admits(raw, "192.0.2.1")
+            assert not one._door.admits(raw, "192.0.2.1", frozenset({Role.STANDBY}))
+            node_id = new_node_id(key)
+            kind = {"role": Role.CLIENT, "host": f"192.0.2.{number % 250 + 1}", "behind_nat": number % 2 == 0}
+            card = msgspec.structs.replace(CARD, id=node_id, name=f"node-{number}", key=key, **kind)
+            hello = Hello(protocol=PROTOCOL, facts={}, card=card, codecs=())
+            one._door.guard.check(f"{node_id}/1".encode(), key, hello)
+            peers.answer(hello)
+            assert peers.table.get(node_id) is not None
+            one._door.tell_once((key, Hello), "a request was turned away")
+            if number % 3:
+                peers._on(Left(node_id=node_id, reason="left: done"))
+            trust._known = {one: entry for one, entry in trust.known.items() if one != key}
+            one._revoked()
+            with pytest.raises(Unauthorised):
+                one._door.guard.check(f"{node_id}/1".encode(), key, hello)
+
+    async with machines(tmp_path, "anna") as (anna,):
+        with node(anna, said) as one:
+            one._peers = peers = Peers(one, one.card, one.settings, one.facts, (), one.start, anna.door)
+            come_and_go(one, peers, anna.trust, 1200)
+            before = entries([one, peers])
+            come_and_go(one, peers, anna.trust, 1200)
+            after = entries([one, peers])
+    grew = {where: (before.get(where), count) for where, count in after.items() if count > before.get(where, 0) + 9}
+    assert grew == {}
+
+
+async def test_a_node_behind_nat_that_is_trusted_again_is_not_dialled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its address is one of another network, and may be anybody's in this one."""
+    async with machines(tmp_path, "anna", "bob") as (anna, bob):
+        with node(anna, []) as one:
+            peers = Peers(one, one.card, one.settings, one.facts, (), one.start, anna.door)
+            met: list[Candidate] = []
+            for number, hidden in enumerate((True, False)):
+                at = {"name": f"bob-{number}", "control_port": 7 + number, "behind_nat": hidden}
+                card = msgspec.structs.replace(CARD, id=new_node_id(bob.key), key=bob.key, **at)
+                peers.table.on(Welcomed(card=card, address=card.address, by="them"), 0.0)
+
+            def on(event: Event) -> None:
+                if isinstance(event, Candidate):
+                    met.append(event)
+                else:
+                    peers.table.on(event, 0.0)
+
+            monkeypatch.setattr(peers, "_on", on)
+            peers.trust_changed()
+            assert (peers.table.peers(), met) == ((), [])
+            anna.trusts(bob)
+            peers.trust_changed()
+            assert [one.address for one in met] == ["127.0.0.1:8"]

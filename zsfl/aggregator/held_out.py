@@ -17,7 +17,7 @@ from zsfl.ids import Version
 from zsfl.latest import Latest
 from zsfl.learning.job import Job
 from zsfl.learning.modes import Exact
-from zsfl.learning.robust import is_trusting
+from zsfl.learning.robust import is_trusting, most_wrong
 from zsfl.node import Node
 from zsfl.reports import Tested
 from zsfl.weights.shelf import Shelf
@@ -170,7 +170,8 @@ class HeldOut:
             )
         self._strange |= strange
         usual = {shard: one for shard, one in answers.items() if shard not in strange}
-        loss, accuracy = pooled(usual, self._trusting)
+        wrong = most_wrong(self._job.average, self._job.bound, sum(bool(one.samples) for one in usual.values()))
+        loss, accuracy = pooled(usual, self._trusting, wrong)
         said = {
             self._roster.value.label(shard): None if shard in strange else one for shard, one in sorted(answers.items())
         }

@@ -67,6 +67,15 @@ class Holders:
         """Of the machine that holds a shard; empty where none has joined with it, or no keys are used."""
         return self._key_of.get(shard, "")
 
+    def revoked(self) -> frozenset[int]:
+        """Shards of machines whose keys are not trusted any more."""
+        return frozenset(shard for shard, key in self._key_of.items() if self._keyed and not self._trusts(key))
+
+    def machines_of(self, shards: Iterable[int], but: str) -> list[str]:
+        """The ids of the machines whose these are, but for the one with that key."""
+        keys = dict.fromkeys(self._key_of[shard] for shard in shards if shard in self._key_of and self._keyed)
+        return [machine_id(PublicKey(key)) for key in keys if key != but]
+
     def largest(self) -> tuple[str, int]:
         """The machine that holds most shards, and how many; none and 0 where nothing is known."""
         found = Counter(self._key_of.values()).most_common(1)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from zsfl.aggregator.commit import read_chain, read_record
 from zsfl.aggregator.journal import file_name
-from zsfl.aggregator.progress import checkpoints, place_of
+from zsfl.aggregator.progress import checkpoints, drop, place_of
 from zsfl.aggregator.run_folder import CHECKPOINT, JOURNAL, LEDGER, to_disk
 from zsfl.errors import RemoteProtocolError, StorageError
 from zsfl.ids import NodeId, Version
@@ -208,7 +208,11 @@ class Mirror:
         )
 
     def go_back(self) -> None:
-        """The source does not know the last record: who made it had been succeeded. It is kept in superseded.jsonl."""
+        """The source does not know the last record: who made it had been succeeded. It is kept in superseded.jsonl.
+
+        Killed anywhere in between, it leaves a ledger of whose versions everything is there: first goes what the last
+        record does not need, and what it does need after it.
+        """
         ledger = self.folder / LEDGER
         if (there := _whole_bytes(ledger)) < self._bytes:  # an earlier try was stopped by the disk after it was cut
             return self._look(there)
@@ -220,14 +224,26 @@ class Mirror:
         with self._storing():
             for path in checkpoints(self.folder / CHECKPOINT):
                 if place_of(path).version > version:
-                    shutil.rmtree(path)
+                    drop(path)
+            for path in _journal(self.folder, since=version + 1):
+                path.unlink()
+            self._set_aside(last)
+            os.truncate(ledger, left)
             for path in _journal(self.folder, since=version):
                 path.unlink()
             (self.folder / METRICS).unlink(missing_ok=True)
-            with (self.folder / SUPERSEDED).open("ab") as file:
-                file.write(last + b"\n")
-            os.truncate(ledger, left)
         self._look(left)
+
+    def _set_aside(self, record: bytes) -> None:
+        """Keep a record that is to be cut off, once."""
+        path = self.folder / SUPERSEDED
+        there = _whole_bytes(path)
+        if there and _last_line(path, there) == record:
+            return
+        with path.open("ab") as file:
+            file.truncate(there)  # what a killed process was writing
+            file.write(record + b"\n")
+            self._sync(file)
 
     def lacks(self, info: FileInfo) -> bool:
         """Whether this file is to be fetched.
@@ -350,7 +366,7 @@ class Mirror:
             return
         self._checkpoint = _round(found[-1])
         for path in found[:-_KEPT_CHECKPOINTS]:
-            shutil.rmtree(path, ignore_errors=True)
+            drop(path)
         first = place_of(found[-_KEPT_CHECKPOINTS:][0]).version - self._bound
         for path in _journal(self.folder, before=first):
             path.unlink()

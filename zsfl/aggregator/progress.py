@@ -116,30 +116,25 @@ class Progress:
         found = [path for path in self._checkpoints() if _round(path) <= round_]
         if len(found) > MOST_KEPT:  # with the journal, those between are a matter of how long a replay takes
             for path in found[1:-1:2]:
-                self._drop(path)
+                with suppress(OSError):
+                    drop(path)
             found = [found[0], *found[2:-1:2], found[-1]]
         versions, sizes = [place_of(path).version for path in found], self._journal.sizes()
         held = [_size_bytes(path) for path in found[:-1]]
         used = sum(held) + sum(size for version, size in sizes.items() if versions[0] <= version < versions[-1])
         while len(found) > 1 and used > room_bytes:
             used -= held.pop(0) + sum(size for one, size in sizes.items() if versions[0] <= one < versions[1])
-            self._drop(found.pop(0))
+            with suppress(OSError):
+                drop(found.pop(0))
             versions.pop(0)
         self._journal.drop_before(max(0, versions[0] - self._bound))
-
-    def _drop(self, checkpoint: Path) -> None:
-        """It is there whole, or not at all."""
-        dropped = self._folder.checkpoint_path / "dropped"
-        shutil.rmtree(dropped, ignore_errors=True)
-        with suppress(OSError):
-            checkpoint.rename(dropped)
-        shutil.rmtree(dropped, ignore_errors=True)
 
     def keep_to(self, version: Version) -> None:
         """Weights after this version were not shown to be any good: drop their checkpoints."""
         for path in self._checkpoints():
             if place_of(path).version > version:
-                shutil.rmtree(path, ignore_errors=True)
+                with suppress(OSError):
+                    drop(path)
 
     def _checkpoints(self) -> list[Path]:
         """Oldest first."""
@@ -193,6 +188,14 @@ def checkpoints(folder: Path) -> list[Path]:
     with suppress(FileNotFoundError, NotADirectoryError):  # whoever writes there says so
         found += folder.iterdir()
     return sorted(path for path in found if path.name.startswith("round-") and path.name[6:].isdecimal())
+
+
+def drop(checkpoint: Path) -> None:
+    """It is there whole, or not at all; what a killed process left of another one goes, too."""
+    dropped = checkpoint.with_name("dropped")
+    shutil.rmtree(dropped, ignore_errors=True)
+    checkpoint.rename(dropped)
+    shutil.rmtree(dropped, ignore_errors=True)
 
 
 def _round(checkpoint: Path) -> int:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import msgspec
 
+from zsfl.aggregator.assembly import Assembly
 from zsfl.aggregator.held_out import HeldOut
 from zsfl.aggregator.progress import Place, Progress
 from zsfl.aggregator.reign import Reign
@@ -29,7 +30,6 @@ from zsfl.learning.job import Job
 from zsfl.learning.master import Master
 from zsfl.learning.modes import Exact, max_staleness
 from zsfl.node import OFFERS_TOPIC, BeatExtras, Node
-from zsfl.ranges import clients_for
 from zsfl.reports import Assembled, Failed, RoundReport
 from zsfl.spill.objects import store_for
 from zsfl.tensors.plan import CodecPlan
@@ -87,9 +87,8 @@ class AggregatorRole:
         self._progress = Progress(folder, job, cuts, master, self._training.journal, syncs=syncs)
         self._held_out = HeldOut(node, self._stage, self._shelf, self._roster, job)
         self._trials = Trials(node, job, folder, self._progress, self._training, self._held_out)
-        self._start_with = 0 if node.settings.resume or elected else node.settings.start_with
-        """Shards whose clients a run begins with; 0: all, as one that is resumed does."""
-        self._without: frozenset[int] = frozenset()  # shards whose clients had left the run that is resumed
+        start_with = 0 if node.settings.resume or elected else node.settings.start_with
+        self._assembly = Assembly(node, self._roster, self._reign.holders, start_with)
         self._resumed: Place | None = None
         self._before_s = 0.0  # how long earlier processes trained what this one goes on with
         self._server = node.serve(self._answer)
@@ -134,7 +133,8 @@ class AggregatorRole:
                 f"going on from version {at.version}, as later ones cannot be made again: {at.lost}", "warning"
             )
         self._master.take_options()
-        self._without = training.left = at.without
+        training.left = at.without
+        self._assembly.resume(at.without)
         counted = [cid for made in at.windows for cid in made.record.counted]
         is_another = self._forks or not place.run
         training.resume(at, "" if is_another else parse_cid(counted[-1]).run if counted else place.run)
@@ -277,13 +277,8 @@ class AggregatorRole:
     async def _assemble(self) -> None:
         """Wait for as many clients as the run begins with, and at least one split server."""
         if self._elected and (self._elected.has_followed or not self._node.settings.resume):
-            await self._until_back()
-        try:
-            with self._node.waiting(self._missing):
-                async with asyncio.timeout(self._node.settings.join_s):
-                    await self._roster.wait_for(lambda _: not self._missing())
-        except TimeoutError:
-            raise NoPeer(f"after {self._node.settings.join_s:g} s it still waits for {self._missing()}") from None
+            await self._assembly.until_back(max(self._return_s, self._node.settings.lost_after_s))
+        self._training.left |= await self._assembly.until_there()
         samples = self._roster.value.samples()
         before = {} if self._resumed is None else self._resumed.samples
         if any(before.get(shard, count) != count for shard, count in samples.items()):
@@ -300,23 +295,6 @@ class AggregatorRole:
         clients, servers = (len(self._node.peers(role)) for role in (Role.CLIENT, Role.SPLIT_SERVER))
         folder, rounds, name = str(self._folder.path), self._training.round, self._node.name
         self._node.report(Assembled(node=name, clients=clients, split_servers=servers, folder=folder, rounds=rounds))
-
-    async def _until_back(self) -> None:
-        """Wait for all who took part; but who went with the aggregator before is waited for no longer than ever."""
-        with self._node.waiting(self._missing), suppress(TimeoutError):
-            async with asyncio.timeout(max(self._return_s, self._node.settings.lost_after_s)):
-                await self._roster.wait_for(lambda _: not self._missing())
-        if absent := self._roster.value.absent(self._without, 0):
-            self._node.note(f"going on without {clients_for(absent)}, until they are back", "warning")
-            self._training.left |= frozenset(absent)
-        self._start_with = 1
-
-    def _missing(self) -> str:
-        """What the run cannot begin without, for people."""
-        absent = self._roster.value.absent(self._without, self._start_with)
-        wanted = [clients_for(absent)] if absent else []
-        wanted += [] if self._node.peers(Role.SPLIT_SERVER) else ["a split server"]
-        return " and ".join(wanted)
 
     async def _train(self, rounds: int) -> None:
         begun_s, total = time.monotonic(), self._training.round + rounds

@@ -15,6 +15,8 @@ from zsfl.wire.messages import Evaluated
 
 WINDOW_REPORT_S = 0.1
 """Progress inside a round is reported no more often."""
+MOST_COUNTED = 4096
+"""Nodes whose counters are remembered, also of such as are gone: between two rounds nobody is forgotten."""
 
 
 class Tally:
@@ -125,8 +127,8 @@ def mean_loss(loss_sum: float, weight: float) -> float | None:
 
 FAR = 1e6
 """A held-out loss so many times as far from 0 as half of the shards' (and 1) says nothing of the model."""
-
-
+FAR_UNTRUSTED = 1e3
+"""The same where clients are not trusted."""
 MOST_SUMMED = 1e300
 """A larger sum of losses is taken for infinite, so that those of all shards together are not."""
 
@@ -141,16 +143,19 @@ def outliers(evaluated: Mapping[int, Evaluated], trusting: bool = True) -> froze
         if one.samples
     }
     finite = [loss for loss in losses.values() if loss < math.inf]
-    most = FAR * max(1.0, median_low(finite)) if finite else 0.0
+    most = (FAR if trusting else FAR_UNTRUSTED) * max(1.0, median_low(finite)) if finite else 0.0
     strange = {shard for shard, loss in losses.items() if not loss <= most}
     return frozenset(strange) if not trusting or 2 * len(strange) <= len(losses) else frozenset()
 
 
-def pooled(evaluated: Mapping[int, Evaluated], trusting: bool = True) -> tuple[float | None, float | None]:
+def pooled(
+    evaluated: Mapping[int, Evaluated], trusting: bool = True, wrong: int = 0
+) -> tuple[float | None, float | None]:
     """Loss and accuracy over all held-out samples of all shards; None where there is nothing to pool.
 
     How many a shard has is for its client to say. Where clients are not trusted it counts for as many as the middle
-    one at most, so that nobody is all of the test.
+    one at most, so that nobody is all of the test; and of the `wrong` shards with the highest losses, and the lowest,
+    each counts with the loss of the next one: so many liars move the loss no further than honest ones say.
     """
     results = [result for result in evaluated.values() if result.samples]
     most = math.inf if trusting or not results else median_low(result.samples for result in results)
@@ -159,7 +164,14 @@ def pooled(evaluated: Mapping[int, Evaluated], trusting: bool = True) -> tuple[f
     weight = sum(share * result.weight for share, result in zip(shares, results, strict=True))
     if not samples or not weight:
         return None, None
-    loss = sum(share * result.loss_sum for share, result in zip(shares, results, strict=True)) / weight
+    sums = [result.loss_sum for result in results]
+    if wrong:
+        losses = [result.loss_sum / (result.weight or 1.0) for result in results]
+        usual = sorted(losses)[wrong : len(losses) - wrong]
+        sums = [
+            min(max(loss, usual[0]), usual[-1]) * result.weight for loss, result in zip(losses, results, strict=True)
+        ]
+    loss = sum(share * loss_sum for share, loss_sum in zip(shares, sums, strict=True)) / weight
     right = [s * result.correct for s, result in zip(shares, results, strict=True) if result.correct is not None]
     return loss, sum(right) / samples if len(right) == len(results) else None
 
@@ -180,7 +192,11 @@ class PeerCounters:
             self._unheard.discard(node)
             self._before[node] = counters
         self._names[node] = name
+        self._now.pop(node, None)
         self._now[node] = counters
+        while len(self._now) > MOST_COUNTED:
+            del self._now[longest_silent := next(iter(self._now))], self._names[longest_silent]
+            self._before.pop(longest_silent, None)
 
     def begin(self, present: Callable[[NodeId], bool], before: Collection[NodeId] = ()) -> None:
         """A round begins: nodes that are gone are forgotten, one that comes later counts from zero.

@@ -126,7 +126,7 @@ class RemoteBody:
             reply_codec = sent.reply_codec(packing, "output")
             return Infer(shard=shard, version=version, input=spec, reply_codec=reply_codec), [data]
 
-        return (await self._ask(make, self._output_of(sent, use)))[1]
+        return (await self._ask(make, self._output_of(sent, use), test=True))[1]
 
     async def forward(
         self,
@@ -250,7 +250,9 @@ class RemoteBody:
             async with asyncio.timeout(seconds):
                 await self.until_lost(server)
 
-    async def _ask(self, make: Make, take: Take[_Taken], at: NodeId | None = None) -> tuple[NodeId, _Taken]:
+    async def _ask(
+        self, make: Make, take: Take[_Taken], at: NodeId | None = None, *, test: bool = False
+    ) -> tuple[NodeId, _Taken]:
         """Ask one server after another until one gives what `take` can use.
 
         What all that are there refuse for good, or answer wrongly, is raised: one alone may be out of order. Where one
@@ -268,11 +270,14 @@ class RemoteBody:
                 deadline = await self._until_free(deadline)
                 continue
             try:
-                return server, take(server, await self._ask_one(server, make))
+                return server, take(server, await self._ask_one(server, make, test=test))
             except (StaleWeights, InputNeeded):
                 raise
             except (Unavailable, SpillFull) as error:
                 trouble = str(error)
+                if isinstance(error, Busy) and test:  # one that is there, and may have room for steps all the same
+                    await asyncio.sleep(min(error.retry_after_s, MAX_SHUN_S))
+                    deadline = time.monotonic() + self._node.settings.patience_s
             except (ConfigError, ProtocolError, Rejected) as error:
                 wrong.add(server)
                 if wrong.issuperset(self._connections) and not self._may_be_contradicted(wrong):
@@ -298,13 +303,14 @@ class RemoteBody:
             "start another and then this client again)"
         )
 
-    async def _ask_one(self, server: NodeId, make: Make) -> Answer:
+    async def _ask_one(self, server: NodeId, make: Make, *, test: bool = False) -> Answer:
         self._chooser.asked(server)  # before anything is waited for: it was picked because it had room
         try:
             return await self._request(server, make)
         except Busy as busy:
             self._node.counters.add("busy")
-            self._chooser.refused(server, time.monotonic(), busy.retry_after_s)
+            if not test:
+                self._chooser.refused(server, time.monotonic(), busy.retry_after_s)
             raise
         except DeadlineExceeded:
             self._node.counters.add("retries")

@@ -38,6 +38,7 @@ COUNTERS = {
     "spills_refused": ("refused_spills", "Spills that the aggregator refused for what is in them."),
     "refused": ("refused_requests", "Requests answered with an error."),
     "unauthorised": ("unauthorised", "Messages whose sender may not say that."),
+    "refused_roles": ("refused_roles", "Connections refused, as their key is trusted for other roles."),
     "refused_keys": ("refused_keys", "Connections refused, as this machine does not trust their key."),
     "refused_without_key": ("refused_without_key", "Handshakes refused, as one side uses keys and the other does not."),
     "refused_wrong_key": ("refused_wrong_key", "Handshakes refused, as the other side has another key than expected."),

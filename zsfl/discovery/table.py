@@ -297,7 +297,8 @@ class PeerTable:
                 return f"{where}: give this one another --name, or wait until that one is gone", False
         most = self._most or MAX_PEERS
         if not replaced and len(self._peers) >= most and not self._pushed_out():
-            return f"this node has {most} peers already (MAX_PEERS)", False
+            bound = "MAX_PEERS" if most >= MAX_PEERS else "it may have no more files open: raise `ulimit -Hn` there"
+            return f"this node has {most} peers already ({bound})", False
         return None
 
     def _settle(self, peer: _Peer, reached: set[Address], proven: Address | None) -> None:

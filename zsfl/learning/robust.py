@@ -120,6 +120,13 @@ def is_trusting(how: Average, bound: NormBound | None) -> bool:
     return how == "mean" and bound is None
 
 
+def most_wrong(how: Average, bound: NormBound | None, clients: int) -> int:
+    """How many of so many clients may be wrong, whatever they say of their losses: always less than half."""
+    if is_trusting(how, bound):
+        return 0
+    return min(max(1, clients // 4) if how == "mean" else how.f, max(0, clients - 1) // 2)
+
+
 def combine(how: Average, contributions: Sequence[Contribution]) -> tuple[dict[str, Tensor], tuple[int, ...]]:
     """Gradient by full name, and of Krum the shards whose gradients were taken.
 

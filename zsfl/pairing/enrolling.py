@@ -20,12 +20,12 @@ import zmq.asyncio
 from zmq.utils import z85
 
 from zsfl.errors import NO_DESCRIPTORS, ConfigError, NoPeer, RemoteProtocolError, Unauthorised, Unavailable
-from zsfl.ids import PublicKey
+from zsfl.ids import PublicKey, Role
 from zsfl.keys.machine import machine_id
 from zsfl.keys.nodes import new_node_id
 from zsfl.keys.secret import own_keys
 from zsfl.keys.tokens import MOST_ADDRESSES, SECRET_BYTES, Invitation, from_token, to_token
-from zsfl.keys.trusted import Trusted, trust
+from zsfl.keys.trusted import EVERY_ROLE, Trusted, trust
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
 from zsfl.wire.connection import Connection
@@ -53,7 +53,7 @@ class _OpenDoor(Door):
         super().__init__(*args, **kwargs)
         self.guard = _OnlyEnrol(self.name)
 
-    def admits(self, raw_key: bytes, address: str) -> bool:
+    def admits(self, raw_key: bytes, address: str, roles: frozenset[Role] = EVERY_ROLE) -> bool:
         """Whoever it is."""
         return True
 

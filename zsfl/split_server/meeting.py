@@ -46,28 +46,45 @@ def group_of(cid: Cid) -> Group:
 
 
 class Places:
-    """What waits to be merged, in all and of each shard: those that come to nothing leave places to others."""
+    """What waits to be merged, in all and of each shard: those that come to nothing leave places to others.
 
-    def __init__(self, most_bytes: int, steps: int) -> None:
+    Half of the room is kept for shards in equal parts, and of the other half none has more than a half.
+    """
+
+    def __init__(self, most_bytes: int, steps: int, shards: int) -> None:
         """`steps`: those of one shard that are merged at one version."""
-        self._most_bytes, self._most = most_bytes, MAX_COPIES * steps
-        self._bytes = 0
-        self._waiting = Counter[int]()
+        self._most_bytes, self._most, self._shards = most_bytes, MAX_COPIES * steps, shards
+        self._share = most_bytes // 2 // shards
+        self._waiting, self._bytes = Counter[int](), Counter[int]()
+        """By shard."""
 
     @contextmanager
     def taken(self, shard: int, size_bytes: int) -> Generator[None, None, None]:
         """For as long as it waits; Busy where there is no room for it."""
-        if self._bytes and self._bytes + size_bytes > self._most_bytes:
-            raise Busy(f"{self._bytes} bytes of merged batches wait here, no room for more", RETRY_AFTER_S)
+        mine = self._bytes[shard] + size_bytes
+        if self._bytes.total() and mine > self._share and mine > self._room(shard):
+            raise Busy(
+                f"{self._bytes.total()} bytes of merged batches wait here, {self._bytes[shard]} of them of shard "
+                f"{shard}, no room for more",
+                RETRY_AFTER_S,
+            )
         if self._waiting[shard] >= self._most:
             raise Busy(f"{self._most} requests of shard {shard} wait here already", RETRY_AFTER_S)
-        self._bytes += size_bytes
+        self._bytes[shard] += size_bytes
         self._waiting[shard] += 1
         try:
             yield
         finally:
-            self._bytes -= size_bytes
+            self._bytes[shard] -= size_bytes
             self._waiting[shard] -= 1
+            if not self._waiting[shard]:
+                del self._bytes[shard], self._waiting[shard]
+
+    def _room(self, shard: int) -> int:
+        """What a shard may have here at most: of what others use and have kept for them it gets nothing."""
+        others = [max(held, self._share) for other, held in self._bytes.items() if other != shard]
+        kept = sum(others) + (self._shards - 1 - len(others)) * self._share
+        return min(self._most_bytes - kept, self._share + self._most_bytes // 4)
 
 
 class Misfit(Exception):

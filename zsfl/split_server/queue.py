@@ -1,7 +1,8 @@
 """The requests that wait for the body, and the server's one turn after another at them.
 
 First those that end what was begun here: clients have their gradients soonest so, few graphs wait, and none for so long
-that it is forgotten and has to be made again. The others go in the order in which they came.
+that it is forgotten and has to be made again. The others go in the order in which they came; test batches wait for
+themselves, for a part of the time that is theirs (`trying.py`).
 
 The socket is emptied between two turns, so that what waits is here and not there: it is known how much it is, what is
 too much is refused at once, and steps that wait together can go through the body together.
@@ -48,11 +49,18 @@ class Waiting:
     """What it has in common with those that it may be merged with; None where it goes alone."""
     came_s: float
     """By `time.perf_counter`."""
+    peer: str = ""
+    """Of a test batch: by whom it is asked for."""
 
     @property
     def version(self) -> Version:
         """Of the weights that it is made with."""
         return self.request.version
+
+    @property
+    def is_test(self) -> bool:
+        """Whether nothing is to be learnt from it."""
+        return isinstance(self.request, Infer)
 
     @property
     def needs_weights(self) -> bool:
@@ -109,19 +117,28 @@ class WorkQueue:
         """Those that failed in company, and go first: whose fault it was is seen when each goes by itself."""
         self._late: set[asyncio.Task[None]] = set()
         self._turn_is_due = False
+        self._trying: dict[Waiting, None] = {}
+        """Test batches."""
+        self._test_is_due: asyncio.TimerHandle | None = None
 
-    def put(self, request: Asked, parts: Sequence[Buffer]) -> asyncio.Future[Answer]:
-        """What comes of the request; raises what it is refused with. Cancelling it takes it back."""
+    def put(self, request: Asked, parts: Sequence[Buffer], peer: str = "") -> asyncio.Future[Answer]:
+        """What comes of the request; raises what it is refused with. Cancelling it takes it back.
+
+        `peer`: who has something tested.
+        """
         shard = request.shard if isinstance(request, Infer) else parse_cid(request.cid).shard
         size_bytes = unpacked_size(request, parts)
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         cut = self._cuts.of(shard)
         waiting = Waiting(
-            request, parts, cut, answer, size_bytes, _alike(request, cut, self._same_k), time.perf_counter()
+            request, parts, cut, answer, size_bytes, _alike(request, cut, self._same_k), time.perf_counter(), peer
         )
         is_ready = not waiting.needs_weights or self._weights.held(waiting.version) is not None
         # Last of all that may be refused: from here on the answer gives it back.
-        self._admission.enter(size_bytes, is_begun=bool(self._pass_of(waiting)))
+        if isinstance(request, Infer):
+            self._admission.enter_test(peer, size_bytes)
+        else:
+            self._admission.enter(size_bytes, is_begun=bool(self._pass_of(waiting)))
         answer.add_done_callback(lambda _: self._left(waiting))
         if is_ready:
             self._enqueue(waiting)
@@ -133,7 +150,10 @@ class WorkQueue:
 
     def _left(self, waiting: Waiting) -> None:
         self._take_out(waiting)
-        self._admission.leave(waiting.size_bytes)
+        if waiting.is_test:
+            self._admission.tests.leave(waiting.peer, waiting.size_bytes)
+        else:
+            self._admission.leave(waiting.size_bytes)
         self._ended()
 
     async def _await_weights(self, waiting: Waiting) -> None:
@@ -147,6 +167,10 @@ class WorkQueue:
             self._enqueue(waiting)
 
     def _enqueue(self, waiting: Waiting) -> None:
+        if waiting.is_test:
+            self._trying[waiting] = None
+            return self._call_for_turn()
+        self._admission.tests.stepped()
         self._waiting[waiting] = None
         steps = self._pass_of(waiting)
         if steps and (cid := _cid(waiting)) not in self._ending:
@@ -158,17 +182,25 @@ class WorkQueue:
     def _take_out(self, waiting: Waiting) -> None:
         """It waits no more."""
         self._alone.pop(waiting, None)
+        self._trying.pop(waiting, None)
         if waiting in self._waiting:
             del self._waiting[waiting]
             if isinstance(waiting.request, Backward) and self._ending.get(_cid(waiting)) is waiting:
                 del self._ending[_cid(waiting)]
 
     def _call_for_turn(self) -> None:
-        if not self._turn_is_due and (self._waiting or self._alone):
+        if self._turn_is_due or not (self._waiting or self._alone or self._trying):
+            return
+        loop, due_s = asyncio.get_running_loop(), self._admission.tests.due_s
+        if self._test_is_due is not None:
+            self._test_is_due.cancel()
+            self._test_is_due = None
+        if self._waiting or self._alone or due_s <= loop.time():
             self._turn_is_due = True
-            loop = asyncio.get_running_loop()
             # Not in the next round of the loop: answers of the turn before leave first, and what has arrived is read.
             loop.call_soon(loop.call_soon, self._turn)
+        else:
+            self._test_is_due = loop.call_at(due_s, self._call_for_turn)
 
     def _turn(self) -> None:
         """Work on what was begun here, else on what waits longest, and on what can go along with it."""
@@ -176,9 +208,9 @@ class WorkQueue:
         if (behind := self._is_behind()) is not None:
             behind.add_done_callback(lambda _: self._call_for_turn())
             return
-        chosen = self._chosen()
+        chosen, start_s = self._chosen(), asyncio.get_running_loop().time()
         if not chosen:
-            return
+            return self._call_for_turn()
         try:
             weights = self._weights.held(chosen[0].version) if chosen[0].needs_weights else None
             if weights is None and chosen[0].needs_weights:  # they went while it waited
@@ -195,6 +227,9 @@ class WorkQueue:
                 _give(chosen, answers)
             else:
                 placing.add_done_callback(lambda placed: _give(chosen, answers, placed))
+        if chosen[0].is_test:
+            now_s = asyncio.get_running_loop().time()
+            self._admission.tests.ended(chosen[0].peer, now_s - start_s, now_s)
         self._call_for_turn()
 
     def _chosen(self) -> list[Waiting]:
@@ -203,6 +238,12 @@ class WorkQueue:
             self._take_out(alone)
             if not alone.answer.done():
                 return [alone]
+        tests = self._admission.tests
+        if tests.due_s <= asyncio.get_running_loop().time() and (
+            trying := [one for one in self._trying if not one.answer.done()]
+        ):
+            self._take_out(chosen := tests.begun(trying))
+            return [chosen]
         while self._whole and not any(map(self._is_waiting, self._whole[0])):
             self._whole.popleft()
         among = itertools.chain.from_iterable(self._whole) if self._whole else self._waiting

@@ -97,7 +97,7 @@ class SplitServerRole:
         )
         self._merges, self._shards = job.batch_norm == "merged", job.shards
         self._batches, self._width = job.steps, steps_of(job) * attempts_of(job)
-        self._places = Places(MAX_MET_BYTES, job.steps)
+        self._places = Places(MAX_MET_BYTES, job.steps, job.shards)
         self._forwards = Meetings(self._merge_forwards)
         self._backwards = Meetings(self._merge_backwards)
         self._steps = Meetings(self._merge_steps)
@@ -206,8 +206,10 @@ class SplitServerRole:
                 raise BadShape(f"a reply is wanted as {request.reply_codec!r}, which {self._node.name} does not know")
             case Forward() | Backward() | Step() if request.merged:
                 return self._answer_merged(request, parts)
-            case Forward() | Backward() | Step() | Infer():
+            case Forward() | Backward() | Step():
                 return self._queue.put(request, parts)
+            case Infer():
+                return self._queue.put(request, parts, self._server.asked_by or str(request.shard))
             case _:
                 return self._member.answer(request)
 
@@ -215,7 +217,7 @@ class SplitServerRole:
         """The answers to requests of one kind, made in one pass where there are several."""
         worker, samples, start_s = self._workers[chosen[0].cut], 0, time.perf_counter()
         answers: list[Answer | ZsflError]
-        with self._computing(len(chosen)):
+        with self._computing(0 if chosen[0].is_test else len(chosen)):
             match chosen[0].request:
                 case Infer() as request:
                     x = unpack(request.input, chosen[0].parts[0])
@@ -285,7 +287,7 @@ class SplitServerRole:
 
     @contextmanager
     def _computing(self, count: int = 1) -> Iterator[None]:
-        """Learn from how long it took, and tell the client what is wrong with its batch or with this server."""
+        """Learn from how long so many steps took, and tell the client what is wrong with batch or server."""
         start_s = time.perf_counter()
         try:
             yield
@@ -296,7 +298,8 @@ class SplitServerRole:
             raise
         except (RuntimeError, TypeError, ValueError, IndexError, ConfigError) as error:
             raise Rejected(f"the body fails on this batch: {said_of(error)}") from error
-        self._admission.measured((time.perf_counter() - start_s) / count)
+        if count:
+            self._admission.measured((time.perf_counter() - start_s) / count)
 
     # --- merged batches ---------------------------------------------------------------------------------
 
@@ -308,6 +311,7 @@ class SplitServerRole:
         if not self._merges or request.merged > self._shards:
             raise Rejected(f"{request.merged} steps are to be merged, and this job merges none, or has fewer clients")
         try:
+            self._admission.tests.stepped()
             with self._places.taken(step.shard, unpacked_size(request, parts)):
                 await self._until_asked_for(step, request.merged)
                 match request:

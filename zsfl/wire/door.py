@@ -13,10 +13,10 @@ import zmq
 from zmq.utils import z85
 
 from zsfl.errors import ConfigError
-from zsfl.ids import PublicKey
+from zsfl.ids import PublicKey, Role
 from zsfl.keys.machine import machine_id
 from zsfl.keys.secret import KeyPair, keys_folder, own_keys
-from zsfl.keys.trusted import TRUSTED, TrustFile
+from zsfl.keys.trusted import EVERY_ROLE, TRUSTED, TrustFile, read_roles
 from zsfl.metrics import Counters
 from zsfl.settings import NodeSettings
 from zsfl.wire.guard import Guard
@@ -26,6 +26,8 @@ CURVE_BYTES = 64
 """By which an encrypted frame is longer than what is in it, at most."""
 MAX_NOTED = 256
 """Strangers that are told of one by one; all are counted."""
+MOST_REMEMBERED = 1024
+"""What was told of that is told no more; of more, the oldest may be told of again."""
 
 
 class Door:
@@ -50,7 +52,7 @@ class Door:
         """Of whom was turned away before anything could be heard of it; touched in the main loop alone."""
         self._keys = keys
         self._note = note
-        self._noted: set[Hashable] = set()
+        self._noted: dict[Hashable, None] = {}
         self._strangers = 0
         self._trusted = {key: entry.roles for key, entry in trust.known.items()} if trust else {}
         self._lock = threading.Lock()
@@ -65,13 +67,17 @@ class Door:
         """The public key of this machine; empty without keys."""
         return self._keys.public if self._keys else ""
 
-    def lock(self, socket: zmq.Socket[bytes]) -> None:
-        """Let nobody connect to this socket, not bound yet, without a key that is admitted by ZAP."""
+    def lock(self, socket: zmq.Socket[bytes], roles: frozenset[Role] = EVERY_ROLE) -> None:
+        """Let nobody connect to this socket, not bound yet, without a key that is admitted by ZAP, for one of these
+        roles.
+        """
         if self._keys is None:
             return
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret.encode())
-        socket.setsockopt(zmq.ZAP_DOMAIN, self.domain.encode())
+        # What follows the # is told to the authenticator with each key that comes to this socket.
+        domain = self.domain if roles == EVERY_ROLE else f"{self.domain}#{','.join(sorted(roles))}"
+        socket.setsockopt(zmq.ZAP_DOMAIN, domain.encode())
         # Without it CURVE lets everybody in while nobody answers ZAP.
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
         _lengthen(socket)
@@ -90,13 +96,22 @@ class Door:
         known = {key: entry.roles for key, entry in self.trust.known.items()} if self.trust else {}
         lost = frozenset(key for key, roles in self._trusted.items() if not roles <= known.get(key, frozenset()))
         self._trusted = known
+        self.guard.forget(lost - known.keys())
         return lost
 
-    def admits(self, raw_key: bytes, address: str) -> bool:
-        """Whether a key may come in; who may not is told of."""
+    def admits(self, raw_key: bytes, address: str, roles: frozenset[Role] = EVERY_ROLE) -> bool:
+        """Whether a key may come in where one of these roles is needed; who may not is told of."""
         key = PublicKey(z85.encode(raw_key).decode())
-        if self.trust is None or self.trust.roles_of(key):
+        if self.trust is None or roles & (trusted := self.trust.roles_of(key)):
             return True
+        if trusted:
+            self.counters.add("refused_roles")
+            self.tell_once(
+                ("role", key),
+                f"the machine {machine_id(key)} at {address} may not listen to what {self.name} publishes: it is "
+                f"trusted as {', '.join(sorted(trusted))}, and that is for {', '.join(sorted(roles))}",
+            )
+            return False
         self.counters.add("refused_keys")
         self.tell_once(
             ("key", key),
@@ -111,7 +126,9 @@ class Door:
         with self._lock:
             if what in self._noted or (of_stranger and self._strangers >= MAX_NOTED):
                 return
-            self._noted.add(what)
+            self._noted[what] = None
+            while len(self._noted) > MOST_REMEMBERED:
+                del self._noted[next(iter(self._noted))]
             self._strangers += of_stranger
         self._note(message)
 
@@ -129,6 +146,12 @@ def _lengthen(socket: zmq.Socket[bytes]) -> None:
     longest = cast(int, socket.getsockopt(zmq.MAXMSGSIZE))
     if longest >= 0:
         socket.setsockopt(zmq.MAXMSGSIZE, longest + CURVE_BYTES)
+
+
+def of_domain(domain: bytes) -> tuple[bytes, frozenset[Role]]:
+    """The domain of a door, and the roles that one of its sockets is for."""
+    door, some, roles = domain.partition(b"#")
+    return door, read_roles(roles.decode()) if some else EVERY_ROLE
 
 
 def is_loopback(host: str) -> bool:

@@ -62,7 +62,7 @@ Weight = Annotated[float, Meta(ge=0, le=1e300)]
 """Of a batch; a finite number."""
 Counted = Annotated[dict[ShortText, Annotated[float, Meta(ge=0, le=1 << 53)]], Meta(max_length=64)]
 """A node's counters by name. None that a node could have counted is refused, and one that lies drowns no sum."""
-NodeIdText = Annotated[NodeId, Meta(max_length=200)]
+NodeIdText = Annotated[NodeId, Meta(max_length=200, pattern=rf"^[{SHOWN}]*\Z")]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 """A bound also keeps NaN out, which would compare as neither early nor late."""
 
@@ -112,7 +112,7 @@ class SpillOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class PeerHint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where a verified peer of the sender listens; to whoever reads it, no more than a hint."""
 
-    id: Annotated[NodeId, Meta(max_length=200)]
+    id: NodeIdText
     role: Role
     address: Annotated[Address, Meta(pattern=rf"^{HOST_PATTERN}:{PORT_PATTERN}\Z")]
     key: Annotated[str, Meta(pattern=rf"^\Z|{KEY_PATTERN}")] = ""

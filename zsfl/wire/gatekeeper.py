@@ -13,7 +13,7 @@ from zmq.utils import z85
 
 from zsfl.errors import ConfigError
 from zsfl.metrics import Counters
-from zsfl.wire.door import Door
+from zsfl.wire.door import Door, of_domain
 from zsfl.wire.pump import Pump
 
 ENDPOINT = "inproc://zeromq.zap.01"
@@ -83,11 +83,12 @@ class Gatekeeper:
         self._socket.send_multipart([b"1.0", request, status, b"", user, b""])
 
     def _judged(self, domain: bytes, address: bytes, mechanism: bytes, credentials: list[bytes]) -> bytes:
+        domain, roles = of_domain(domain)
         door = self._doors.get(domain)
         if door is None or mechanism != b"CURVE" or len(credentials) != 1 or len(credentials[0]) != 32:
             return b"400"
         try:
-            return b"200" if door.admits(credentials[0], address.decode(errors="replace")) else b"400"
+            return b"200" if door.admits(credentials[0], address.decode(errors="replace"), roles) else b"400"
         except Exception as error:  # whatever goes wrong, nobody comes in by it
             door.tell_once("failed", f"the authenticator failed and let nobody in: {type(error).__name__}: {error}")
             door.counters.add("authenticator_failures")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from threading import Lock
 
 from zsfl.errors import Unauthorised
@@ -35,7 +35,7 @@ class Guard:
         """`roles_of` says what the nodes of a key may be; without keys everybody may be anything, one thing each."""
         self._name = name
         self._roles_of = roles_of
-        self._roles: defaultdict[str, OrderedDict[NodeId, Role]] = defaultdict(OrderedDict[NodeId, Role])
+        self._roles: dict[str, OrderedDict[NodeId, Role]] = {}
         """Of the nodes of each key, the youngest last: nobody can have those of another key forgotten."""
         self._lock = Lock()
 
@@ -68,6 +68,12 @@ class Guard:
                 f"{what} is not for {said} to say to {self._name}, but for: {', '.join(sorted(senders))}"
             )
 
+    def forget(self, keys: Iterable[str]) -> None:
+        """These are not trusted any more."""
+        with self._lock:
+            for key in keys:
+                self._roles.pop(key, None)
+
     def introduce(self, card: NodeCard) -> None:
         """Bind a node that answered for itself, over a connection to its own key; Unauthorised where that cannot be."""
         allowed = EVERY_ROLE if self._roles_of is None else self._roles_of(card.key)
@@ -95,10 +101,11 @@ class Guard:
 
     def _role_of(self, node: NodeId, key: str) -> Role | None:
         with self._lock:
-            nodes = self._roles[key]
-            if node in nodes:
-                nodes.move_to_end(node)
-            return nodes.get(node)
+            nodes = self._roles.get(key)
+            if nodes is None or node not in nodes:
+                return None
+            nodes.move_to_end(node)
+            return nodes[node]
 
     def _bind(self, node: NodeId, key: str, role: Role) -> None:
         """Unauthorised when it has another role already."""
@@ -106,7 +113,7 @@ class Guard:
         if not node:
             return
         with self._lock:
-            nodes = self._roles[key]
+            nodes = self._roles.setdefault(key, OrderedDict())
             held = nodes.setdefault(node, role)
             if held is not role:
                 raise Unauthorised(f"node {node} was a {held} and says that it is a {role}")

@@ -71,6 +71,21 @@ MAY_SEND: dict[type[Message], frozenset[Role]] = {
     m.Committed: _AGGREGATOR,
 }
 
+_HEARERS: dict[Role, frozenset[Role]] = {
+    Role.AGGREGATOR: _MEMBERS | _AGGREGATOR | _STANDBY,
+    Role.STANDBY: _MEMBERS | _AGGREGATOR | _STANDBY,
+    Role.CLIENT: _AGGREGATOR | _STANDBY,
+    Role.SPLIT_SERVER: _AGGREGATOR | _STANDBY,
+}
+"""Who may listen to what a node of this role publishes for its run: weights, and offers that carry gradients. Nobody
+else needs to: heartbeats have a socket of their own.
+"""
+
+
+def hearers(role: Role) -> frozenset[Role]:
+    """Who may listen to the news of a node of this role."""
+    return _HEARERS.get(role, _AGGREGATOR)
+
 
 def may_send(role: Role, kind: type[Message]) -> bool:
     """Whether a node of this role may send messages of this kind; a kind that the table lacks nobody may."""

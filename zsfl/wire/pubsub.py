@@ -22,6 +22,7 @@ from zsfl.errors import (
     lacks_descriptors,
 )
 from zsfl.ids import Role
+from zsfl.keys.trusted import EVERY_ROLE
 from zsfl.metrics import Counters
 from zsfl.settings import WireLimits
 from zsfl.wire.calling import Line
@@ -62,9 +63,10 @@ class Publisher:
         counters: Counters,
         note: Callable[[str], None] = lambda _: None,
         door: Door | None = None,
+        hearers: frozenset[Role] = EVERY_ROLE,
     ) -> None:
-        """`note` is told, once for each kind of broadcast, that one was over a limit. With a `door` only who it lets in
-        hears anything.
+        """`note` is told, once for each kind of broadcast, that one was over a limit. With a `door` only who it lets
+        in, as one of the `hearers`, hears anything.
         """
         # No longer frames: who reads slowly keeps a whole queue of them in the publisher's memory.
         self._limits = replace(limits, frame_bytes=min(limits.frame_bytes, limits.piece_bytes))
@@ -76,7 +78,7 @@ class Publisher:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_HEARD_BYTES)
         self._watch: HandshakeWatch | None = None
         if door is not None and door.locked:
-            door.lock(self._socket)
+            door.lock(self._socket, hearers)
             self._watch = HandshakeWatch(context, self._socket, door.failed, counters)
         self._host = host
         self._dialled: set[str] = set()

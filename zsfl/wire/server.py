@@ -93,8 +93,7 @@ class Server:
         self._limits = limits
         self._counters = counters
         self._callers: dict[bytes, _Caller] = {}
-        self._room = Room(limits.max_arriving_bytes)
-        self._running = 0
+        self._room, self._running = Room(limits.max_arriving_bytes), 0
         self._outbox_bytes = 0
         """Of all callers together."""
         self._full: set[bytes] = set()
@@ -104,9 +103,9 @@ class Server:
         self._pump: Pump
         self._socket = open_socket(context, zmq.ROUTER, limits, DATA_QUEUE)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._context = context
-        self._door = door
-        self._permit = permit
+        self._context, self._door, self._permit = context, door, permit
+        self.asked_by = ""
+        """The key by which that came which the handler is given now; empty where none are used."""
         if door is not None:
             door.lock(self._socket)
         self.port = bind(self._socket, host, port)
@@ -128,8 +127,8 @@ class Server:
             if self._door is not None and self._door.locked:
                 watch = HandshakeWatch(self._context, self._socket, self._door.failed, self._counters)
             async with asyncio.TaskGroup() as self._tasks:
-                self._tasks.create_task(self._flush_outboxes())
-                self._tasks.create_task(self._sweep())
+                for minding in (self._flush_outboxes(), self._sweep()):
+                    self._tasks.create_task(minding)
                 self._pump = Pump(self._socket, self._take, self._counters)
                 try:
                     await self._pump.until_ended()
@@ -159,8 +158,7 @@ class Server:
             pump.look()
 
     def _take(self, frames: list[zmq.Frame], _size: int) -> None:
-        identity = frames[0].bytes
-        caller = self._caller(identity, frames[0])
+        caller = self._caller(identity := frames[0].bytes, frames[0])
         failed = partial(self._refuse, identity, caller)
         try:
             for arrived in caller.assembler.feed([frame.buffer for frame in frames[1:]], failed):
@@ -268,6 +266,7 @@ class Server:
     def _answer(self, key: str, body: Request, parts: Sequence[Buffer]) -> Answered | Awaitable[Answered]:
         if self._permit is not None and (ask := self._permit(body, key)) is not None:
             return self._answer_once(ask, key, body, parts)
+        self.asked_by = key
         return self._handler(body, parts)
 
     async def _answer_once(
@@ -278,6 +277,7 @@ class Server:
         except Unauthorised as error:
             self._turned_away(key, body, error)
             raise
+        self.asked_by = key
         answer = self._handler(body, parts)
         return answer if isinstance(answer, tuple) else await answer
 

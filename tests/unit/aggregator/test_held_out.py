@@ -399,3 +399,24 @@ async def test_where_clients_are_not_trusted_the_loss_is_always_a_number(strange
     (tested,) = hall.results
     assert (tested.loss, tested.accuracy) == ((None, None) if len(strange) == 3 else (0.5, 0.5))
     assert len(tested.left_out) == len(strange)
+
+
+@pytest.mark.parametrize(
+    ("lie", "left_out"), [(-3999.0, ()), (3999.0, ()), (-5e3, ("client-2",)), (5e3, ("client-2",))]
+)
+async def test_where_clients_are_not_trusted_no_loss_makes_a_version_the_best_or_the_worst(
+    lie: float, left_out: tuple[str, ...]
+) -> None:
+    """Without a metric the pooled loss says which version is best, and when training ends."""
+    async with at_work(Hall(average=Median(), metric=None)) as hall:
+        await hall.order(4)
+        await hall.until_tested(4)
+        for shard, loss_sum in enumerate((2.0, 3.0, lie)):
+            hall.answers(shard, loss_sum=loss_sum, correct=None)
+        await eventually(lambda: bool(hall.results))
+    (tested,) = hall.results
+    assert tested.left_out == left_out
+    assert tested.loss is not None
+    assert 0.5 <= tested.loss <= 0.75, "within what the honest ones say"
+    assert (tested.losses["client-2"] is None) == bool(left_out)
+    assert any("the held-out loss of client-2" in note for note in hall.notes) == bool(left_out)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import json
 import os
 import shutil
+import signal
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ import pytest
 from helpers.exact import Case, Ran, assert_equal, in_process
 from helpers.ledger import ledger
 
+from zsfl.aggregator.audit import audit
 from zsfl.aggregator.mirror import Mirror, Source
 from zsfl.aggregator.standing import Standing
 from zsfl.errors import StorageError
@@ -157,6 +162,57 @@ async def test_what_was_never_published_is_cut_off(ran: Ran, tmp_path: Path) -> 
     copied(Source(ran.folder, 0), mirror, versions(ran))
     assert ledger(mixed) == ledger(ran.folder)
     assert (mixed / "superseded.jsonl").read_bytes().splitlines(keepends=True) == alien[::-1]
+
+
+CHANGES = frozenset({"os.truncate", "os.remove", "os.rmdir", "os.rename"})
+
+
+def killed_at(step: int, go_back: Callable[[], object]) -> bool:
+    """Have another process do it, and killed before it changes a name or a length for the so-many-th time; whether it
+    had come to its end before.
+    """
+    if not (child := os.fork()):
+        changes = itertools.count()
+
+        def seen(event: str, args: tuple[Any, ...]) -> None:
+            changing = event in CHANGES or (event == "open" and isinstance(args[1], str) and args[1][0] in "wa+")
+            if changing and next(changes) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(seen)
+        try:
+            go_back()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL)
+    return status == 0
+
+
+def test_killed_at_any_step_of_going_back_it_is_one_to_go_on_from(ran: Ran, tmp_path: Path) -> None:
+    """Two versions were made that nobody was told of, by as many rounds with checkpoints of their own."""
+    mixed, end = tmp_path / "mixed", versions(ran)
+    shutil.copytree(ran.folder, mixed)
+    before = audit(mixed)
+    assert before.faults == []
+    step, ended = 0, False
+    while not ended:
+        folder = tmp_path / f"killed-{step}"
+        shutil.copytree(mixed, folder)
+        ended = killed_at(step, Mirror(folder, 0, syncs=True).go_back)
+        found = audit(folder)
+        assert found.faults == [], step
+        assert found.versions - found.verified == before.versions - before.verified, step
+        mirror = Mirror(folder, 0, syncs=False)
+        while mirror.version > end - 2:
+            mirror.go_back()
+        assert audit(folder).faults == [], step
+        copied(Source(ran.folder, 0), mirror, end)
+        assert ledger(folder) == ledger(ran.folder)
+        assert len((folder / "superseded.jsonl").read_bytes().splitlines()) == 2
+        step += 1
+    assert step > 5
 
 
 @pytest.mark.parametrize("good", range(8))

@@ -204,6 +204,22 @@ async def test_steps_that_wait_to_be_merged_leave_room_for_others() -> None:
         task.cancel()
 
 
+async def test_who_has_no_room_for_a_test_has_it_for_steps_and_the_test_waits_as_long_as_it_is_there() -> None:
+    def full(request: Request) -> Answer:
+        asked = [type(one) for one in merger.asked]
+        if isinstance(request, Infer) and (Forward not in asked or asked.count(Infer) < 9):
+            raise Busy("96 test batches wait here", 0.02)
+        return output(request)
+
+    net = Net(patience_s=0.1)
+    merger = net.joins(MERGER, *[full] * 10_000)
+    testing = asyncio.create_task(net.body.infer(0, Version(0), X))
+    await eventually(lambda: merger.asked)
+    await until(net.body.forward(cid=CID, version=Version(0), seed=1, x=X))
+    assert torch.equal(await until(testing), X + 1)
+    assert len(merger.asked) >= 10
+
+
 # --- servers that answer wrongly ---------------------------------------------------------------------------
 
 

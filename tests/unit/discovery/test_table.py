@@ -361,6 +361,10 @@ def test_peers_beyond_the_bound_are_refused_with_the_reason(monkeypatch: pytest.
     assert "MAX_PEERS" in table.refusals()[AGG.address]
     again = card("s1", 11, start=1)
     assert len(table.on(Welcomed(again, again.address, "them"), 0.2)) == 2
+    table = PeerTable(ME, wants_of(ME.role), TIMING, 1)
+    for one in (S1, S2):
+        table.on(Welcomed(one, one.address, "me"), 0.0)
+    assert "1 peers already (it may have no more files open: raise `ulimit -Hn`" in table.refusals()[S2.address]
 
 
 def test_hellos_that_lead_nowhere_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:

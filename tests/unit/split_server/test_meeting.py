@@ -252,17 +252,33 @@ async def test_copies_of_one_step_are_bounded(room: Room) -> None:
 
 
 def test_what_waits_is_bounded_in_all_and_for_each_shard() -> None:
-    places = Places(100, steps=2)
+    places = Places(100, steps=2, shards=5)
     with ExitStack() as taken:
         for _ in range(2 * MAX_COPIES):
             taken.enter_context(places.taken(3, 1))
         with pytest.raises(Busy, match="requests of shard 3 wait here already"):
             taken.enter_context(places.taken(3, 1))
-        taken.enter_context(places.taken(4, 100 - 2 * MAX_COPIES))
-        with pytest.raises(Busy, match="100 bytes of merged batches wait here"):
-            taken.enter_context(places.taken(5, 1))
     with places.taken(3, 101):  # one alone may be as long as it is
         pass
+
+
+@pytest.mark.parametrize("size_bytes", [35, 1])
+def test_one_shard_leaves_room_for_the_steps_of_every_other(size_bytes: int) -> None:
+    """However large its steps are, and however many of them it sends."""
+    places = Places(100, steps=100, shards=5)
+    with ExitStack() as taken:
+        for _ in range(35 // size_bytes):
+            taken.enter_context(places.taken(3, size_bytes))
+        with pytest.raises(Busy, match="35 bytes of merged batches wait here, 35 of them of shard 3, no room for more"):
+            taken.enter_context(places.taken(3, size_bytes))
+        for shard in (0, 1, 2, 4):
+            taken.enter_context(places.taken(shard, 10))
+        taken.enter_context(places.taken(1, 8))
+        with pytest.raises(Busy, match="83 bytes of merged batches wait here, 10 of them of shard 2"):
+            taken.enter_context(places.taken(2, 18))
+    with ExitStack() as taken:
+        for shard in range(5):
+            taken.enter_context(places.taken(shard, 20))  # what all need that are alike is there
 
 
 async def test_who_is_there_is_told_of_the_fullest_meeting_of_a_version(room: Room) -> None:

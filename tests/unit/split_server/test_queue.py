@@ -13,10 +13,11 @@ from helpers.waiting import until
 
 from zsfl.errors import BadShape, Busy, StaleWeights, ZsflError
 from zsfl.ids import Cid, RunId, Version, parse_cid, step_cid
+from zsfl.split_server import trying
 from zsfl.split_server.admission import Admission
 from zsfl.split_server.queue import Answer, Waiting, WorkQueue
 from zsfl.tensors.codec import Codec
-from zsfl.wire.messages import Backward, Forward, Ok
+from zsfl.wire.messages import Backward, Forward, Infer, Ok
 
 X = torch.zeros(2, 3)
 SPEC, DATA = Codec.parse("raw").pack("input", X)
@@ -81,7 +82,7 @@ class Body:
         self.left += 1
 
     def work(self, chosen: Sequence[Waiting], _weights: object) -> list[Answer | ZsflError]:
-        shards = [shard_of(cast(Forward | Backward, one.request).cid) for one in chosen]
+        shards = [one.request.shard if isinstance(one.request, Infer) else shard_of(one.request.cid) for one in chosen]
         self.turns.append(shards)
         if self.bad.intersection(shards):
             raise BadShape("a bad one")
@@ -203,6 +204,23 @@ async def test_a_request_waits_for_its_weights_and_holds_up_nobody() -> None:
     body.loading.pop(7).set_result(None)
     await until(waiting)
     assert body.turns == [[1], [0]]
+
+
+async def test_test_batches_take_no_slot_and_let_steps_go_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what one peer sends without end some is taken, and while steps come they have most of the time."""
+    monkeypatch.setattr(trying, "STEPS_TO_TESTS", 10**9)
+    body, infer = Body(slots=8), Infer(shard=7, version=Version(0), input=SPEC)
+    tests = [body.queue.put(infer, [DATA], "eve") for _ in range(2)]
+    with pytest.raises(Busy, match="2 test batches wait here, 2 of them yours"):
+        body.queue.put(infer, [DATA], "eve")
+    tests.append(body.queue.put(Infer(shard=6, version=Version(0), input=SPEC), [DATA], "anna"))
+    assert body.admission.load.busy == 3
+    await until(asyncio.gather(tests[0], *(body.put(shard) for shard in range(8))))
+    assert body.turns == [[7], [*range(8)]]
+    assert [test.done() for test in tests] == [True, False, False]
+    monkeypatch.setattr(trying, "STEPS_TO_TESTS", 0)
+    await until(asyncio.gather(body.put(0), *tests))
+    assert (body.turns[2:4], body.admission.idle, body.left) == ([[6], [7]], True, 12)
 
 
 async def test_answers_leave_before_the_next_turn_begins() -> None:

@@ -36,6 +36,7 @@ from zsfl.wire.messages import (
     RunState,
     Welcome,
 )
+from zsfl.wire.permits import hearers
 from zsfl.wire.pubsub import Publisher, Subscriber
 from zsfl.wire.server import Server
 
@@ -382,6 +383,39 @@ async def test_only_who_is_trusted_hears_broadcasts_and_a_revoked_key_no_more(tm
         finally:
             await ears.close()
             publisher.close()
+
+
+async def test_what_a_run_publishes_is_heard_by_whose_roles_need_it_and_by_nobody_else(tmp_path: Path) -> None:
+    """A key that is trusted to watch comes to the socket with the weights, and gets nothing; nor once it is no client
+    any more.
+    """
+    async with machines(tmp_path, "anna", "bob", "eve") as (anna, bob, eve):
+        anna.trusts(bob, frozenset({Role.CLIENT}))
+        anna.trusts(eve, frozenset({Role.OBSERVER}))
+        wired: dict[str, Any] = {"limits": anna.limits, "counters": anna.counters, "door": anna.door}
+        publisher = Publisher(anna.context, HOST, **wired, hearers=hearers(Role.AGGREGATOR))
+        ears = Ears(publisher)
+        try:
+            bobs, eves, others = ears.listen(bob, anna.key), ears.listen(eve, anna.key), ears.listen(eve, anna.key)
+            await eventually(lambda: count(anna.door.counters, "refused_roles") >= 2)
+            await ears.say(bobs)
+            assert (eves, others) == ([], [])
+            (said,) = anna.notes
+            assert f"the machine {machine_id(eve.key)} at 127.0.0.1 may not listen to what anna publishes" in said
+            assert "it is trusted as observer, and that is for aggregator, client, split-server, standby" in said
+            anna.trusts(bob, frozenset({Role.OBSERVER}))
+            publisher.cut()
+            await eventually(lambda: len(anna.notes) == 2)
+            bobs.clear()
+            own = ears.listen(anna, anna.key)
+            await ears.say(own)
+            assert (bobs, eves) == ([], [])
+        finally:
+            await ears.close()
+            publisher.close()
+        server = anna.serve()
+        with pytest.raises(Unauthorised, match="FetchWeights is not for a key that is trusted for observer to say"):
+            await eve.connect(server, anna.key).request(WEIGHTS, deadline_s=HANG_S)
 
 
 async def test_a_broadcast_that_is_not_for_its_sender_is_not_heard(tmp_path: Path) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import inspect
 
-from zsfl.errors import ConfigError
+from zsfl.errors import BadShape, ConfigError
 from zsfl.ids import NodeCard, Role
+from zsfl.tensors.codec import unpack
+from zsfl.tensors.spec import TensorSpec
 from zsfl.wire.fields import Counted, LongText, PeerHint, ShortText, fit_to_say
+from zsfl.wire.permits import MAY_SEND
 from zsfl.wire.refusals import refusal
 
 HOSTS = ("127.0.0.1", "10.0.0.255", "0.0.0.0")  # it is not bound, only spelled
@@ -40,6 +45,50 @@ def test_nothing_is_said_that_a_terminal_takes_for_an_order(bad: str) -> None:
     assert not is_taken(f"a{bad}b", ShortText)
     assert not is_taken(f"a{bad}b", LongText)
     assert fit_to_say(ConfigError(f"a{bad}b")).startswith("a?")
+    card = {"id": "a", "name": "a", "role": Role.CLIENT, "host": HOSTS[0], "control_port": 1}
+    assert is_taken(card, NodeCard)
+    assert not any(is_taken(card | {what: f"a{bad}b"}, NodeCard) for what in ("id", "name"))
+    assert not is_taken({"id": f"a{bad}b", "role": Role.CLIENT, "address": f"{HOSTS[0]}:1"}, PeerHint)
+
+
+def unlimited(kind: inspect.Type, where: str, seen: set[type]) -> Iterator[str]:
+    """Texts in messages that may have any characters, or are never too long."""
+    match kind:
+        case inspect.StrType(pattern=None):
+            yield where
+        case inspect.StructType() if kind.cls not in seen:
+            seen.add(kind.cls)
+            for field in kind.fields:
+                yield from unlimited(field.type, f"{kind.cls.__name__}.{field.name}", seen)
+        case inspect.UnionType():
+            for one in kind.types:
+                yield from unlimited(one, where, seen)
+        case inspect.CollectionType():
+            yield from unlimited(kind.item_type, where, seen)
+        case inspect.TupleType():
+            for one in kind.item_types:
+                yield from unlimited(one, where, seen)
+        case inspect.DictType():
+            yield from unlimited(kind.key_type, where, seen)
+            yield from unlimited(kind.value_type, where, seen)
+        case inspect.AnyType():
+            yield where
+        case _:
+            pass
+
+
+def test_every_text_that_peers_say_is_bounded_in_what_it_may_be() -> None:
+    """But of tensors what is compared with what there is, and shown as Python spells it."""
+    seen = set[type]()
+    found = {text for kind in MAY_SEND for text in unlimited(inspect.type_info(kind), "", seen)}
+    assert found == {"TensorSpec.name", "TensorSpec.dtype", "TensorSpec.codec"}
+    for number, field in enumerate(("codec", "dtype", "name")):
+        spec = {"name": "x", "dtype": "float32", "shape": (1,), "codec": "raw", "nbytes": number % 2 * 4}
+        spec[field] = "\x1b[2J" * 1000
+        with pytest.raises(BadShape) as caught:
+            unpack(msgspec.convert(spec, TensorSpec), b"")
+        assert fit_to_say(caught.value) == str(caught.value), field
+        assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("fine", ["", "client 3", "Zürich, 日本 🙂", "a\u200bb"])
