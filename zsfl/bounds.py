@@ -14,10 +14,12 @@ BESIDE_RUNS = ("spills", "logs", "noise")
 """Folders that lie among those of the runs."""
 CHOICES = {
     "mode": ("exact", "elastic", "async"),
-    "durability": ("process", "power", "replica"),
+    "durability": ("process", "power", "replica", "store"),
     "takeover": ("majority", "always", "never"),
 }
 """Of settings that take one of a few words."""
+SYNCED = ("power", "store")
+"""Durabilities with which what is in the run's folder outlasts a loss of power."""
 
 
 def _check_host(host: str) -> None:

@@ -5,25 +5,26 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-import platform
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import zmq.asyncio
 
 from zsfl.aggregator.curves import check_tensorboard, drawing
 from zsfl.aggregator.mirror import Mirror
+from zsfl.aggregator.opening import Opening, describe, done
 from zsfl.aggregator.role import AggregatorRole
 from zsfl.aggregator.run_folder import RunFolder
-from zsfl.aggregator.standby import Elected, StandbyRole
-from zsfl.aggregator.standing import Standing, what_is_kept
+from zsfl.aggregator.standby import StandbyRole
+from zsfl.aggregator.standing import Elected, Standing, what_is_kept
+from zsfl.bounds import SYNCED
 from zsfl.client.role import ClientRole
 from zsfl.dashboard.printer import NodePrinter
 from zsfl.errors import ConfigError, Fenced, StorageError, ZsflError
@@ -191,29 +192,26 @@ async def _play(front: Front, job: Job, cuts: Cuts, spills: Path) -> None:
 
 
 async def _aggregate(
-    role: Role,
-    front: Callable[..., Front],
-    name: str,
-    job: Job,
-    cuts: Cuts,
-    settings: NodeSettings,
-    report: Reporter,
+    role: Role, front: Callable[..., Front], name: str, job: Job, cuts: Cuts, settings: NodeSettings, report: Reporter
 ) -> None:
     """Aggregate, or stand by and aggregate once that is called for; whoever is succeeded stands by from then on.
 
     Where somebody else may have taken over meanwhile, it is found out first who aggregates.
     """
-    run = settings.run or job.name
+    run, opening = settings.run or job.name, Opening(settings, job, cuts.first.load_lines())
     if settings.tensorboard:
         check_tensorboard()
+    or_begin = settings.service or opening.is_kept
     with (
         RunFolder.of_copy(settings.runs, f"{run}.{name}")
         if role is Role.STANDBY
-        else RunFolder.create(settings.runs, run, settings.resume, or_begin=settings.service)
+        else RunFolder.create(settings.runs, run, settings.resume, or_begin=or_begin)
     ) as folder:
+        for note in await opening.begin_or_go_on(folder) if role is Role.AGGREGATOR else ():
+            report(msgspec.structs.replace(note, node=name))
         if settings.service:
-            if (done := _done(folder, settings, job)) is not None:
-                return report(Note(node=name, message=done))
+            if (over := done(folder, settings, job)) is not None:
+                return report(Note(node=name, message=over))
             settings = dataclasses.replace(settings, resume=not folder.is_new and role is Role.AGGREGATOR)
         known: tuple[str, ...] = ()
         while True:
@@ -231,7 +229,7 @@ async def _aggregate(
             drawn = ExitStack()
 
             async def make(node: Node, elected: Elected | None = elected, drawn: ExitStack = drawn) -> RoleShell:
-                aggregator = AggregatorRole(node, job, cuts, folder, elected)
+                aggregator = AggregatorRole(node, job, cuts, folder, *await opening.stored(node, folder, elected))
                 aggregator.prepare()
                 folder.write_settings(describe(job, settings, node.facts))
                 folder.write_address(node.card.address)
@@ -243,22 +241,13 @@ async def _aggregate(
                 with drawn:
                     await leading.run(make)
             except Fenced as fenced:
+                if not Standing.of(folder.path).shared:  # nobody stands by, and so nobody need stand by another
+                    raise
                 leading.note(str(fenced), "warning")
                 role, known = Role.STANDBY, leading.known()
                 await _until_free(settings)
             else:
                 return leading.say_left(what_is_kept(folder))
-
-
-def _done(folder: RunFolder, settings: NodeSettings, job: Job) -> str | None:
-    """That nothing is left to do in this folder, for people; None when there is."""
-    finished, wanted = folder.finished(), settings.rounds or Standing.of(folder.path).rounds or job.rounds
-    if finished is None or settings.hold or not (finished.early or finished.rounds >= wanted):
-        return None
-    return (
-        f"the run in {folder.path} is finished, with {number_of(finished.rounds, 'round')}: nothing is left to do. Ask "
-        "for more with --rounds, or name another run with --run"
-    )
 
 
 async def _until_free(settings: NodeSettings) -> None:
@@ -283,7 +272,7 @@ async def _stand_by(front: Front, job: Job, cuts: Cuts, folder: RunFolder, stand
         job.optimizer.build([torch.nn.Parameter(torch.zeros(1))])
 
     async def make(node: Node) -> RoleShell:
-        syncs = front.settings.durability == "power"
+        syncs = front.settings.durability in SYNCED
         write_loader = partial(folder.write_loader, cuts.first.load_lines())
         mirror = Mirror(folder.path, max_staleness(job.how), syncs=syncs, model_came=write_loader)
         made.append(StandbyRole(node, mirror, standing, shards=job.shards, warm_up=warm_up))
@@ -302,19 +291,6 @@ def default_name(role: Role, settings: NodeSettings) -> str:
     if role is Role.STANDBY:  # its copy of the run is found again by it
         return f"{role}-{host}"
     return f"{role}-{host}-{os.getpid()}"
-
-
-def describe(job: Job, settings: NodeSettings, facts: Mapping[str, str]) -> dict[str, object]:
-    """What a run was started with, for its folder."""
-    shown_job: dict[str, object] = dict(facts)
-    plain = ("batch_size", "rounds", "shards", "seed", "shuffle", "steps", "local_lr", "evaluate_every", "stop_after")
-    shown_job |= {name: getattr(job, name) for name in plain}
-    shown_job |= {"optimizer": repr(job.optimizer), "batches": repr(job.batches).strip("'")}
-    shown = {
-        name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(settings).items()
-    }
-    versions = {"zsfl": version("zsfl"), "torch": str(torch.__version__), "python": platform.python_version()}
-    return {"job": shown_job, "node": shown, "versions": versions}
 
 
 @contextmanager

@@ -123,7 +123,7 @@ class NodeSettings:
         default="process",
         metadata=_doc(
             "what a committed version outlasts: process, its end; power, that of the power (slower); replica, the end "
-            "of this machine, as one that stands by has it too"
+            "of this machine, as one that stands by has it too; store, the same, as the store of --spill has it"
         ),
     )
     takeover: str = field(

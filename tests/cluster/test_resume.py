@@ -24,6 +24,7 @@ from torch.utils.data import TensorDataset
 import zsfl
 from zsfl.aggregator import trials
 from zsfl.aggregator.audit import audit, replay_versions
+from zsfl.aggregator.audit_store import look_in_store
 from zsfl.errors import ConfigError, RemoteProtocolError, RunFailed, ZsflError
 from zsfl.ids import Cid, Role, Version
 from zsfl.reports import AnyReport, Before, RoundReport
@@ -331,3 +332,20 @@ async def test_no_such_number_of_rounds_is_trained(rounds: int, tmp_path: Path) 
     async with zsfl.LocalCluster(CASE.job(), in_process=True, runs=tmp_path) as cluster:
         with pytest.raises(ConfigError, match="use a number from 1 to"):
             _ = [report async for report in cluster.train(rounds)]
+
+
+async def test_a_run_that_a_store_has_goes_on_without_its_folder(tmp_path: Path) -> None:
+    kept: dict[str, Any] = {"spill": str(tmp_path / "store"), "durability": "store"}
+    first, second = tmp_path / "first", tmp_path / "second"
+    before = await in_process(CASE, first, rounds=1, **kept)
+    with pytest.raises(ZsflError, match=r"a run exact is in .*store already: go on with it by --resume"):
+        await in_process(CASE, second, rounds=1, **kept)
+    shutil.rmtree(first)
+    ran = await in_process(CASE, second, rounds=1, resume=True, **kept)
+    assert [report.round for report in (*before.reports, *ran.reports)] == [1, 2]
+    assert_equal(ran.weights, (await in_process(CASE, tmp_path / "straight", rounds=2)).weights)
+    assert_sound(ran, 2)
+    assert audit(ran.folder).faults == []
+    there = await asyncio.to_thread(look_in_store, ran.folder)
+    assert there is not None
+    assert there.said.endswith("spills of 0 steps; the run, up to version 8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -100,6 +100,14 @@ def check_losses(window: Sequence[Contribution], place: str) -> None:
             )
 
 
+class Elsewhere(Protocol):
+    """Where a record is to be before it is in the file."""
+
+    async def record(self, version: Version, line: bytes) -> None:
+        """Returns once it is there; it may be tried again."""
+        ...
+
+
 class Ledger:
     """Appends records to the run's ledger file. Committing blocks on the disk."""
 
@@ -107,6 +115,7 @@ class Ledger:
         """With `sync` a record would outlast a loss of power when `commit` returns."""
         self._folder = folder
         self._sync = sync
+        self.elsewhere: Elsewhere | None = None
         self.last = ""
 
     def records(self) -> list[RecordLine]:
@@ -134,6 +143,13 @@ class Ledger:
         kept = [line for line in self.records() if line.record.version <= version]
         self.last = kept[-1].digest if kept else ""
         self.cut()
+
+    async def put(self, record: Record) -> None:
+        """As `commit`; before that it is elsewhere, where that is asked for."""
+        if self.elsewhere is not None:
+            line = msgspec.json.encode(msgspec.structs.replace(record, predecessor=self.last))
+            await self.elsewhere.record(record.version, line)
+        self.commit(record)
 
     def commit(self, record: Record) -> None:
         """Append a record, which names the one before."""

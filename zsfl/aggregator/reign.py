@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,21 +165,21 @@ class Reign:
             return False
         return not self._standing.shared or self._is_alone or self._lease.is_held(clock_s())
 
-    async def record(self, write: Callable[[], None]) -> None:
+    async def record(self, write: Callable[[], Awaitable[None]]) -> None:
         """Write a record once, while nobody else can lead; returns when that was so also after it was written.
 
         The disk may take longer than a lease. Where another has taken over meanwhile this ends with Fenced.
         """
         is_written = False
 
-        def keep() -> bool:
+        async def keep() -> bool:
             nonlocal is_written
             if not is_written and self.is_held:
-                write()
+                await write()
                 is_written = True
             return is_written and self.is_held
 
-        while not await self._node.persistently(keep):
+        while not await self._node.until_written(keep):
             await self._assured()
 
     async def _assured(self) -> None:

@@ -12,16 +12,19 @@ import msgspec
 
 from zsfl.aggregator.assembly import Assembly
 from zsfl.aggregator.held_out import HeldOut
+from zsfl.aggregator.keeping import Keeping
 from zsfl.aggregator.progress import Place, Progress
 from zsfl.aggregator.reign import Reign
 from zsfl.aggregator.replay import recover
 from zsfl.aggregator.roster import Roster
 from zsfl.aggregator.run_folder import RunFolder
 from zsfl.aggregator.stage import Stage
-from zsfl.aggregator.standby import Elected
+from zsfl.aggregator.standing import Elected
+from zsfl.aggregator.stored_run import StoredRun
 from zsfl.aggregator.tally import PeerCounters
 from zsfl.aggregator.training import Training
 from zsfl.aggregator.trials import Trials
+from zsfl.bounds import SYNCED
 from zsfl.errors import Busy, ConfigError, NoPeer, RemoteProtocolError, RunFailed, StorageError
 from zsfl.ids import NodeCard, NodeId, Role, Version, parse_cid
 from zsfl.latest import Latest, first_of
@@ -30,7 +33,7 @@ from zsfl.learning.job import Job
 from zsfl.learning.master import Master
 from zsfl.learning.modes import Exact, max_staleness
 from zsfl.node import OFFERS_TOPIC, BeatExtras, Node
-from zsfl.reports import Assembled, Failed, RoundReport
+from zsfl.reports import Assembled
 from zsfl.spill.objects import store_for
 from zsfl.tensors.plan import CodecPlan
 from zsfl.weights.shelf import Shelf
@@ -61,8 +64,18 @@ FAREWELL_S = 30.0
 class AggregatorRole:
     """Runs one job from its first version to its last."""
 
-    def __init__(self, node: Node, job: Job, cuts: Cuts, folder: RunFolder, elected: Elected | None = None) -> None:
-        """`elected`: how this node came to aggregate, where it stood by before."""
+    def __init__(
+        self,
+        node: Node,
+        job: Job,
+        cuts: Cuts,
+        folder: RunFolder,
+        stored: StoredRun | None = None,
+        elected: Elected | None = None,
+    ) -> None:
+        """`stored`: the run in a store, if it is kept there. `elected`: how this node came to aggregate, where it stood
+        by before.
+        """
         self._node = node
         self._job = job
         self._cuts = cuts
@@ -79,12 +92,15 @@ class AggregatorRole:
         self._reign = Reign(node, folder.path, self._stage, shards=job.shards, bound=bound)
         self._elected = elected
         # Versions that depend on who was quick may have been others where they were not handed on.
-        self._forks = elected and not isinstance(job.how, Exact) and node.settings.durability != "replica"
+        self._forks = (
+            elected and not isinstance(job.how, Exact) and node.settings.durability not in ("replica", "store")
+        )
         self._training = Training(node, job, folder, self._stage, master, self._roster, self._shelf, self._reign)
         if (store := store_for(node.settings, job.name)) is not None:
             self._training.collector.look_into(store, self._stage, self._reign.holders)
-        syncs = node.settings.durability == "power"
+        syncs = node.settings.durability in SYNCED
         self._progress = Progress(folder, job, cuts, master, self._training.journal, syncs=syncs)
+        self._keeping = Keeping(node, folder, self._progress, self._training, self._stage, self._roster, stored)
         self._held_out = HeldOut(node, self._stage, self._shelf, self._roster, job)
         self._trials = Trials(node, job, folder, self._progress, self._training, self._held_out)
         start_with = 0 if node.settings.resume or elected else node.settings.start_with
@@ -242,7 +258,7 @@ class AggregatorRole:
         async with asyncio.TaskGroup() as tasks:
             serving = tasks.create_task(self._server.run(), name="data")
             try:
-                await first_of(self._run_job(), self._held_out.run(), self._reign.run())
+                await first_of(self._run_job(), self._held_out.run(), self._reign.run(), self._keeping.run())
             except StorageError as error:
                 if not await self._reign.abdicate(FAREWELL_S):
                     await self._fail(error)
@@ -254,7 +270,7 @@ class AggregatorRole:
                 raise
             finally:
                 serving.cancel()
-                self._training.journal.close()
+                self._keeping.close()
 
     async def _run_job(self) -> None:
         await self._assemble()
@@ -283,8 +299,7 @@ class AggregatorRole:
         before = {} if self._resumed is None else self._resumed.samples
         if any(before.get(shard, count) != count for shard, count in samples.items()):
             raise ConfigError("the shards have other sizes than when the run began; resume it with the same data")
-        if self._resumed is None:
-            self._keep_first()
+        await self._keeping.begin(is_new=self._resumed is None)
         machine, held = self._reign.holders.largest()
         if self._job.average != "mean" and 2 * held >= self._job.shards:
             self._node.note(
@@ -307,6 +322,7 @@ class AggregatorRole:
         await self._node.persistently(self._folder.write_plot)
         finished = self._trials.finished(total, time.monotonic() - begun_s + self._before_s)
         await self._node.persistently(lambda: self._folder.append_metrics(finished))
+        await self._keeping.end()
         self._node.report(finished)
 
     async def _train_round(self, total: int) -> None:
@@ -318,49 +334,12 @@ class AggregatorRole:
         roster, added = self._roster.value, self._counters.added()
         report = tally.round_report(self._training.version, added, time.monotonic(), roster.label)
         report = msgspec.structs.replace(report, without=roster.without())
-        await self._node.persistently(lambda: self._keep(report))
+        await self._node.persistently(lambda: self._keeping.keep(report))
         await self._trials.order(report, *self._training.newest)
-
-    # --- what the run leaves ----------------------------------------------------------------------------
-
-    def _keep_first(self) -> None:
-        """What the run begins with; blocking. Nothing is lost yet, and whoever starts a run is there to hear of it, so
-        that a disk which refuses is not waited for.
-        """
-        try:
-            self._keep(None)
-        except StorageError as error:
-            raise StorageError(f"the run cannot begin: {error} with --runs") from error
-
-    def _keep(self, report: RoundReport | None) -> None:
-        """Model and checkpoint of a round, or of what it begins with; blocking."""
-        training = self._training
-        if report is not None:
-            self._progress.keep_model(training.newest[1])
-        self._progress.save(
-            Place(
-                run=self._stage.run,
-                version=training.version,
-                round=training.round,
-                facts=self._progress.facts,
-                samples=dict(self._roster.value.samples()),
-                commit=training.ledger.last,
-                memory=training.rules.state(),
-                untested=report,
-            )
-        )
 
     async def _fail(self, error: Exception) -> None:
         """Keep the last good version, and tell everybody why the run ends."""
-        version, state = self._training.newest
-        is_kept = version > 0  # the ledger has it, whatever else can be written
-        with suppress(StorageError):
-            self._progress.keep_model(state)
-            is_kept = True
-            self._progress.keep_to(version)
-            self._training.cut_after(version, self._progress.begin_another)
-            self._folder.append_metrics(Failed(node=self._node.name, kind=type(error).__name__, message=str(error)))
-            self._folder.write_plot()
+        version, is_kept = self._training.newest[0], await self._keeping.fail(error)
         self._stage.place(reason=fit_to_say(error))
         if is_kept:
             error.args = (f"{error} (version {version} is kept in {self._folder.path})",)

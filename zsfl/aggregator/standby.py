@@ -7,14 +7,13 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 import msgspec
 
 from zsfl.aggregator.consent import Consent
 from zsfl.aggregator.holders import Holders
 from zsfl.aggregator.mirror import Mirror
-from zsfl.aggregator.standing import Standing
+from zsfl.aggregator.standing import Elected, Standing
 from zsfl.errors import (
     ConfigError,
     NoPeer,
@@ -39,18 +38,6 @@ RIVAL_LEASES = (0.5, 3.0)
 """How long whoever finds another standing too asks nobody, in leases: the promises that each has run out meanwhile."""
 FIRST_LEASES = 2.0
 """How long an aggregator is waited for after a start, before this node stands, in leases."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Elected:
-    """That this node is to aggregate from now on."""
-
-    is_behind: bool
-    """Whether versions were published that it has not: they are made again."""
-    rounds: int
-    """How many rounds the run was to have; 0: not known."""
-    has_followed: bool
-    """Whether somebody else aggregated since this node was started, and its clients may still be there."""
 
 
 class StandbyRole:
@@ -360,7 +347,9 @@ class StandbyRole:
         await self._node.persistently(lambda: self._keep(epoch=self._epoch, led=True))
         with suppress(ZsflError):
             await self._has_majority(HANDOVER_S)  # until the versions since the checkpoint are made again
-        self.elected = Elected(is_behind=is_behind, rounds=self._rounds, has_followed=self._has_followed)
+        self.elected = Elected(
+            is_behind=is_behind, known=self._known[1], rounds=self._rounds, has_followed=self._has_followed
+        )
         self._node.note(f"taking over at version {self._mirror.version}, in epoch {self._epoch}", "warning")
         return True
 

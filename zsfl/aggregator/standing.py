@@ -1,9 +1,10 @@
-"""What a run folder remembers of who aggregates, and for whom."""
+"""What a run folder remembers of who aggregates, and for whom, and how a node comes to."""
 
 from __future__ import annotations
 
 import os
 import secrets
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -54,6 +55,20 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
             to_disk(folder)
         except OSError as error:
             raise StorageError(f"cannot write {folder / STANDING}: {error.strerror}; make room there") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Elected:
+    """That this node is to aggregate from now on."""
+
+    is_behind: bool
+    """Whether versions were published that it has not: they are made again."""
+    known: int = 0
+    """The newest version that clients knew of."""
+    rounds: int
+    """How many rounds the run was to have; 0: not known."""
+    has_followed: bool
+    """Whether somebody else aggregated since this node was started, and its clients may still be there."""
 
 
 def what_is_kept(folder: RunFolder) -> str:

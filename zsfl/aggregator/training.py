@@ -26,6 +26,7 @@ from zsfl.aggregator.run_folder import RunFolder
 from zsfl.aggregator.sifting import Sieve
 from zsfl.aggregator.stage import Stage
 from zsfl.aggregator.tally import Tally
+from zsfl.bounds import SYNCED
 from zsfl.errors import RunFailed
 from zsfl.ids import Cid, Portion, Role, RunId, Version, step_cid
 from zsfl.latest import Latest
@@ -65,7 +66,7 @@ class Training:
         self._roster = roster
         self._shelf = shelf
         self._reign = reign
-        syncs = node.settings.durability == "power"
+        syncs = node.settings.durability in SYNCED
         self.ledger = Ledger(folder, sync=syncs)
         self.journal = Journal(folder.journal_path, syncs=syncs)
         self.rules = Rules(job)
@@ -375,7 +376,7 @@ class Training:
         how = {"clipped": sifted.clipped, "chosen": chosen, "refused": sifted.refused}
         record = msgspec.structs.replace(record, epoch=state.epoch, **place, **how)
         await self._node.persistently(self.journal.sync)
-        await self._reign.record(lambda: self.ledger.commit(record))
+        await self._reign.record(lambda: self.ledger.put(record))
         self._take_state(Version(self.version + 1))
         await self._reign.recorded(self.newest[0])
         self._gathering.recorded()

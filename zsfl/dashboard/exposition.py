@@ -33,7 +33,7 @@ COUNTERS = {
     "spilled_bytes": ("spilled_bytes", "Bytes of contributions put in place on the disk."),
     "spills_lost": ("lost_spills", "Spills set aside by their holder, as they came out damaged or not at all."),
     "spills_adopted": ("adopted_spills", "Spills that the aggregator took from the store, of nodes that are gone."),
-    "store_refusals": ("store_refusals", "Spills that were not put in the store, as it did not take them."),
+    "store_refusals": ("store_refusals", "What was not put in the store, as it did not take it: spills, or versions."),
     "spills_corrupt": ("corrupt_spills", "Spills that arrived damaged at the aggregator."),
     "spills_refused": ("refused_spills", "Spills that the aggregator refused for what is in them."),
     "refused": ("refused_requests", "Requests answered with an error."),

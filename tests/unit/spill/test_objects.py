@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec import AbstractFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 from helpers.waiting import HANG_S
 
 from zsfl.errors import ConfigError, SpillCorrupt, StoreAway
 from zsfl.ids import NodeId, RunId
 from zsfl.settings import NodeSettings
-from zsfl.spill.objects import AT_ONCE, DELETED_AT_ONCE, ObjectStore, Place, name_of, store_for
+from zsfl.spill.objects import ObjectStore, Place, name_of, store_for
+from zsfl.spill.shared import AT_ONCE, DELETED_AT_ONCE, Shared
+from zsfl.spill.shared import opened as opened_at
 
 RUN = RunId("3fa9c1")
 NODE = NodeId("00112233aabb")
@@ -92,7 +96,7 @@ class Refusing:
 async def test_a_store_that_refuses_or_does_not_answer_is_an_error_that_says_what_to_do() -> None:
     for error, why in ((PermissionError("not yours"), "PermissionError: not yours"), (None, "no answer within 0.05 s")):
         files = Refusing(error)
-        store = ObjectStore(files, "/x", "s3://bucket/x", "job", 0.05)
+        store = ObjectStore(files, "/x", "s3://bucket/x", "job", 0.05 if error is None else 30.0)
         with pytest.raises(StoreAway, match=f"cannot write spills in s3://bucket/x: {why}; check that it can be"):
             await store.put(at(), DATA)
         if error is not None:
@@ -147,3 +151,26 @@ async def test_much_is_deleted_in_calls_that_each_have_their_time(
     monkeypatch.setattr(store, "_delete", lambda paths: calls.append(len(paths)))
     await store.delete(at(serial=number) for number in range(DELETED_AT_ONCE + 1))
     assert calls == [DELETED_AT_ONCE, 1]
+
+
+async def test_whether_a_store_keeps_two_from_writing_the_same_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", AbstractFileSystem.pipe_file)  # which looks, and then writes
+    for url, once in ((f"file://{tmp_path}/shared", True), ("memory://objects/once", False)):
+        files, root = opened_at(NodeSettings(spill=url))
+        store = Shared(files, root, url, 30.0, "the run")
+        assert await store.creates_once() == once
+        assert await store.names() == []
+        assert once is False or not (tmp_path / "shared").exists()
+        assert [await store.create("one", b"mine"), await store.create("one", b"other")] == [True, False]
+        assert (await store.read("one", 100), await store.names()) == (b"mine", ["one"])
+    files, root = opened_at(NodeSettings(spill=str(tmp_path / "linkless")))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(files, "link", refuse)
+    store = Shared(files, root, "linkless", 30.0, "the run")
+    assert not await store.creates_once()
+    assert [await store.create("one", b"mine"), await store.create("one", b"other")] == [True, False]

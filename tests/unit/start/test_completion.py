@@ -45,7 +45,7 @@ def test_the_shell_reads_it(shell: str, folder: Path) -> None:
         ("zsfl no", ["node"]),
         ("zsfl node s", ["split-server", "standby"]),
         ("zsfl up --cl", ["--clients", "--client-processes", "--cluster"]),
-        ("zsfl up job.py --durability ", ["process", "power", "replica"]),
+        ("zsfl up job.py --durability ", ["process", "power", "replica", "store"]),
         ("zsfl node client job.py --mode e", ["exact", "elastic"]),
         ("zsfl baseline splitfed-v", ["splitfed-v1", "splitfed-v2"]),
         ("zsfl completion ", ["bash", "zsh", "fish"]),
