@@ -44,7 +44,7 @@ FLAGS = {
     "baseline": {"ALGORITHM", "JOB", "--clients", "--rounds", "--threads"},
     "drain": {"HOST:PORT", "--wait-s", "--keys", "--insecure", "--no-insecure"},
     "ls": {*LOOKING, "RUN", "--json", "--wait-s"},
-    "doctor": {*LOOKING, "JOB", "--json", "--cluster", "--device", "--spill-mib"},
+    "doctor": {*LOOKING, "JOB", "--json", "--cluster", "--device", "--spill", "--spill-mib"},
     "top": {*LOOKING, "RUN"},
     "status": {"RUN", "--json", "--runs"},
     "runs": {"RUN", "--json", "--plot", "--runs"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
 from zsfl.aggregator.gathering import Gathering, Key
@@ -27,6 +27,8 @@ from zsfl.wire.messages import SpillOffer
 LAG_S = 60.0
 """How long it is looked for what a node left: listings of a shared file system may be that old."""
 READ_AT_ONCE = 4
+MOST_READ, MOST_READ_BYTES = 1024, 1 << 30
+"""Objects of nodes that are there that one look reads; what is beyond them is offered anyway, or made again."""
 Adopt = Callable[[NodeId, str, SpillOffer, Buffer], bool]
 """Takes a spill of a node, with the name that it says it was written by; whether it was one."""
 
@@ -106,7 +108,7 @@ class Adoption:
             self._read = {at: read for at, read in known.items() if read or at.node not in live}
             is_late = time.monotonic() >= self._half_until_s
             left = [at for at in there if at.node not in live]
-            looked_at = there if of_all else left
+            looked_at = [*left, *(self._newest(there, live) if of_all else ())]
             for first in range(0, len(looked_at), READ_AT_ONCE):
                 await asyncio.gather(*map(self._adopt, looked_at[first : first + READ_AT_ONCE]))
             if is_late:  # what is half written by now stays so: it is not read again, nor waited for
@@ -123,6 +125,19 @@ class Adoption:
             self._is_looking = False
         self._trouble = False
         return any(self._read.get(at) != {} for at in set(left).difference(settled))
+
+    def _newest(self, there: Sequence[Place], live: Collection[NodeId]) -> list[Place]:
+        """Of nodes that are there, what they put last and nobody has read, and what was read: a look has its bounds."""
+        newest = sorted((at for at in there if at.node in live), key=lambda at: at.name[:8], reverse=True)
+        unread, room_bytes = 0, MOST_READ_BYTES
+        found: list[Place] = []
+        for at in newest:
+            if at not in self._read:
+                unread, room_bytes = unread + 1, room_bytes - at.size_bytes
+                if unread > MOST_READ or (room_bytes < 0 and unread > 1):
+                    continue
+            found.append(at)
+        return found
 
     async def _adopt(self, at: Place) -> None:
         """Take of an object what may still count and is not here."""
@@ -191,8 +206,10 @@ class Adoption:
 
     async def clear(self) -> None:
         """Delete all that is left of the run: it is over, and what counts is recorded."""
-        with suppress(StorageError):
+        try:
             await self._clear(await self._store.found(self._stage.run))
+        except StorageError as error:
+            self._node.note(f"what is left of the finished run in the store stays there: {error}", "warning")
 
     async def _clear(self, places: Sequence[Place]) -> None:
         await self._store.delete(places)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,16 +41,18 @@ class Audit:
     faults: list[str] = field(default_factory=list[str])
 
 
-def audit(folder: Path, looked: Callable[[int, int], None] = lambda _done, _all: None) -> Audit:
+def audit(
+    folder: Path, looked: Callable[[int, int], None] = lambda _done, _all: None, stored: Collection[Cid] = ()
+) -> Audit:
     """Check ledger, contributions, checkpoints and spills of one run; `ConfigError` when it is no run's folder.
 
     Nothing is changed, so that a run in progress may be looked at, too. `looked` is told how many versions of how many
-    were looked at.
+    were looked at. `stored` are steps of which there are spills elsewhere.
     """
     found = Audit()
     # Before the ledger, which in a run in progress has then at least what came of them.
     kept = Journal(folder / JOURNAL).kept()
-    acknowledged = {cid for cid, _ in kept} | set(_spilled(folder))
+    acknowledged = {cid for cid, _ in kept} | set(_spilled(folder)) | set(stored)
     lines = list(_records(folder, found.faults.append))
     records = [line.record for line in lines]
     settled = _settled(records, found.faults.append)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from zsfl.aggregator.audit import Audit, audit, replay_versions
+from zsfl.aggregator.audit_store import look_in_store
 from zsfl.errors import ConfigError
 from zsfl.learning.job import Job, load_job
 from zsfl.ranges import shards_named
@@ -22,9 +23,13 @@ MOST_FAULTS = 20
 
 def print_audit(folder: Path, versions: str | None, job: Path | None) -> int:
     """Audit a run's folder, and make versions such as `12..15` again; 0 when all is well, else 1."""
-    found = audit(folder, _Progress())
+    there = look_in_store(folder)  # before the ledger, as `audit` says
+    found = audit(folder, _Progress(), () if there is None else there.cids)
     print(f"{folder}: {_summary(found)}")
     print(f"contributions kept whole for {number_of(found.verified, 'version')}")
+    if there is not None:
+        print(there.said)
+        found.faults += [there.fault] if there.fault else []
     for absence in _absences(found):
         print(absence)
     for fault in found.faults[:MOST_FAULTS]:

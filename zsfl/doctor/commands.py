@@ -17,13 +17,14 @@ examples:
   zsfl doctor mnist.py --host 192.168.1.30      the nodes of this job, as a node at that address sees them
   zsfl doctor mnist --host 192.168.1.30         the same by the job's name
   zsfl doctor --peer 192.168.1.10:7700          that node, and whom it knows: where multicast is blocked
+  zsfl doctor --spill s3://bucket/zsfl          whether this machine may use that store, too
   zsfl doctor --json                            all that was seen and found, for programs
 
 Give it the flags that a node here has. It changes nothing, and takes a few seconds. Each line is good, or something to
 mind (warn), or wrong (BAD), with what to do about it. Each sees but its own side of the network: where two machines do
 not find each other, run it on both. It ends with 0 when all is well, with 1 when something is wrong.
 """
-FLAGS = (*LOOKING, "cluster", "device", "spill_mib")
+FLAGS = (*LOOKING, "cluster", "device", "spill", "spill_mib")
 
 
 def add_commands(commands: Any, make: Callable[..., argparse.ArgumentParser]) -> None:

@@ -13,19 +13,21 @@ import ifaddr
 import msgspec
 
 from zsfl.condition import room_in, versions_here
-from zsfl.doctor.seen import Disk, Here, Interface, Keys, Multicast, Torch
-from zsfl.errors import ConfigError
+from zsfl.doctor.seen import Disk, Here, Interface, Keys, Multicast, Store, Torch
+from zsfl.errors import ConfigError, StorageError
 from zsfl.ids import PROTOCOL
 from zsfl.keys.machine import machine_id
 from zsfl.keys.secret import KEY_FILE, keys_folder, own_keys
 from zsfl.keys.trusted import TrustFile
 from zsfl.settings import NodeSettings
+from zsfl.spill.shared import Shared, opened
 from zsfl.wire.door import Door, is_loopback
 
 TRIAL_BYTES = 1 << 20
 """Written, to see whether a disk takes it: a quota shows no other way."""
 MAX_SPILLS = 100_000
 """Files of spills that are counted."""
+STORE_S = 5.0
 TORCH_S = 60.0
 """Importing PyTorch takes seconds, on a busy machine many."""
 OUTPUT = "zsfl doctor: "
@@ -59,6 +61,21 @@ def look_at_disk(settings: NodeSettings) -> Disk:
     return Disk(
         folder=str(runs), free_bytes=free_bytes, error=error, spilled_bytes=spilled, spill_mib=settings.spill_mib
     )
+
+
+async def look_at_store(settings: NodeSettings) -> Store | None:
+    """Write an object where spills go, and delete it; None where they go to the disk."""
+    if not settings.spill:
+        return None
+    try:
+        files, root = opened(settings)
+        store = Shared(files, root, settings.spill, min(STORE_S, settings.request_s / 2), "spills")
+        try:
+            return Store(url=settings.spill, once=await store.creates_once())
+        finally:
+            store.close()
+    except (ConfigError, StorageError) as error:
+        return Store(url=settings.spill, error=str(error))
 
 
 def look_at_keys(settings: NodeSettings) -> tuple[Keys, Door | None]:
@@ -106,7 +123,9 @@ async def look_at_torch(device: str, job: Path | None) -> Torch:
     return msgspec.json.decode(answers[-1].removeprefix(OUTPUT), type=Torch)
 
 
-def here(settings: NodeSettings, disk: Disk, keys: Keys, torch: Torch, multicast: list[Multicast]) -> Here:
+def here(
+    settings: NodeSettings, disk: Disk, store: Store | None, keys: Keys, torch: Torch, multicast: list[Multicast]
+) -> Here:
     """All of it."""
     return Here(
         host=settings.host,
@@ -114,6 +133,7 @@ def here(settings: NodeSettings, disk: Disk, keys: Keys, torch: Torch, multicast
         mdns=settings.mdns,
         multicast=multicast,
         disk=disk,
+        store=store,
         keys=keys,
         torch=torch,
         device=settings.device,

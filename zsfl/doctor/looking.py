@@ -16,7 +16,7 @@ from zsfl.discovery.dns import addresses_of
 from zsfl.discovery.folder import Folder
 from zsfl.doctor.asking import Asker
 from zsfl.doctor.hearing import listen
-from zsfl.doctor.here import here, look_at_disk, look_at_keys
+from zsfl.doctor.here import here, look_at_disk, look_at_keys, look_at_store
 from zsfl.doctor.nodes import PORTS
 from zsfl.doctor.seen import Multicast, Reach, Seen, SeenNode, Torch
 from zsfl.doctor.together import groups_of, unheard
@@ -43,13 +43,14 @@ async def look(settings: NodeSettings, finding: Awaitable[Torch], job: str = "")
     keys, door = look_at_keys(settings)
     asker = Asker(door)
     try:
-        torch, disk, (nodes, left_out, multicast) = await asyncio.gather(
+        torch, disk, store, (nodes, left_out, multicast) = await asyncio.gather(
             finding,
             asyncio.to_thread(look_at_disk, settings),
+            look_at_store(settings),
             _look_around(settings, asker),
         )
         seen = Seen(
-            here=here(settings, disk, keys, torch, multicast),
+            here=here(settings, disk, store, keys, torch, multicast),
             nodes=nodes,
             job=torch.job or job,
             cluster=settings.cluster,

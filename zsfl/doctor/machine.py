@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from zsfl.doctor.seen import Disk, Finding, Here, Multicast, Seen, SeenNode
+from zsfl.doctor.seen import Disk, Finding, Here, Multicast, Seen, SeenNode, Store
 from zsfl.wire.door import is_loopback
 
 LITTLE_BYTES = 1 << 30
@@ -17,6 +17,8 @@ def judge_machine(seen: Seen) -> Iterator[Finding]:
     yield judge_interfaces(here)
     yield from judge_multicast(seen)
     yield judge_disk(here.disk)
+    if here.store is not None:
+        yield judge_store(here.store)
     yield from judge_torch(here)
     yield from judge_keys(here)
 
@@ -105,6 +107,18 @@ def judge_disk(disk: Disk) -> Finding:
         what = f"only {room} in {disk.folder}"
         return Finding(check="disk", state="warn", what=what, do="make room, or name another folder with --runs")
     return Finding(check="disk", state="good", what=f"{disk.folder} can be written to, {room}")
+
+
+def judge_store(store: Store) -> Finding:
+    """Can spills be put there, and a run be kept?"""
+    if store.error:
+        do = "correct --spill, the credentials or the network; what is there, and who may use it, the store itself says"
+        return Finding(check="store", what=store.error, do=do)
+    if not store.once:
+        what = f"{store.url} can be written to, but does not keep two from writing the same"
+        do = "it is good for spills; with --durability store see to it that a run has one aggregator at a time"
+        return Finding(check="store", state="warn", what=what, do=do)
+    return Finding(check="store", state="good", what=f"{store.url} can be written to")
 
 
 def judge_torch(here: Here) -> Iterator[Finding]:

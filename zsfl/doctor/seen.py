@@ -62,6 +62,16 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
     """The bound that is set; 0: none."""
 
 
+class Store(msgspec.Struct, frozen=True, kw_only=True):
+    """The store that spills go to."""
+
+    url: str
+    error: str = ""
+    """Why nothing could be written there, or deleted again."""
+    once: bool = True
+    """Whether of two who create the same only one does."""
+
+
 class Keys(msgspec.Struct, frozen=True, kw_only=True):
     """The keys of this machine."""
 
@@ -98,6 +108,7 @@ class Here(msgspec.Struct, frozen=True, kw_only=True):
     mdns: bool
     multicast: Sequence[Multicast] = ()
     disk: Disk
+    store: Store | None = None
     keys: Keys
     torch: Torch
     device: str

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 
 import msgspec
 import torch
@@ -24,6 +25,7 @@ from zsfl.spill.index import Index, Key, offer_of
 from zsfl.spill.layout import SpillMeta, decode_contribution, pieces
 from zsfl.spill.objects import ObjectStore, Place
 from zsfl.spill.segments import MAX_SEGMENT_BYTES, joined
+from zsfl.spill.shared import DELETED_AT_ONCE
 from zsfl.spill.store import LARGE_BYTES, SpillStore
 from zsfl.wire.messages import SpillOffer
 
@@ -34,6 +36,8 @@ WAITING_BYTES = 256 << 20
 NOT_PLACED = "spills wait until the store takes them"
 NOT_DELETED = "spills that are settled cannot be deleted yet"
 NOT_LOST = "it is tried again; what is not in place is not acknowledged, so that its step is made again if need be"
+MOST_LEFT = 1 << 16
+"""Objects that are to be deleted, and cannot be."""
 LEAVE_S = 5.0
 """What deleting may take when the node ends; the aggregator sees to what is left."""
 
@@ -85,8 +89,8 @@ class StoredSpills:
         self._runs: set[RunId] = set()
         """Something was put of these."""
         self._is_due = False
-        self._left: set[Place] = set()
-        """With nothing that is held, and still there."""
+        self._left: dict[Place, None] = {}
+        """With nothing that is held, and still there; those that were left first, first."""
         self._sweeping: asyncio.Task[None] | None = None
 
     # --- putting ----------------------------------------------------------------------------------------
@@ -273,20 +277,23 @@ class StoredSpills:
         self._delete(one.at for one in objects if one.at is not None)
 
     def _delete(self, places: Iterable[Place]) -> None:
-        self._left |= set(places)
+        self._left |= dict.fromkeys(places)
+        while len(self._left) > MOST_LEFT:  # it is refused for long: the aggregator deletes them when this node is gone
+            del self._left[next(iter(self._left))]
         if self._left and (self._sweeping is None or self._sweeping.done()):
             self._sweeping = self._node.start(self._sweep(), "delete from the store")
 
     async def _sweep(self) -> None:
         while self._left:
-            going = set(self._left)
+            going = list(islice(self._left, DELETED_AT_ONCE))
             try:
                 await self.store.delete(going)
             except StorageError as error:
                 self._trouble(NOT_DELETED, error)
                 await asyncio.sleep(self._node.settings.lost_after_s)
             else:
-                self._left -= going
+                for at in going:
+                    self._left.pop(at, None)
                 self._trouble(NOT_DELETED, None)
 
     async def aclose(self) -> None:

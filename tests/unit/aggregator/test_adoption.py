@@ -93,3 +93,18 @@ async def test_no_more_is_read_at_once_however_many_hold_something() -> None:
     found = await asyncio.gather(*(adopted.fetch(node, of) for node, of in wanted.items()))
     assert [{key for key, _ in some} for some in found] == [of.keys() for of in wanted.values()]
     assert objects.most == READ_AT_ONCE
+
+
+async def test_a_look_for_what_somebody_misses_has_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adoption, "MOST_READ", 2)
+    objects, (gone, there, _) = Objects(), NODES
+    for serial in range(6):
+        for node in (gone, there):
+            objects.there[Place(RUN, node, name_of(serial, b"x"))] = None
+    adopted = adopting(objects, [there])
+    looking = asyncio.ensure_future(adopted.run())
+    await adopted.looked()
+    read = {at.name[:8] for at in objects.reads if at.node == there}
+    assert read == {"00000004", "00000005"}  # what it put last
+    assert len({at for at in objects.reads if at.node == gone}) == 6
+    looking.cancel()

@@ -9,7 +9,7 @@ from msgspec import structs
 
 from zsfl.discovery.announced import job_hash, opaque
 from zsfl.doctor.judging import findings
-from zsfl.doctor.seen import Disk, Finding, Here, Interface, Keys, Multicast, Seen, SeenNode, Torch
+from zsfl.doctor.seen import Disk, Finding, Here, Interface, Keys, Multicast, Seen, SeenNode, Store, Torch
 from zsfl.ids import PROTOCOL, NodeCard, NodeId, Role
 from zsfl.wire.examining import Condition, Hearing, Wait
 
@@ -111,6 +111,16 @@ def here(**changed: Any) -> Here:
     return structs.replace(HERE, **changed)
 
 
+def test_a_store_is_looked_at_where_one_is_named() -> None:
+    store = Store(url="s3://x/y")
+    [said] = [finding for finding in judged(here=here(store=store)) if finding.check == "store"]
+    assert (said.state, said.what) == ("good", "s3://x/y can be written to")
+    once = here(store=structs.replace(store, once=False))
+    assert minded(judged(here=once)) == [
+        ("store", "s3://x/y can be written to, but does not keep two from writing the same")
+    ]
+
+
 def disk(**changed: Any) -> Here:
     return here(disk=structs.replace(HERE.disk, **changed))
 
@@ -129,6 +139,7 @@ MACHINES = [
     (here(multicast=[Multicast(host=LAN)]), ("multicast", f"what this machine multicasts on {LAN} does not even")),
     (disk(error="Disk quota exceeded"), ("disk", "cannot write in runs: Disk quota exceeded (50.0 GiB free)")),
     (disk(spill_mib=1, spilled_bytes=GIB), ("disk", "spills in runs take 1.0 GiB, and --spill-mib allows 1.0 MiB")),
+    (here(store=Store(url="s3://x/y", error="no bucket")), ("store", "no bucket")),
     (torch(error="device cuda:9 is not there"), ("torch", "device cuda:9 is not there")),
     (torch(job_error="there is no job file"), ("job", "there is no job file")),
     (keys(machine=""), ("keys", f"nodes on {LAN} would use keys, and there are none in keys")),

@@ -143,6 +143,17 @@ async def test_what_cannot_be_put_is_not_in_place_and_what_may_be_there_of_it_is
     await eventually(lambda: that.troubles[-1] == (NOT_DELETED, None))
 
 
+async def test_what_cannot_be_deleted_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "MOST_LEFT", 2)
+    that = Fixture()
+    held = [await that.placed(that.put(version)) for version in range(1, 6)]
+    that.objects.error = StoreAway("yours, but not to delete")
+    that.spills.release([offer.cid for offer in held])
+    that.objects.error = None
+    await eventually(lambda: len(that.objects.there) == 3)
+    assert {at.name for at in that.objects.there} == {offer.at for offer in held[:3]}
+
+
 async def test_a_store_that_is_away_for_a_moment_is_waited_for() -> None:
     that = Fixture()
     that.objects.error = StoreAway("away")
