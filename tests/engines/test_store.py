@@ -34,6 +34,7 @@ CASE = Case(optimizer="adam", dropout=0.2, rounds=6)
 URL = "s3://gradients/lab"
 KEPT = "gradients/lab/exact/runs/exact"
 SILENT = """
+from zsfl.client.driver import StepDriver
 from zsfl.member import Member
 from zsfl.spill.stored import StoredSpills
 
@@ -43,11 +44,19 @@ def _silent(self):
     \"\"\"From version 10 on, nobody hears of what this server has put in the store.\"\"\"
     if self._node.name == "doomed" and any(offer.version >= 10 for offer in self._new):
         withheld.extend(self._new)
+        print(*(f"SILENT {offer.cid}" for offer in self._new), sep="\\n", flush=True)
         self._new.clear()
-        print("SILENT", flush=True)
     else:
         _say(self)
 
+_make = StepDriver.make
+
+async def _made(self, cid, *args, **settings):
+    step = await _make(self, cid, *args, **settings)
+    print(f"MADE {cid}", flush=True)
+    return step
+
+StepDriver.make = _made
 Member._say_new = _silent
 StoredSpills.offers = lambda self, run: [offer for offer in _offers(self, run) if offer not in withheld]
 """
@@ -139,7 +148,13 @@ def rounds_of(node: Command) -> list[RoundReport]:
 async def test_the_machine_of_a_split_server_is_deleted_and_nothing_is_lost(bucket: Bucket, tmp_path: Path) -> None:
     async with machines(tmp_path) as nodes:
         doomed = nodes["doomed"]
-        await eventually(lambda: "SILENT\n" in doomed.out or nodes["aggregator"].process.returncode is not None)
+        # One is put there and acknowledged, and the version waits for it.
+        await eventually(
+            lambda: (
+                any(line.replace("SILENT", "MADE") in nodes["clients"].out for line in doomed.out if "SILENT" in line)
+                or nodes["aggregator"].process.returncode is not None
+            )
+        )
         assert list((tmp_path / "doomed" / "runs").rglob("*.spills")) == []  # it has no need of a disk
         assert any(path.endswith(".spills") for path in files().find("gradients"))
         doomed.signal(signal.SIGKILL)
