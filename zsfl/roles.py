@@ -26,6 +26,7 @@ from zsfl.aggregator.standby import StandbyRole
 from zsfl.aggregator.standing import Elected, Standing, what_is_kept
 from zsfl.bounds import SYNCED
 from zsfl.client.role import ClientRole
+from zsfl.dashboard.metered import metered
 from zsfl.dashboard.printer import NodePrinter
 from zsfl.errors import ConfigError, Fenced, StorageError, ZsflError
 from zsfl.flags import Parser
@@ -40,7 +41,7 @@ from zsfl.locks import LOCK, lock_folder
 from zsfl.node import Node, RoleShell
 from zsfl.outputs import drop_unread
 from zsfl.ranges import parse_shards
-from zsfl.reports import LOGGED, AnyReport, Note, Ready, to_line
+from zsfl.reports import LOGGED, AnyReport, Note, to_line
 from zsfl.settings import NODE_FLAGS, NodeSettings, add_flags, load_settings
 from zsfl.spill.objects import store_for
 from zsfl.split_server.role import SplitServerRole
@@ -48,7 +49,6 @@ from zsfl.tensors.codec import SUPPORTED
 from zsfl.tensors.plan import CodecPlan
 from zsfl.wire.door import door_for
 from zsfl.wire.gatekeeper import kept
-from zsfl.wire.messages import Beat
 from zsfl.wire.sockets import is_free, open_context
 from zsfl.words import number_of
 
@@ -81,7 +81,8 @@ async def run_role(
     context: zmq.asyncio.Context,
     stop: asyncio.Event | None = None,
 ) -> None:
-    """Run one node until its run ends or `stop` is set."""
+    """Run one node until its run ends, or, where it is to stay, `stop` is set; that ends it in any case."""
+    stop = stop or asyncio.Event()
     if settings.clients:
         job = dataclasses.replace(job, shards=settings.clients)
     if settings.mode and settings.mode != mode_name(job.how):
@@ -100,48 +101,27 @@ async def run_role(
     door = door_for(settings, name, warn)
     spills = settings.runs / "spills" / (settings.cluster or settings.run or job.name) / name
     own = nullcontext() if settings.spill else _own_folder(spills)
-    with _metered(settings, report) as (report, on_beat), own, kept(context, door):
+    with metered(settings, report) as told, own, kept(context, door):
         front = partial(
             Front,
             name=name,
             settings=settings,
             facts=job.facts(cuts) | {"cluster": settings.cluster},
             codecs=SUPPORTED,
-            report=report,
+            report=told.tell,
             context=context,
-            stopping=stop or asyncio.Event(),
+            stopping=stop,
             door=door,
-            on_beat=on_beat,
+            on_beat=told.beat,
         )
         if role in (Role.AGGREGATOR, Role.STANDBY):
-            await _aggregate(role, front, name, job, cuts, settings, report)
+            await _aggregate(role, front, name, job, cuts, settings, told.tell)
         else:
             await _play(front(role), job, cuts, spills)
-
-
-@contextmanager
-def _metered(settings: NodeSettings, report: Reporter) -> Iterator[tuple[Reporter, Callable[[Beat], None]]]:
-    """Where the settings ask for it, the node's metrics are served meanwhile; who is to be told its reports and
-    heartbeats.
-    """
-    if not settings.metrics:
-        yield report, lambda _: None
-        return
-    from zsfl.dashboard.metering import NodeMetrics
-
-    metrics = NodeMetrics(settings)
-    where = metrics.open()
-
-    def tell(said: AnyReport) -> None:
-        metrics.tell(said)
-        report(said)
-        if isinstance(said, Ready):
-            report(Note(node=said.node, message=where))
-
-    try:
-        yield tell, metrics.beat
-    finally:
-        metrics.close()
+        if settings.stay and not stop.is_set():
+            told.rest()
+            told.tell(Note(node=name, message="stays, with nothing to do, until it is told to leave"))
+            await stop.wait()
 
 
 @contextmanager

@@ -119,6 +119,10 @@ class NodeSettings:
         default=False,
         metadata=_doc("for system services: continue the run, or begin it, or leave it if it is finished; print words"),
     )
+    stay: bool = field(
+        default=False,
+        metadata=_doc("once its run is over, stay until told to leave, so that nothing starts it again and again"),
+    )
     durability: str = field(
         default="process",
         metadata=_doc(
@@ -185,6 +189,7 @@ LOOKING = ("host", "peers", "dns", "meet", "keys", "insecure", "mdns", "runs")
 _COMMON = (
     "clients", "mode", "codec", "cluster", "host", "port", "behind_nat", "peers", "dns", "meet", "keys", "insecure",
     "io_threads", "mdns", "name", "runs", "run", "threads", "join_s", "patience_s", "request_s", "metrics", "service",
+    "stay",
 )  # fmt: skip
 NODE_FLAGS: dict[Role, tuple[str, ...]] = {
     Role.CLIENT: ("shards", "device", "spill", "spill_mib", "connections", *_COMMON),

@@ -141,8 +141,8 @@ async def test_the_services_of_the_compose_file_train_and_their_health_is_seen(t
     places = {"ZSFL_RUNS": f"{tmp_path}/runs", "ZSFL_KEYS": f"{tmp_path}/keys", "ZSFL_HOST": "127.0.0.1"}
     common = {**places, "ZSFL_ROUNDS": "2", "ZSFL_MDNS": "false"}
 
-    def starting(name: str, peers: str = "") -> Any:
-        env = {**services[name]["environment"], **common} | ({"ZSFL_PEERS": peers} if peers else {})
+    def starting(name: str, peers: str = "", **more: str) -> Any:
+        env = {**services[name]["environment"], **common, **more} | ({"ZSFL_PEERS": peers} if peers else {})
         args = shlex.split(services[name]["command"].replace("/job", str(tmp_path)))
         return command(*args, cwd=tmp_path, prefix=env_words(env))
 
@@ -155,10 +155,15 @@ async def test_the_services_of_the_compose_file_train_and_their_health_is_seen(t
         async with command(*look, cwd=tmp_path, prefix=env_words(places)) as healthy:
             assert await healthy.ended() == 0, healthy.text
         members = [name for name in services if name != "aggregator"]
-        others = [await nodes.enter_async_context(starting(name, f"localhost:{port}")) for name in members]
+        there = f"localhost:{port}"
+        others = [await nodes.enter_async_context(starting(name, there)) for name in members[1:]]
+        staying = await nodes.enter_async_context(starting(members[0], there, ZSFL_STAY="true"))
         for node in (aggregator, *others):
             assert await node.ended() == 0, node.text
         async with command(*look, "--wait-s", "0.5", cwd=tmp_path, prefix=env_words(places)) as ill:
             assert await ill.ended() == 1, ill.text
+        await eventually(lambda: staying.process.returncode is not None or "stays, with nothing to do" in staying.text)
+        staying.signal(signal.SIGTERM)
+        assert await staying.ended() == 0, staying.text
     assert "finished: 2 rounds" in aggregator.text
     assert (tmp_path / "runs" / "tiny" / "model.safetensors").exists()

@@ -41,9 +41,9 @@ NOT_HERE = {
     "systemctl": "as sudo",
     "journalctl": "as sudo",
     "docker": "as sudo",
-    "sbatch": "it needs SLURM; tests/engines/test_slurm.py submits the same file",
+    "sbatch": "it needs SLURM; tests/engines/test_slurm.py follows the page where there is one",
     "squeue": "as sbatch",
-    "kubectl": "it needs a cluster; tests/engines/test_kubernetes.py runs what the chart would",
+    "kubectl": "it needs a cluster; tests/engines/test_kubernetes_page.py follows the page where there is one",
     "helm": "as kubectl",
 }
 """Commands that no test can run, and why."""

@@ -150,9 +150,9 @@ class Pod:
         )
 
     def probe(self, which: str) -> str:
-        """What a probe is told: `200 ok`, or why not."""
-        get = self._node[which]["httpGet"]
-        (port,) = (one["containerPort"] for one in self._node["ports"] if one["name"] == get["port"])
+        """What a probe, or whoever asks for a path, is told: `200 ok`, or why not."""
+        path = which if which.startswith("/") else self._node[which]["httpGet"]["path"]
+        (port,) = (one["containerPort"] for one in self._node["ports"] if one["name"] == "metrics")
         ask = (
             "import sys, urllib.request as u, urllib.error as e\n"
             "try: r = u.urlopen(sys.argv[1], timeout=60)\n"
@@ -160,7 +160,7 @@ class Pod:
             "except OSError: sys.exit('nobody there')\n"
             "print(r.status, r.read().decode())\n"
         )
-        words = [*self.inside, sys.executable, "-ISc", ask, f"http://{self.host}:{port}{get['path']}"]
+        words = [*self.inside, sys.executable, "-ISc", ask, f"http://{self.host}:{port}{path}"]
         return subprocess.run(words, capture_output=True, text=True, timeout=HANG_S).stdout.strip()
 
     def until(self, which: str, pattern: str) -> None:
@@ -209,6 +209,7 @@ def test_pods_are_given_settings_of_nodes_and_time_to_leave(pods: dict[str, Pod]
         assert {name.removeprefix("ZSFL_").lower() for name in env} <= set(NodeSettings.__dataclass_fields__)
         settings = load_settings({}, env)
         assert (settings.name, settings.clients, settings.rounds) == (pod.name, 2, 100_000)
+        assert settings.stay  # as no end of a process is one to Kubernetes
         assert pod.grace_s > DRAIN_S + BUSY_S + GOODBYE_LINGER_S
 
 
@@ -228,14 +229,20 @@ def test_the_pods_are_a_run_that_probes_see_and_that_leaves_when_it_is_told_to(
         inside = stack.enter_context(machine_that_asks("127.0.0.1")).inside
         names = NameServer("run-aggregators", inside, tmp_path)
         stack.callback(names.close)
-        clients[0].start(inside, tools)
-        clients[0].until("livenessProbe", "200 ok")
-        clients[0].until("readinessProbe", f"503 it knows no {Role.AGGREGATOR} and no {Role.SPLIT_SERVER} yet")
-        for pod in (leader, standby, server, clients[1]):
+        # Those of a StatefulSet are ready by themselves: the next one is replaced only then.
+        for pod in (server, clients[0], standby):
+            pod.start(inside, tools)
+            pod.until("livenessProbe", "200 ok")
+        server.until("readinessProbe", f"503 it knows no {Role.AGGREGATOR} yet")
+        for pod in (clients[0], standby):
+            pod.until("readinessProbe", "200 ok")
+            pod.until("/readyz", f"503 it knows no {Role.AGGREGATOR}")
+        for pod in (leader, clients[1]):
             pod.start(inside, tools)
         names.says(leader.host, standby.host)
         for pod in pods.values():
             pod.until("readinessProbe", "200 ok")
+            pod.until("/readyz", "200 ok")
         ledger = leader._places["/runs"] / "tiny" / "ledger.jsonl"
         deadline = time.monotonic() + HANG_S
         while not (ledger.exists() and ledger.stat().st_size):

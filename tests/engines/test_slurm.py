@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from helpers.jobs import write_job
+from helpers.documents import MANY, ROOT, Reader, blocks
 from helpers.waiting import HANG_S, POLL_S
 
 from zsfl.aggregator.audit import audit
 from zsfl.settings import NodeSettings
 
-TEMPLATE = Path(__file__).resolve().parents[2] / "tools" / "deploy" / "slurm.sbatch"
+TEMPLATE = ROOT / "tools" / "deploy" / "slurm.sbatch"
+PAGE, TUTORIAL = ROOT / "docs" / "how-to" / "slurm.md", ROOT / "docs" / "tutorial.md"
 SEARCH = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin"
 MISSING = [name for name in ("slurmctld", "slurmd", "sbatch", "squeue") if not shutil.which(name, path=SEARCH)]
 CONFIG = """
@@ -45,10 +47,11 @@ MpiDefault=none
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
+GresTypes=gpu
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_min_interval=0,batch_sched_delay=0
 ReturnToService=2
-NodeName=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=16 RealMemory=65536 State=UNKNOWN
+NodeName=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=16 RealMemory=65536 Gres=gpu:2 State=UNKNOWN
 PartitionName=all Nodes=localhost Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -67,7 +70,11 @@ class Slurm:
         config = folder / "slurm.conf"
         config.write_text(CONFIG.format(folder=folder, ports=ports, name=socket.gethostname()))
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-        self.env = {**os.environ, "PATH": SEARCH, "SLURM_CONF": str(config)}
+        gpus = [folder / "gpu0", folder / "gpu1"]
+        for one in gpus:
+            one.touch()
+        (folder / "gres.conf").write_text("".join(f"Name=gpu File={one}\n" for one in gpus))
+        self.env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{SEARCH}", "SLURM_CONF": str(config)}
         for one in taken:
             one.close()
         self._running = [
@@ -95,9 +102,15 @@ class Slurm:
     def close(self) -> None:
         """End it, and what it runs."""
         self.said("scancel", "--user=root", "--signal=KILL", "--full")
+        self.said("scancel", "--user=root")  # and what had not begun
+        with suppress(AssertionError):
+            self.until(("squeue", "--noheader", "--me"), r"\A\Z")
         for one in self._running:
             one.terminate()
         for one in self._running:
+            with suppress(subprocess.TimeoutExpired):
+                one.wait(HANG_S)
+            one.kill()
             one.wait(HANG_S)
 
 
@@ -115,31 +128,60 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
         running.close()
 
 
-def submitted(slurm: Slurm, folder: Path, *flags: str, **export: str) -> str:
-    """The number of the array."""
-    given = {"JOB": "tiny.py", "ZSFL": f"{shlex.quote(sys.executable)} -m zsfl", "ZSFL_ROUNDS": "3", **export}
-    named = ",".join(["ALL", *(f"{name}={value}" for name, value in given.items())])
-    said = slurm.said("sbatch", "--parsable", *flags, f"--export={named}", str(TEMPLATE), cwd=folder)
-    assert said.strip().isdigit(), said
-    return said.strip()
+def followed(slurm: Slurm, script: str, folder: Path, **env: str) -> list[str]:
+    """What a reader types, all of it in one shell; the numbers of the arrays that they submit by it."""
+    done = subprocess.run(
+        ["bash", "-ec", script], cwd=folder, env={**slurm.env, **env}, capture_output=True, text=True, timeout=HANG_S
+    )
+    assert done.returncode == 0, done.stderr
+    return re.findall(r"Submitted batch job (\d+)", done.stdout)
+
+
+def ended(slurm: Slurm, folder: Path, *arrays: str) -> None:
+    """All tasks of these arrays end well."""
+    slurm.until(("squeue", "--noheader", "--me"), r"\A\Z")
+    for array in arrays:
+        said = slurm.said("scontrol", "show", "job", array)
+        states = re.findall(r"JobState=(\w+)", said)
+        assert set(states) == {"COMPLETED"}, said + logs(folder)
 
 
 def logs(folder: Path) -> str:
     return "\n".join(f"{file.name}:\n{file.read_text()}" for file in sorted(folder.glob("zsfl-*.log")))
 
 
-def test_an_array_of_tasks_finds_itself_and_trains_to_the_end(slurm: Slurm, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    work.mkdir()
-    write_job(work)
-    array = submitted(slurm, work, "--array=0-3", SERVERS="1")
-    slurm.until(("squeue", "--noheader", f"--jobs={array}"), r"^$|Invalid job id")
-    said = slurm.said("scontrol", "show", "job", array)
-    assert re.findall(r"JobState=(\w+)", said) == ["COMPLETED"] * 4, said + logs(work)
-    run = audit(work / "runs" / "tiny")
+def test_the_page_can_be_followed(slurm: Slurm, tmp_path: Path) -> None:
+    work = tmp_path / "home" / "work"
+    work.mkdir(parents=True)
+    (work / "tools").symlink_to(ROOT / "tools")
+    reader = Reader({"127.0.0.1": (work, ())}, slurm.env)
+    reader.write("my_job.py", next(one.text for one in blocks(TUTORIAL) if one.file == "my_job.py"))
+    whole, two = (block.text for block in blocks(PAGE))
+    look = re.search("^zsfl top .*$", PAGE.read_text(), re.MULTILINE)
+    assert look
+    (array,) = followed(slurm, whole, work, ZSFL_ROUNDS=MANY)
+    slurm.until(("find", str(work / "meet" / array), "-type", "f"), r"\A/")
+    try:
+        reader.follow(look[0].replace("ARRAY", array).replace("ADDRESS", "127.0.0.1"))
+        reader.running[0].until("round [2-9]")
+        reader.running[0].interrupt()
+        assert reader.running[0].end() in (0, 130, -signal.SIGINT)
+    finally:
+        for command in reader.running:
+            command.kill()
+    # As SLURM does when the time is nearly up.
+    slurm.said("scancel", "--batch", "--signal=TERM", array)
+    ended(slurm, work, array)
+    run = audit(work / "runs" / "my-job")
+    assert run.faults == []
+    assert run.versions > 0
+    arrays = followed(slurm, two, work, ZSFL_RUN="two", ZSFL_ROUNDS="2")
+    assert len(arrays) == 2
+    ended(slurm, work, *arrays)
+    run = audit(work / "runs" / "two")
     assert (run.faults, run.pending) == ([], 0)
     assert run.versions > 0
-    assert list((work / "meet" / array).iterdir()) == []
+    assert list((work / "meet" / "one").iterdir()) == []
     assert "encrypted" in logs(work)
 
 

@@ -21,7 +21,7 @@ COMMON = {
     "--clients", "--cluster", "--codec", "--host", "--join-s", "--mdns", "--mode", "--name", "--no-mdns",
     "--patience-s", "--peer", "--port", "--request-s", "--run", "--runs", "--threads", "--insecure", "--no-insecure",
     "--io-threads", "--keys", "--metrics", "--service", "--no-service", "--dns", "--meet", "--behind-nat",
-    "--no-behind-nat",
+    "--no-behind-nat", "--stay", "--no-stay",
 }  # fmt: skip
 CLUSTER = {
     "--client-processes", "--clients", "--cluster", "--codec", "--device", "--durability", "--host", "--in-process",

@@ -52,6 +52,8 @@ class Health:
         self._lane = _Pulse(soon_in_lane, LANE_S)
         self.beat: Beat | None = None
         """The newest heartbeat."""
+        self.rests = False
+        """Whether it has nothing left to do, and so lacks nothing for it."""
 
     def not_alive(self) -> str:
         """What does not answer; empty where all does."""
@@ -60,6 +62,8 @@ class Health:
 
     def not_ready(self) -> str:
         """What the node lacks for its part; empty when it lacks nothing."""
+        if self.rests:
+            return ""
         if self.beat is None:
             return "it does not serve yet: it loads its model and data, or waits for its port"
         known = {peer.role for peer in self.beat.peers}

@@ -118,6 +118,10 @@ class NodeMetrics(_Metrics):
         self._health.beat = beat
         self._beside.soon(lambda: self._take(beat))
 
+    def rest(self) -> None:
+        """Its run is over, and it stays."""
+        self._health.rests = True
+
     def tell(self, report: AnyReport) -> None:
         """What it reports."""
         self._beside.soon(lambda: self._history.on(report))

@@ -187,6 +187,8 @@ async def test_whoever_asks_is_told_whether_a_node_is_well(tmp_path: Path) -> No
         assert await told("/readyz") == (200, "ok\n")
         heard(Role.CLIENT, Role.SPLIT_SERVER)
         assert await told("/readyz") == (503, "it knows no aggregator yet\n")
+        metrics.rest()
+        assert await told("/readyz") == (200, "ok\n")
         heard(Role.CLIENT, Role.AGGREGATOR, Role.SPLIT_SERVER)
         assert await told("/readyz") == (200, "ok\n")
         assert (await told("/metrics"))[0] == 401

@@ -19,6 +19,8 @@ metadata:
   annotations:
     # With another job these are other pods.
     checksum/job: {{ .root.Values.job | sha256sum }}
+    # So that kubectl does not say each time which one it has chosen.
+    kubectl.kubernetes.io/default-container: node
 spec:
   automountServiceAccountToken: false
   # Or a service called zsfl would set ZSFL_PORT.
@@ -74,7 +76,9 @@ spec:
       # Until it answers for the first time, an hour for a large model or much data to be loaded.
       startupProbe: { httpGet: { path: /healthz, port: metrics }, periodSeconds: 2, failureThreshold: 1800 }
       livenessProbe: { httpGet: { path: /healthz, port: metrics }, periodSeconds: 10, timeoutSeconds: 5, failureThreshold: 6 }
-      readinessProbe: { httpGet: { path: /readyz, port: metrics }, periodSeconds: 5, timeoutSeconds: 5 }
+      # A StatefulSet replaces a pod once the one before is ready: to be so must not take another that is still to be
+      # replaced, as the aggregator is of one that stands by, and most clients are of an aggregator.
+      readinessProbe: { httpGet: { path: {{ eq .part "split-servers" | ternary "/readyz" "/healthz" }}, port: metrics }, periodSeconds: 5, timeoutSeconds: 5 }
       resources: {{- include "zsfl.resources" . | nindent 8 }}
       securityContext: {{- include "zsfl.container" . | nindent 8 }}
       volumeMounts:
@@ -107,6 +111,8 @@ spec:
 {{- $_ := mergeOverwrite $known (dict "keys" "/keys/own" "runs" "/runs") }}
 {{- /* The run goes on after a restart, begins if there is none, and is left alone once it is finished. */}}
 {{- $_ := set $known "service" "true" }}
+{{- /* Or Kubernetes, which knows no end that is not to be followed by another start, would start it again and again. */}}
+{{- $_ := set $known "stay" "true" }}
 {{- /* A week for the others to appear, and half an hour for a pod that is moved in the middle of a run. */}}
 {{- $_ := mergeOverwrite $known (dict "join_s" "604800" "patience_s" "1800") }}
 {{- range $name, $value := .root.Values.settings }}
