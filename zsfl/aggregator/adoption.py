@@ -208,6 +208,7 @@ class Adoption:
         """Delete all that is left of the run: it is over, and what counts is recorded."""
         try:
             await self._clear(await self._store.found(self._stage.run))
+            await self._store.tidy_all(self._stage.run)
         except StorageError as error:
             self._node.note(f"what is left of the finished run in the store stays there: {error}", "warning")
 

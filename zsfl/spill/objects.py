@@ -79,6 +79,11 @@ class ObjectStore(Shared):
             folder = f"{self._root}/{run}/{node}"
             await self._call("delete", self._tidy, [folder, folder.rpartition("/")[0], self._root])
 
+    async def tidy_all(self, run: RunId) -> None:
+        """The same of all nodes, of which some were ended before they could."""
+        if self._has_folders:
+            await self._call("delete", self._tidy_below, f"{self._root}/{run}")
+
     async def found(self, run: RunId) -> list[Place]:
         """What there is of a run, by name; a store whose listings lag may know of more."""
         return await self._call("list", self._found, run)
@@ -92,6 +97,12 @@ class ObjectStore(Shared):
         with suppress(Exception):  # the first that is not empty, or not there
             for folder in folders:
                 self._files.rmdir(folder)
+
+    def _tidy_below(self, folder: str) -> None:
+        with suppress(Exception):  # it is not there
+            for below in self._files.ls(folder, detail=False):
+                self._tidy([below])
+            self._tidy([folder, self._root])
 
     def _found(self, run: RunId) -> list[Place]:
         paths = self._find(f"{self._root}/{run}")
