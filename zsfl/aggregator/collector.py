@@ -237,6 +237,9 @@ class Collector:
             now_s = time.monotonic()
             since_s = {cid: since_s.get(cid, now_s) for cid in self._gathering.halves()}
             late = [cid for cid, at_s in since_s.items() if now_s >= at_s + settings.lost_after_s]
+            if late and self._store is not None:  # it may be there, whoever put it
+                await self._store.looked()
+                late = [cid for cid in self._gathering.halves() if cid in late]
             self._remake_soon([(cid, "body") for cid in late])
 
     def _remake_soon(self, lost: Sequence[tuple[Cid, PartName]]) -> None:
