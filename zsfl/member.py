@@ -316,6 +316,11 @@ class Member:
         link, deadline_s = self._node.link(aggregator), self._node.settings.request_s
         return (await link.request(WhoHolds(shard=shard), deadline_s=deadline_s)).expect(Holder).key
 
+    @property
+    def is_rid(self) -> bool:
+        """Whether nothing is held that an aggregator who is there may still release."""
+        return self.aggregator.value is None or not self.pending()
+
     async def has_handed_over(self) -> bool:
         """Whether nothing is held here that an aggregator who is there has not got, and may still count."""
         parts: list[tuple[Cid, PartName]]

@@ -181,8 +181,8 @@ async def test_servers_that_come_and_go_change_nothing(tail: bool, tmp_path: Pat
     assert cluster.result is not None
     assert_equal(Ran(Path(cluster.result.folder), reports).weights, quiet.weights)
     assert {server for report in reports for served in report.serving.values() for server in served} == {"late"}
-    # Nobody can ask the dead, and who left in the middle of a version is not told of its end.
-    assert {path.parent.name for path in spills_left(tmp_path)} <= {"split-server-0", "split-server-1"}
+    left = [path for path in spills_left(tmp_path) if "split-server-0" not in path.parts]  # nobody can ask the dead
+    assert left == []
 
 
 async def test_batch_norm_statistics_are_pooled_over_clients(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,7 +237,7 @@ async def _bring(store: Shared, pieces: Sequence[str], path: Path) -> None:
 
 
 @contextmanager
-def _replacing(path: Path):
+def _replacing(path: Path) -> Generator[BinaryIO, None, None]:
     """A file to write to, which is in place at the end, and outlasts a loss of power then."""
     aside = path.with_name(f".{path.name}.tmp")
     with aside.open("wb") as file:
@@ -249,7 +249,7 @@ def _replacing(path: Path):
 
 
 @contextmanager
-def _storing(folder: Path):
+def _storing(folder: Path) -> Generator[None, None, None]:
     try:
         yield
     except OSError as error:

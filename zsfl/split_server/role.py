@@ -50,6 +50,10 @@ MAX_MET_BYTES = 4 << 30
 """Of requests that wait to be merged, which take no slots."""
 BACKWARD_S = 1.0
 """How long a server that leaves waits for the backwards of forwards that it made: some may never be asked for."""
+RELEASE_S = 2.0
+"""And how long until the version of what it handed over is recorded, so that it leaves nothing on its disk; else it
+deletes that when it starts again.
+"""
 
 
 class SplitServerRole:
@@ -140,6 +144,11 @@ class SplitServerRole:
                 await self._news.wait_for(lambda _: self._is_idle)
                 while self._server.has_unsent or not await self._member.has_handed_over():
                     await self._news.changed_within(HAND_OVER_S)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(RELEASE_S):
+                        await self._news.wait_for(
+                            lambda _: not (self._member.aggregator.value and self._member.pending())
+                        )
         except TimeoutError:
             self._node.note(
                 f"leaving after {timeout_s:g} s, before all was finished and fetched: clients make those steps again",
