@@ -62,9 +62,21 @@ class Cell:
 class Took:
     """One measurement."""
 
-    answers_per_s: float
-    cpu_s: float
-    """For an answer, of asker and server together: what other work on the machine disturbs least."""
+    answers: int
+    seconds: float
+    all_cpu_s: float
+
+    @property
+    def answers_per_s(self) -> float:
+        return self.answers / self.seconds
+
+    @property
+    def cpu_s(self) -> float:
+        """For an answer, of asker and server together: what other work on the machine disturbs least."""
+        return self.all_cpu_s / self.answers
+
+    def __add__(self, other: Took) -> Took:
+        return Took(self.answers + other.answers, self.seconds + other.seconds, self.all_cpu_s + other.all_cpu_s)
 
 
 @dataclass(slots=True)
@@ -112,11 +124,13 @@ async def ask_for(asker: Asker, server: int, payload: bytes, questions: int, sec
         for _ in range(questions):
             tasks.create_task(keep_asking())
     took_s = time.perf_counter() - begun_s
-    return Took(done / took_s, (cpu_s(server) + time.process_time() - cpu_before_s) / done)
+    return Took(done, took_s, cpu_s(server) + time.process_time() - cpu_before_s)
 
 
 async def measure(names: Sequence[str], cells: Sequence[Cell], repeat: int, seconds: float) -> Measured:
-    """All contestants in each cell, one after the other; who begins changes from one repetition to the next."""
+    """All contestants in each cell, one after the other and back again, so that a machine that gets slower meanwhile is
+    as slow for all of them; who begins changes from one repetition to the next.
+    """
     measured = Measured()
     async with AsyncExitStack() as stack:
         askers = {name: await stack.enter_async_context(started(name)) for name in names}
@@ -124,12 +138,17 @@ async def measure(names: Sequence[str], cells: Sequence[Cell], repeat: int, seco
             for cell in cells:
                 payload = os.urandom(cell.kib * 1024)
                 first = turn % len(names)
-                for name in (*names[first:], *names[:first]):
-                    if turn < 0:
+                there = (*names[first:], *names[:first])
+                if turn < 0:
+                    for name in there:
                         await ask_for(*askers[name], payload, min(cell.open, 8), 0.0)
-                    else:
-                        found = await ask_for(*askers[name], payload, cell.open, seconds)
-                        measured.found.setdefault((cell, name), []).append(found)
+                    continue
+                halves: dict[str, Took] = {}
+                for name in (*there, *reversed(there)):
+                    took = await ask_for(*askers[name], payload, cell.open, seconds / 2)
+                    if name in halves:
+                        measured.found.setdefault((cell, name), []).append(halves[name] + took)
+                    halves[name] = took
     return measured
 
 

@@ -44,7 +44,7 @@ Portion = NewType("Portion", str)
 """Which weights nodes of one kind need: `body`, `client`, or where a job has several cuts `client/CUT`."""
 BODY = Portion("body")
 
-PROTOCOL = 12
+PROTOCOL = 13
 """Version of the wire protocol; peers that differ refuse one another."""
 
 

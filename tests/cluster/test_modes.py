@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +53,19 @@ async def test_async_without_staleness_is_exact(
     ran = await in_process(patient, tmp_path, run="async")
     assert_close(ran.weights, exact.weights)
     assert [(report.late, report.samples) for report in ran.reports] == [(0, sum(sizes))] * case.rounds
+
+
+@pytest.mark.parametrize("quota", [2, 8])
+async def test_a_version_of_two_steps_of_each_has_both_made_without_a_pause(
+    quota: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zsfl.client.role.PAUSE", 1e6)
+    case = replace(EVEN, mode=zsfl.Async(samples=2 * EVEN.batch_size * EVEN.clients, quota=quota))
+    ran = await in_process(case, tmp_path, servers=2)
+    records = ledger(ran.folder)
+    assert {staleness for _, staleness, *_ in counted(records)} == {0}
+    for record in records:
+        assert Counter(parse_cid(cid).shard for cid in record["counted"]) == {0: 2, 1: 2, 2: 2}
 
 
 @pytest.mark.parametrize("mode", [zsfl.Async(), zsfl.Async(quota=1), zsfl.Elastic()])

@@ -33,7 +33,7 @@ from zsfl.latest import Latest
 from zsfl.learning.averaging import Contribution
 from zsfl.learning.job import Job
 from zsfl.learning.master import Master
-from zsfl.learning.modes import max_staleness
+from zsfl.learning.modes import Async, max_staleness
 from zsfl.learning.plan import Plan, Sizes
 from zsfl.node import Node
 from zsfl.weights.packing import Packed
@@ -268,6 +268,8 @@ class Training:
     def _asked(self, there: Sequence[int]) -> dict[str, object]:
         """What else a version's state says."""
         asked: dict[str, object] = {}
+        if isinstance(self._job.how, Async):
+            asked["each"] = self._job.how.each(sum(map(sum, self._sizes.values())))
         if self._job.adjust_logits is not None:
             roster = self._roster.value
             asked |= {"present_classes": roster.classes(there), "all_classes": roster.classes()}

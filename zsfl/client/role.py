@@ -296,6 +296,8 @@ class ClientRole:
                 made = asked, quota  # it sits this version out
             elif await self._attempt(self._make_step(data, state, batch, k, again=True), state):
                 made = asked, k + 1
+                if k + 1 < state.each:
+                    continue
                 with suppress(TimeoutError):  # a step at the next version, if that is near, is worth more
                     async with asyncio.timeout(PAUSE * (time.monotonic() - begun_s)):
                         await self._member.state.wait_for(lambda now, asked=asked: self._asked(now) != asked)

@@ -363,9 +363,11 @@ class FreeShard:
     """Async: one step after the other at the newest version, and some moments for the next one between them."""
 
     def __init__(self, node: ClientNode, shard: int) -> None:
-        mode = node.figures.mode
+        figures, mode = node.figures, node.figures.mode
         self._node, self._shard = node, shard
-        self._quota = mode.quota if isinstance(mode, Async) else 1
+        self._quota, self._each = 1, 1
+        if isinstance(mode, Async):
+            self._quota, self._each = mode.quota, mode.each(figures.clients * figures.batch)
         self._newest = self._version = Version(-1)
         self._made = 0
         """At the version that it has made steps at last."""
@@ -386,7 +388,7 @@ class FreeShard:
     def _done(self) -> None:
         self._is_making = False
         self._made += 1
-        if self._newest > self._version:
+        if self._newest > self._version or self._made < self._each:
             self._make()
         elif self._made < self._quota:
             self._node.after(PAUSE * (self._node.now_s - self._begun_s), self._go_on, self._pause)

@@ -76,6 +76,14 @@ def test_one_queue_is_as_long_as_those_who_do_not_compute() -> None:
     assert inside <= response_s * 1.02
 
 
+def test_several_steps_of_each_that_make_a_version_follow_each_other() -> None:
+    many = replace(STEP, clients=4, version_s=0.0)
+    one, two = (
+        simulate(replace(many, mode=Async(samples=each * many.clients * many.batch, quota=8))) for each in (1, 2)
+    )
+    assert two.steps_per_s >= one.steps_per_s
+
+
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     clients=st.integers(1, 24),
