@@ -128,11 +128,8 @@ class Peers:
         """Peers that were let go of for their keys; they are looked for should these be trusted again."""
         self._mdns: Mdns | None = None
         self._changed = asyncio.Event()
-        timing = PresenceTiming(
-            beat_s=settings.beat_s,
-            lag_s=(settings.beat_s + settings.lost_after_s) / 2,
-            lost_after_s=settings.lost_after_s,
-        )
+        beat_s, lost_after_s = settings.beat_s, settings.lost_after_s
+        timing = PresenceTiming(beat_s=beat_s, lag_s=(beat_s + lost_after_s) / 2, lost_after_s=lost_after_s)
         self.table = PeerTable(card, wants_of(card.role, behind_nat=card.behind_nat), timing, room_for_peers(MAX_PEERS))
         self._noted: set[str] = set()
         """What was said of who is no peer."""
@@ -200,7 +197,8 @@ class Peers:
         there = self.table.at(candidate.address)
         if there is None or candidate.node_id not in (None, there.id):  # they are found again and again
             self._keys.hinted(candidate.address, candidate.key)
-            self._on(candidate)
+            if not self.table.ignores(candidate):
+                self._on(candidate)
 
     def _on(self, event: Event) -> None:
         for action in self.table.on(event, time.monotonic()):

@@ -214,14 +214,18 @@ class PeerTable:
             self._was_absent |= now_s - self._last_s > self._timing.lost_after_s
         self._last_s = now_s
 
-    def _hint(self, hint: Candidate, now_s: float) -> None:
+    def ignores(self, hint: Candidate) -> bool:
+        """Whether this hint changes nothing: heartbeats repeat those of whole crowds that dial by themselves."""
         if hint.address == self._me.address or hint.node_id == self._me.id:
+            return True
+        is_other = hint.role is not None and not self._wants(hint.role)
+        return hint.source != "seed" and (hint.node_id in self._peers or is_other)
+
+    def _hint(self, hint: Candidate, now_s: float) -> None:
+        if self.ignores(hint):
             return
-        if hint.source == "seed":
-            if len(self._seeds) < MAX_CANDIDATES:
-                self._seeds.add(hint.address)
-        elif hint.node_id in self._peers or (hint.role is not None and not self._wants(hint.role)):
-            return
+        if hint.source == "seed" and len(self._seeds) < MAX_CANDIDATES:
+            self._seeds.add(hint.address)
         live = self._at.get(hint.address)
         if live is not None and hint.node_id in (None, live):
             return

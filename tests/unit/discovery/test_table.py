@@ -72,12 +72,14 @@ def fail_until_silent(table: PeerTable, address: Address, now_s: float) -> list[
 )
 def test_a_node_dials_the_roles_it_wants(me: Role, dialled: set[Role]) -> None:
     for role in Role:
-        actions = new_table(card("me", 1, me)).on(Candidate(S1.address, "mdns", role, S1.id), 0.0)
-        assert actions == ([Dial(S1.address)] if role in dialled else [])
+        table, hint = new_table(card("me", 1, me)), Candidate(S1.address, "mdns", role, S1.id)
+        assert table.ignores(hint) == (role not in dialled)
+        assert table.on(hint, 0.0) == ([Dial(S1.address)] if role in dialled else [])
 
 
 def test_seeds_and_unknown_roles_are_always_dialled() -> None:
     table = new_table()
+    assert not table.ignores(Candidate(SEED, "seed", Role.CLIENT))
     assert table.on(Candidate(SEED, "seed", Role.CLIENT), 0.0) == [Dial(SEED)]
     assert table.on(Candidate(S1.address, "exchange"), 0.0) == [Dial(S1.address)]
 
@@ -85,6 +87,7 @@ def test_seeds_and_unknown_roles_are_always_dialled() -> None:
 def test_a_node_never_dials_itself() -> None:
     table = new_table(card("me", 1, Role.AGGREGATOR))
     me = card("me", 1)
+    assert table.ignores(Candidate(me.address, "seed"))
     assert table.on(Candidate(me.address, "seed"), 0.0) == []
     assert table.on(Candidate(S1.address, "mdns", Role.CLIENT, me.id), 0.0) == []
     assert table.next_deadline() is None
