@@ -25,6 +25,9 @@ import zsfl
 from zsfl.aggregator import trials
 from zsfl.aggregator.audit import audit, replay_versions
 from zsfl.aggregator.audit_store import look_in_store
+from zsfl.aggregator.commit import Ledger, Record
+from zsfl.aggregator.progress import Place, Progress
+from zsfl.aggregator.stage import Stage
 from zsfl.errors import ConfigError, RemoteProtocolError, RunFailed, ZsflError
 from zsfl.ids import Cid, Role, Version
 from zsfl.reports import AnyReport, Before, RoundReport
@@ -126,6 +129,36 @@ async def test_more_orders_continue_the_same_run(tmp_path: Path) -> None:
     ran = Ran(Path(cluster.result.folder), [])
     assert_equal(ran.weights, straight.weights)
     assert_sound(ran, 4)
+
+
+async def test_a_round_is_kept_while_steps_of_the_next_one_are_made_and_before_they_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[tuple[str, int]] = []
+    enter, save, commit = Stage.enter, Progress.save, Ledger.commit
+
+    def entered(stage: Stage, **changes: Any) -> None:
+        enter(stage, **changes)
+        if changes.get("phase") in ("training", "idle"):
+            happened.append(("asked", stage.state.version))
+
+    def saved(progress: Progress, place: Place) -> None:
+        save(progress, place)
+        happened.append(("kept", place.version))
+
+    def committed(ledger: Ledger, record: Record) -> None:
+        happened.append(("counted", record.version - 1))
+        commit(ledger, record)
+
+    monkeypatch.setattr(Stage, "enter", entered)
+    monkeypatch.setattr(Progress, "save", saved)
+    monkeypatch.setattr(Ledger, "commit", committed)
+    await in_process(CASE, tmp_path)
+    kept = range(WINDOWS, (CASE.rounds + 1) * WINDOWS, WINDOWS)
+    assert [version for what, version in happened if what == "kept"] == [0, *kept]
+    for version in kept:
+        order = [what for what, of in happened if of == version]
+        assert order == (["asked", "kept", "counted"] if version < max(kept) else ["asked", "kept"])
 
 
 async def test_other_data_cannot_resume_a_run(tmp_path: Path) -> None:

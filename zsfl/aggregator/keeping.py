@@ -5,6 +5,7 @@ where the settings ask for it in a store.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 
 from zsfl.aggregator.progress import Place, Progress
@@ -53,31 +54,37 @@ class Keeping:
         """
         if is_new:
             try:
-                self.keep(None)
+                self.of_round(None)()
             except StorageError as error:
                 raise StorageError(f"the run cannot begin: {error} with --runs") from error
         if self._stored is not None:
             await self._stored.settle()
 
-    def keep(self, report: RoundReport | None) -> None:
-        """Model and checkpoint of a round, or of what it begins with; blocking."""
-        training = self._training
-        if report is not None:
-            self._progress.keep_model(training.newest[1])
-        self._progress.save(
-            Place(
-                run=self._stage.run,
-                version=training.version,
-                round=training.round,
-                facts=self._progress.facts,
-                samples=dict(self._roster.value.samples()),
-                commit=training.ledger.last,
-                memory=training.rules.state(),
-                untested=report,
-            )
+    def of_round(self, report: RoundReport | None) -> Callable[[], None]:
+        """Writes model and checkpoint of the round that has just ended, or of what the run begins with; blocking.
+
+        To be called before the next version is made. What else changes until then is taken as it is now.
+        """
+        training, (_, state) = self._training, self._training.newest
+        place = Place(
+            run=self._stage.run,
+            version=training.version,
+            round=training.round,
+            facts=self._progress.facts,
+            samples=dict(self._roster.value.samples()),
+            commit=training.ledger.last,
+            memory=training.rules.state(),
+            untested=report,
         )
-        if report is not None and self._stored is not None:
-            self._stored.checkpointed()
+
+        def keep() -> None:
+            if report is not None:
+                self._progress.keep_model(state)
+            self._progress.save(place)
+            if report is not None and self._stored is not None:
+                self._stored.checkpointed()
+
+        return keep
 
     async def end(self) -> None:
         """The run has done what was asked for."""

@@ -318,6 +318,7 @@ class AggregatorRole:
         while self._training.round < total and (self._training.is_in_round or not self._trials.is_enough):
             await self._train_round(total)
         self._stage.enter(phase="idle", version=self._training.version)
+        await self._training.meanwhile.done()
         await self._held_out.all_done()
         await self._node.persistently(self._folder.write_plot)
         finished = self._trials.finished(total, time.monotonic() - begun_s + self._before_s)
@@ -334,8 +335,15 @@ class AggregatorRole:
         roster, added = self._roster.value, self._counters.added()
         report = tally.round_report(self._training.version, added, time.monotonic(), roster.label)
         report = msgspec.structs.replace(report, without=roster.without())
-        await self._node.persistently(lambda: self._keeping.keep(report))
-        await self._trials.order(report, *self._training.newest)
+        keep, newest = self._keeping.of_round(report), self._training.newest
+
+        async def end_round() -> None:
+            await self._node.persistently(keep)
+            await self._trials.order(report, *newest)
+
+        await self._training.meanwhile.leave(end_round)
+        if self._trials.may_end:
+            await self._training.meanwhile.done()
 
     async def _fail(self, error: Exception) -> None:
         """Keep the last good version, and tell everybody why the run ends."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Literal
@@ -16,6 +15,7 @@ from zsfl.aggregator.commit import Ledger, check_losses, record_of
 from zsfl.aggregator.gathering import Gathering
 from zsfl.aggregator.holdup import HoldUp
 from zsfl.aggregator.journal import Journal
+from zsfl.aggregator.meanwhile import Meanwhile
 from zsfl.aggregator.pacing import Slices
 from zsfl.aggregator.refusals import Refusals
 from zsfl.aggregator.reign import Reign
@@ -79,6 +79,7 @@ class Training:
         self._closing = closing_for(job.how, self.rules.steps)
         self._sieve = Sieve(job, master.check, lambda said: node.note(said, "warning"))
         self._pacer = self.rules.pacer
+        self.meanwhile = Meanwhile(node, roster)
         self._refusals = Refusals(self._gathering, master, roster, job, is_exact=self.rules.is_exact)
         self.collector = Collector(node, self._gathering, self.journal, self._took, roster, self._refusals)
         self.version = stage.state.version
@@ -190,18 +191,8 @@ class Training:
 
     async def _until_somebody_is_there(self) -> Sequence[int]:
         """Shards that take part, once there are any."""
-        await self._until(Role.CLIENT, lambda roster: bool(roster.present()))
+        await self.meanwhile.until(Role.CLIENT, lambda roster: bool(roster.present()))
         return self._roster.value.taking_part(time.monotonic())
-
-    async def _until(self, role: Role, fits: Callable[[Roster], bool]) -> None:
-        """Wait for a peer that the run cannot go on without."""
-        patience_s, what = self._node.settings.patience_s, role.replace("-", " ")
-        try:
-            with self._node.waiting(f"a {what}", lambda: self._node.hints_of_gone(role)):
-                async with asyncio.timeout(patience_s):
-                    await self._roster.wait_for(fits)
-        except TimeoutError:
-            raise RunFailed(f"for {patience_s:g} s there was no {what}; start some, then go on with --resume") from None
 
     async def _make_version(self, plan: Plan, window: int) -> Literal["enough", "idle", "alone"]:
         """Gather one window and commit it, if there is anybody who has steps in it."""
@@ -226,7 +217,7 @@ class Training:
     async def _gather(self, plan: Plan, window: int, attempt: int) -> Outcome:
         """Ask for the steps of one window, and wait until there are enough."""
         if self.rules.merges:
-            await self._until(Role.SPLIT_SERVER, lambda _: bool(self._node.peers(Role.SPLIT_SERVER)))
+            await self.meanwhile.until(Role.SPLIT_SERVER, lambda _: bool(self._node.peers(Role.SPLIT_SERVER)))
         there = self._roster.value.taking_part(time.monotonic())
         if not there:
             return "alone"
@@ -254,6 +245,7 @@ class Training:
             slices=wire_slices,
             **self._asked(there),
         )
+        await self.meanwhile.done()
         with self._node.waiting(self.holdup.unusual, self.holdup.hints):
             return await self._until_closed(plan)
 

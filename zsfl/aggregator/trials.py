@@ -81,6 +81,11 @@ class Trials:
         """Whether tests have not got better for so long that training ends."""
         return self._job.stop_after is not None and self.best.since >= self._job.stop_after
 
+    @property
+    def may_end(self) -> bool:
+        """Whether the next test that is ordered may be the one after which training ends, whoever is quicker."""
+        return self._job.stop_after is not None and isinstance(self._job.how, Exact)
+
     async def made(self, version: Version) -> bool:
         """A version inside a round is there: have it tested, if the job wants that. Whether training ends here."""
         if self._job.tests(version):
@@ -96,8 +101,8 @@ class Trials:
         seconds = time.monotonic() - self._begun_s
         round_ = self._training.round if report is None else report.round
         await self._held_out.order(Order(version=version, state=state, round=round_, seconds=seconds, then=keep))
-        if self._job.stop_after is not None and isinstance(self._job.how, Exact):
-            await self._held_out.all_done()  # where training ends must not depend on who was quicker
+        if self.may_end:
+            await self._held_out.all_done()
 
     def finished(self, rounds: int, seconds: float) -> Finished:
         """How the run ended, which was to have so many rounds."""
