@@ -131,8 +131,17 @@ async def test_more_orders_continue_the_same_run(tmp_path: Path) -> None:
     assert_sound(ran, 4)
 
 
-async def test_a_round_is_kept_while_steps_of_the_next_one_are_made_and_before_they_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("change", "first"),
+    [
+        ({}, "asked"),
+        ({"mode": zsfl.Elastic(quorum=1.0, grace=100.0)}, "kept"),
+        ({"batches": zsfl.by_speed(5, 5)}, "kept"),
+    ],
+    ids=["exact", "elastic", "by speed"],
+)
+async def test_a_round_is_kept_before_steps_of_the_next_one_count_and_after_they_were_asked_for_unless_that_takes_time(
+    change: dict[str, Any], first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     happened: list[tuple[str, int]] = []
     enter, save, commit = Stage.enter, Progress.save, Ledger.commit
@@ -153,12 +162,13 @@ async def test_a_round_is_kept_while_steps_of_the_next_one_are_made_and_before_t
     monkeypatch.setattr(Stage, "enter", entered)
     monkeypatch.setattr(Progress, "save", saved)
     monkeypatch.setattr(Ledger, "commit", committed)
-    await in_process(CASE, tmp_path)
-    kept = range(WINDOWS, (CASE.rounds + 1) * WINDOWS, WINDOWS)
-    assert [version for what, version in happened if what == "kept"] == [0, *kept]
-    for version in kept:
+    await in_process(replace(CASE, **change), tmp_path)
+    begun, *kept = [version for what, version in happened if what == "kept"]
+    assert (begun, len(kept)) == (0, CASE.rounds)
+    for version in kept[:-1]:
         order = [what for what, of in happened if of == version]
-        assert order == (["asked", "kept", "counted"] if version < max(kept) else ["asked", "kept"])
+        assert order == [first, "kept" if first == "asked" else "asked", "counted"]
+    assert [what for what, of in happened if of == kept[-1]] == ["asked", "kept"]
 
 
 async def test_other_data_cannot_resume_a_run(tmp_path: Path) -> None:

@@ -43,6 +43,9 @@ POINTS = {
     "aggregator: the step is made, not recorded": Point("zsfl.aggregator.commit", "Ledger.commit", "before"),
     "aggregator: recorded, nothing published": Point("zsfl.aggregator.commit", "Ledger.commit", "after"),
     "aggregator: published, nothing released": Point("zsfl.aggregator.training", "Training.publish_weights", "after"),
+    "aggregator: a round is over, the next one asked for, no checkpoint": Point(
+        "zsfl.aggregator.progress", "Progress.save", "before", 2
+    ),
     "aggregator: a checkpoint is half written": Point("zsfl.learning.master", "Master.save", "after", 2),
     "aggregator: old checkpoints are dropped": Point("zsfl.aggregator.progress", "Progress.keep_from", "after", 2),
     "standby: contributions are copied, their record is not": Point(
@@ -95,7 +98,7 @@ async def test_killed_at_every_named_point_it_ends_as_if_nothing_had_happened(tm
     cluster = zsfl.LocalCluster(job, run="killed", split_servers=2, standbys=1, runs=tmp_path, **settings)  # type: ignore[arg-type]
     async with cluster:
         while not all(path.exists() for path in killed.values()):
-            rounds += len([report async for report in cluster.train(1)])
+            rounds += len([report async for report in cluster.train(2)])
             left = [name for name, path in killed.items() if not path.exists()]
             assert rounds < MOST_ROUNDS, f"nobody came to {left}"
         rounds += len([report async for report in cluster.train(1)])

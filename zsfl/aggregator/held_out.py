@@ -91,10 +91,15 @@ class HeldOut:
         self._strange: frozenset[int] = frozenset()
         """Shards whose test was left out at some version: it was said."""
 
+    @property
+    def is_full(self) -> bool:
+        """Whether so many tests are under way that another one is waited with."""
+        return self._waits and len(self._orders.value) >= MAX_WAITING
+
     async def order(self, order: Order) -> None:
         """Have a version tested, as soon as those ordered before are."""
         if self._waits:
-            await self._orders.wait_for(lambda orders: len(orders) < MAX_WAITING)
+            await self._orders.wait_for(lambda _: not self.is_full)
         else:
             self._make_room()
         self._shelf.pin(order.version)

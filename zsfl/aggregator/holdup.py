@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from zsfl.aggregator.roster import Roster
+from zsfl.errors import RunFailed
 from zsfl.ids import NodeId, PublicKey, Role
 from zsfl.keys.machine import machine_id
 from zsfl.latest import Latest
@@ -48,6 +50,16 @@ class HoldUp:
             self._took_s.append(now_s - self._began_s)
         self._began_s, self._met = now_s, frozenset()
         return now_s
+
+    async def until(self, role: Role, fits: Callable[[Roster], bool]) -> None:
+        """Wait for peers of a role without which no window can be; RunFailed when they do not come."""
+        patience_s, what = self._node.settings.patience_s, role.replace("-", " ")
+        try:
+            with self._node.waiting(f"a {what}", lambda: self._node.hints_of_gone(role)):
+                async with asyncio.timeout(patience_s):
+                    await self._roster.wait_for(fits)
+        except TimeoutError:
+            raise RunFailed(f"for {patience_s:g} s there was no {what}; start some, then go on with --resume") from None
 
     def merging(self, shards: Iterable[int]) -> None:
         """The steps of these shards are where all of the window are to be merged, and wait for the others."""

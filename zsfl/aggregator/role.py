@@ -335,14 +335,14 @@ class AggregatorRole:
         roster, added = self._roster.value, self._counters.added()
         report = tally.round_report(self._training.version, added, time.monotonic(), roster.label)
         report = msgspec.structs.replace(report, without=roster.without())
-        keep, newest = self._keeping.of_round(report), self._training.newest
+        keep, newest, made_s = self._keeping.of_round(report), self._training.newest, time.monotonic()
 
         async def end_round() -> None:
             await self._node.persistently(keep)
-            await self._trials.order(report, *newest)
+            await self._trials.order(report, *newest, made_s)
 
         await self._training.meanwhile.leave(end_round)
-        if self._trials.may_end:
+        if self._trials.may_take_long:
             await self._training.meanwhile.done()
 
     async def _fail(self, error: Exception) -> None:

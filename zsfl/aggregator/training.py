@@ -79,7 +79,7 @@ class Training:
         self._closing = closing_for(job.how, self.rules.steps)
         self._sieve = Sieve(job, master.check, lambda said: node.note(said, "warning"))
         self._pacer = self.rules.pacer
-        self.meanwhile = Meanwhile(node, roster)
+        self.meanwhile = Meanwhile()
         self._refusals = Refusals(self._gathering, master, roster, job, is_exact=self.rules.is_exact)
         self.collector = Collector(node, self._gathering, self.journal, self._took, roster, self._refusals)
         self.version = stage.state.version
@@ -191,8 +191,14 @@ class Training:
 
     async def _until_somebody_is_there(self) -> Sequence[int]:
         """Shards that take part, once there are any."""
-        await self.meanwhile.until(Role.CLIENT, lambda roster: bool(roster.present()))
+        await self._until(Role.CLIENT, lambda roster: bool(roster.present()))
         return self._roster.value.taking_part(time.monotonic())
+
+    async def _until(self, role: Role, fits: Callable[[Roster], bool]) -> None:
+        """Wait for a peer that the run cannot go on without."""
+        if not fits(self._roster.value):
+            await self.meanwhile.done()
+        await self.holdup.until(role, fits)
 
     async def _make_version(self, plan: Plan, window: int) -> Literal["enough", "idle", "alone"]:
         """Gather one window and commit it, if there is anybody who has steps in it."""
@@ -216,8 +222,10 @@ class Training:
 
     async def _gather(self, plan: Plan, window: int, attempt: int) -> Outcome:
         """Ask for the steps of one window, and wait until there are enough."""
+        if not self.rules.is_exact or self._pacer is not None:  # time that passes while steps are made says something
+            await self.meanwhile.done()
         if self.rules.merges:
-            await self.meanwhile.until(Role.SPLIT_SERVER, lambda _: bool(self._node.peers(Role.SPLIT_SERVER)))
+            await self._until(Role.SPLIT_SERVER, lambda _: bool(self._node.peers(Role.SPLIT_SERVER)))
         there = self._roster.value.taking_part(time.monotonic())
         if not there:
             return "alone"
@@ -236,16 +244,16 @@ class Training:
         self._closing.began(self.version, self._sizes, now_s)
         for step in late:
             self._closing.arrived(step, self._gathering.samples(step), now_s)
-        wire_slices = tuple((shard, start, size) for shard, (start, size) in slices.items())
         self._stage.enter(
             phase="training",
             version=self.version,
             window=self._place,
             attempt=attempt,
-            slices=wire_slices,
-            **self._asked(there),
+            slices=tuple((shard, start, size) for shard, (start, size) in slices.items()),
+            **self._asked(there, plan),
         )
         await self.meanwhile.done()
+        self._progress_s = time.monotonic()
         with self._node.waiting(self.holdup.unusual, self.holdup.hints):
             return await self._until_closed(plan)
 
@@ -257,11 +265,11 @@ class Training:
         classes = {shard: roster.classes([shard]) for shard in roster.samples()}
         return self._pacer.began(self.version, there, classes, time.monotonic())
 
-    def _asked(self, there: Sequence[int]) -> dict[str, object]:
+    def _asked(self, there: Sequence[int], plan: Plan) -> dict[str, object]:
         """What else a version's state says."""
         asked: dict[str, object] = {}
         if isinstance(self._job.how, Async):
-            asked["each"] = self._job.how.each(sum(map(sum, self._sizes.values())))
+            asked["each"] = self._job.how.each(sum(self._roster.value.samples(there).values()) / plan.windows)
         if self._job.adjust_logits is not None:
             roster = self._roster.value
             asked |= {"present_classes": roster.classes(there), "all_classes": roster.classes()}

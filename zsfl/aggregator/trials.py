@@ -82,8 +82,13 @@ class Trials:
         return self._job.stop_after is not None and self.best.since >= self._job.stop_after
 
     @property
-    def may_end(self) -> bool:
-        """Whether the next test that is ordered may be the one after which training ends, whoever is quicker."""
+    def may_take_long(self) -> bool:
+        """Whether ordering a test waits for others that are under way."""
+        return self._may_end or self._held_out.is_full
+
+    @property
+    def _may_end(self) -> bool:
+        """Whether training may end with the next test, and where it does must not depend on who was quicker."""
         return self._job.stop_after is not None and isinstance(self._job.how, Exact)
 
     async def made(self, version: Version) -> bool:
@@ -92,16 +97,18 @@ class Trials:
             await self.order(None, *self._training.newest)
         return self.is_enough
 
-    async def order(self, report: RoundReport | None, version: Version, state: dict[str, Tensor]) -> None:
-        """Have a version tested; with it, `report` of the round that it ends is whole."""
+    async def order(
+        self, report: RoundReport | None, version: Version, state: dict[str, Tensor], made_s: float | None = None
+    ) -> None:
+        """Have a version tested that was made at `made_s`, or now; with it, `report` of the round it ends is whole."""
 
         async def keep(tested: Tested, order: Order) -> None:
             await self._tested(tested, order, report)
 
-        seconds = time.monotonic() - self._begun_s
+        seconds = (time.monotonic() if made_s is None else made_s) - self._begun_s
         round_ = self._training.round if report is None else report.round
         await self._held_out.order(Order(version=version, state=state, round=round_, seconds=seconds, then=keep))
-        if self.may_end:
+        if self._may_end:
             await self._held_out.all_done()
 
     def finished(self, rounds: int, seconds: float) -> Finished:

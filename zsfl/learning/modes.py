@@ -67,9 +67,9 @@ class Async:
     seconds: float | None = None
     """After so long a version is made of whatever has come, if anything has; None: only by the samples."""
     quota: int = 2
-    """Steps that one client may make at one version. Once a version could be made without it, it gives the next one a
-    moment, twice as long as its last step took, before it makes another: where `samples` takes more than a step of
-    each, after as many as that takes of each, else after the first."""
+    """Steps that one client may make at one version. Before another one it gives the next version a moment, twice as
+    long as its last step took; not before those without which there would be none, where `samples` takes several of
+    every client."""
     max_staleness: int = 16
     """A step that is more versions late than this is dropped."""
     max_correction: float = 4.0
@@ -86,11 +86,11 @@ class Async:
         if not (is_number(self.max_correction) and 1 <= self.max_correction < math.inf):
             raise ConfigError(f"max_correction is {self.max_correction!r}: use 1 for none, or more")
 
-    def each(self, step_samples: int) -> int:
-        """How many steps of every client make a version, where a step of all of them has so many samples."""
+    def each(self, step_samples: float) -> int:
+        """How many steps of every client a version takes at least, where a step of all of them has so many samples."""
         if self.samples is None or not step_samples:
             return 1
-        return min(self.quota, -(-self.samples // step_samples))
+        return max(1, min(self.quota, int(self.samples / step_samples)))
 
 
 Mode = Exact | Elastic | Async

@@ -304,7 +304,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     slices: Annotated[tuple[tuple[Count, Count, Count], ...], Meta(max_length=MAX_SHARDS)] = ()
     """Where the aggregator decides on batch sizes: shard, where in its endless stream these begin, size of each."""
     each: Count = 1
-    """Async: how many steps of every client make the next version. Before those nobody waits for it."""
+    """Async: how many steps of every client the next version takes at least. Before those nobody waits for it."""
     merger: NodeIdText | None = None
     """The split server that merges the batches of this version, where the job wants them merged."""
     merged: Annotated[tuple[Count, ...], Meta(max_length=MAX_SHARDS)] = ()

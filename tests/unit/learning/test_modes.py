@@ -67,9 +67,9 @@ def test_values_that_make_no_sense_are_refused_by_name(kind: Any, field: str, va
 
 @pytest.mark.parametrize(
     ("samples", "quota", "each"),
-    [(None, 8, 1), (1, 8, 1), (40, 8, 1), (41, 8, 2), (80, 8, 2), (10**6, 8, 8), (10**6, 1, 1), (80, 1, 1)],
+    [(None, 8, 1), (1, 8, 1), (40, 8, 1), (79, 8, 1), (80, 8, 2), (100, 8, 2), (10**6, 8, 8), (80, 1, 1)],
 )
-def test_how_many_steps_of_each_make_a_version(samples: int | None, quota: int, each: int) -> None:
+def test_how_many_steps_of_each_a_version_takes(samples: int | None, quota: int, each: int) -> None:
     assert Async(samples=samples, quota=quota).each(40) == each
     assert Async(samples=samples, quota=quota).each(0) == 1
 
