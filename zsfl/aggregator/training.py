@@ -240,7 +240,7 @@ class Training:
         self.rules.there(self._roster.value.samples(there))
         await self._node.persistently(lambda: self.journal.begin(self.version))
         late = self._gathering.begin(self.version, None if self.rules.is_async else self._cids(self._sizes))
-        now_s = self._progress_s = self.holdup.began()
+        now_s = self.holdup.began()
         self._closing.began(self.version, self._sizes, now_s)
         for step in late:
             self._closing.arrived(step, self._gathering.samples(step), now_s)
@@ -269,7 +269,7 @@ class Training:
         """What else a version's state says."""
         asked: dict[str, object] = {}
         if isinstance(self._job.how, Async):
-            asked["each"] = self._job.how.each(sum(self._roster.value.samples(there).values()) / plan.windows)
+            asked["each"] = self._job.how.each(sum(self._roster.value.samples(there).values()), plan.windows)
         if self._job.adjust_logits is not None:
             roster = self._roster.value
             asked |= {"present_classes": roster.classes(there), "all_classes": roster.classes()}

@@ -86,11 +86,11 @@ class Async:
         if not (is_number(self.max_correction) and 1 <= self.max_correction < math.inf):
             raise ConfigError(f"max_correction is {self.max_correction!r}: use 1 for none, or more")
 
-    def each(self, step_samples: float) -> int:
-        """How many steps of every client a version takes at least, where a step of all of them has so many samples."""
-        if self.samples is None or not step_samples:
+    def each(self, samples: int, steps: int = 1) -> int:
+        """How many steps of every client a version takes at least, where all have so many samples in so many steps."""
+        if self.samples is None or not samples:
             return 1
-        return max(1, min(self.quota, int(self.samples / step_samples)))
+        return max(1, min(self.quota, self.samples * steps // samples))
 
 
 Mode = Exact | Elastic | Async

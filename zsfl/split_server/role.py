@@ -146,9 +146,7 @@ class SplitServerRole:
                     await self._news.changed_within(HAND_OVER_S)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(RELEASE_S):
-                        await self._news.wait_for(
-                            lambda _: not (self._member.aggregator.value and self._member.pending())
-                        )
+                        await self._news.wait_for(lambda _: self._member.is_rid)
         except TimeoutError:
             self._node.note(
                 f"leaving after {timeout_s:g} s, before all was finished and fetched: clients make those steps again",

@@ -71,7 +71,12 @@ def test_values_that_make_no_sense_are_refused_by_name(kind: Any, field: str, va
 )
 def test_how_many_steps_of_each_a_version_takes(samples: int | None, quota: int, each: int) -> None:
     assert Async(samples=samples, quota=quota).each(40) == each
+    assert Async(samples=samples, quota=quota).each(120, 3) == each
     assert Async(samples=samples, quota=quota).each(0) == 1
+
+
+def test_how_many_steps_is_not_a_matter_of_rounding() -> None:
+    assert [Async(samples=100, quota=8).each(100, steps) for steps in (1, 2, 3, 7)] == [1, 2, 3, 7]
 
 
 @pytest.mark.parametrize(
